@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment first where it is missing.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help env demo test test-all lint types readme clean
+
+help:  ## List the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+env: $(READY)  ## Make the environment (.venv, about 3 minutes and 6 GB)
+
+demo: $(READY)  ## Explain a photo of a cat with both embedded classifiers
+	$(BIN)/attribution explain --out out/demo
+
+test: $(READY)  ## Run the tests (under 8 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)  ## Run the slow tests too
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(READY)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## Check types
+	$(BIN)/mypy
+
+readme: $(READY)  ## Run every command of the README
+	$(BIN)/python -m pytest -m readme tests/test_readme.py
+
+clean:  ## Remove the environment and all outputs
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

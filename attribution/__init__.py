@@ -1,0 +1,46 @@
+"""Explain, judge and debug image classifiers by submodular region selection.
+
+>>> import attribution as at
+>>> classifier = at.load_classifier("zoo:cnn")
+>>> explanation = at.explain(at.demo_image_path(), classifier)
+>>> explanation.target_name
+'cat'
+"""
+
+from attribution.classifier import Classifier
+from attribution.errors import UserError
+from attribution.explain import explain
+from attribution.explanation import Explanation
+from attribution.image import FILLS, demo_image_path, load_image, make_fill
+from attribution.loading import load_classifier, save_classifier
+from attribution.masking import MaskedInputs
+from attribution.objective import Scores, ScoreWeights, SubmodularObjective
+from attribution.presets import PRESETS, Preset
+from attribution.regions import REGIONS, Regions, from_masks, make_regions
+from attribution.search import SEARCHES
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FILLS",
+    "PRESETS",
+    "REGIONS",
+    "SEARCHES",
+    "Classifier",
+    "Explanation",
+    "MaskedInputs",
+    "Preset",
+    "Regions",
+    "ScoreWeights",
+    "Scores",
+    "SubmodularObjective",
+    "UserError",
+    "demo_image_path",
+    "explain",
+    "from_masks",
+    "load_classifier",
+    "load_image",
+    "make_fill",
+    "make_regions",
+    "save_classifier",
+]

@@ -1,0 +1,461 @@
+"""A classifier with everything that belongs to it: preprocessing, module, class names.
+
+Nothing outside this file resizes, crops or normalises. Preprocessing is affine in the image (no rounding, no clipping after a
+bicubic resize), which is what lets ``masking`` build the input of any subset of regions from one matrix product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attribution.errors import UserError, describe
+from attribution.hooks import evaluation_mode, record_inputs
+from attribution.image import ImageSource, load_image
+
+Resize = Literal["squash", "short_side", "long_side"]
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Image [n, 3, H, W] in [0, 1] -> model input [n, 3, h, w]: resize, crop or pad to the centre, normalise.
+
+    Attributes:
+        size: (h, w) of the model input, pixels.
+        mean, std: per channel, red green blue; the input is (image - mean) / std.
+        resize: "squash" resizes each side on its own, "short_side" and "long_side" keep the aspect ratio; what reaches beyond
+            the input is cut off, what is missing is padded with the mean colour.
+        resized: (h, w) that the resize aims at, before the crop; None means size.
+        interpolation: "bilinear" or "bicubic", both antialiased as in Pillow, or "nearest".
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resize: Resize = "squash"
+    resized: tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise UserError(f"input size {self.size}: expected a positive height and width")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean} and std {self.std}: expected three numbers each, std positive")
+        if self.resize not in ("squash", "short_side", "long_side"):
+            raise UserError(f"unknown resize {self.resize!r}: expected squash, short_side or long_side")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise UserError(f"unknown interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.linear(images - images.new_tensor(self.mean)[:, None, None])
+
+    def linear(self, images: Tensor) -> Tensor:
+        """The linear part: what a difference of two images [n, 3, H, W] becomes as a difference of two inputs [n, 3, h, w]."""
+        target = self._resized_size(images.shape[-2], images.shape[-1])
+        if target != tuple(images.shape[-2:]):
+            if self.interpolation == "nearest":
+                images = F.interpolate(images, size=target, mode="nearest-exact")
+            else:
+                images = F.interpolate(images, size=target, mode=self.interpolation, antialias=True, align_corners=False)
+        return self._centred(images) / images.new_tensor(self.std)[:, None, None]
+
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        wanted_height, wanted_width = self.resized or self.size
+        if self.resize == "squash":
+            return wanted_height, wanted_width
+        if self.resize == "short_side":
+            by_height = wanted_height * width >= wanted_width * height
+        if self.resize == "long_side":
+            by_height = wanted_height * width <= wanted_width * height
+        # torchvision's rule: the side that the scale comes from is exact, the other is rounded down
+        if by_height:
+            return wanted_height, max(1, wanted_height * width // height)
+        return max(1, wanted_width * height // width), wanted_width
+
+    def _centred(self, images: Tensor) -> Tensor:
+        """Crop or zero-pad to the centre; after the subtraction of the mean, zero is the mean colour."""
+        padding = []
+        for have, want in zip(images.shape[:-3:-1], self.size[::-1], strict=True):
+            missing = want - have
+            before = missing // 2 if missing > 0 else -round(-missing / 2)  # torchvision's CenterCrop rounds half to even
+            padding += [before, missing - before]
+        return F.pad(images, padding) if any(padding) else images
+
+
+class Classifier:
+    """An image classifier: its preprocessing, its module and its class names.
+
+    Args:
+        module: an ``nn.Module``, or any callable from a float32 batch [n, 3, h, w] to scores [n, C] (tensor or array). Its
+            output may also be a tuple or list (the first item), a dict or an object with ``logits``.
+        size: side of the model input in pixels, or (h, w).
+        mean, std: normalisation per channel of an image in [0, 1].
+        class_names: C names; "class 0", "class 1" ... when not given.
+        resize, resized, interpolation: see ``Preprocessing``.
+        scores: what the module returns: "logits", "probabilities", or "auto" (probabilities when the rows of a first output
+            are non-negative and sum to 1, else logits).
+        head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
+        name: what reports call it.
+        batch_size: most images forwarded at once; None lets the input size decide.
+
+    Raises:
+        UserError: settings that contradict each other or the module's output; raised at the first forward where the
+            module's output is needed to know.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Callable[[Tensor], Any],
+        *,
+        size: int | tuple[int, int],
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        class_names: Sequence[str] | None = None,
+        resize: Resize = "squash",
+        resized: tuple[int, int] | None = None,
+        interpolation: str = "bilinear",
+        scores: Literal["auto", "logits", "probabilities"] = "auto",
+        head: str | None = None,
+        name: str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if not callable(module):
+            raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
+        if scores not in ("auto", "logits", "probabilities"):
+            raise UserError(f"scores={scores!r}: expected 'auto', 'logits' or 'probabilities'")
+        sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.module = module
+        self.preprocessing = Preprocessing(sides, _triple(mean), _triple(std), resize, resized, interpolation)
+        self.name = name or type(module).__name__
+        self.batch_size = batch_size
+        self._scores = scores
+        self._head = head
+        self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
+
+    def __repr__(self) -> str:
+        height, width = self.preprocessing.size
+        return f"Classifier({self.name}, input {height}x{width}, device {self.device})"
+
+    @property
+    def batch_size(self) -> int:
+        """Most images forwarded at once."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        if value is None:
+            height, width = self.preprocessing.size
+            value = automatic_batch_size(height * width, self.device)
+        if value < 1:
+            raise UserError(f"batch size {value}: expected at least 1")
+        self._batch_size = value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters lie; the CPU for a callable without any."""
+        if isinstance(self.module, nn.Module):
+            for tensor in (*self.module.parameters(), *self.module.buffers()):
+                return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of scores that the module returns (or the number of class names, where they were given)."""
+        return len(self._class_names) if self._class_names is not None else self._probe[0]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+        return self._class_names or tuple(f"class {index}" for index in range(self.num_classes))
+
+    @cached_property
+    def weights_digest(self) -> str | None:
+        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box."""
+        if not isinstance(self.module, nn.Module):
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def target_index(self, target: int | str) -> int:
+        """The class index of a name (exact, or unique regardless of case) or of an index.
+
+        Raises:
+            UserError: no such class.
+        """
+        if isinstance(target, bool) or not isinstance(target, int | np.integer | str):
+            raise UserError(f"target is {describe(target)}: expected a class name, or an index from 0 to {self.num_classes - 1}")
+        if isinstance(target, str):
+            exact = [i for i, name in enumerate(self.class_names) if name == target]
+            matches = exact or [i for i, name in enumerate(self.class_names) if name.lower() == target.lower()]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                raise UserError(f"class name {target!r} stands for classes {matches} of {self.name}: give the index")
+            if not target.isdecimal():
+                raise UserError(f"{self.name} has no class {target!r}: expected one of {_some(self.class_names)}")
+            target = int(target)
+        if not 0 <= target < self.num_classes:
+            raise UserError(f"class index {target} is out of range: {self.name} has classes 0 to {self.num_classes - 1}")
+        return int(target)
+
+    def inputs(self, image: ImageSource) -> Tensor:
+        """The model's own preprocessing of one image: float32 [1, 3, h, w] on the model's device; differentiable for a tensor."""
+        if isinstance(image, Tensor) and image.requires_grad:
+            return self.preprocessing(image.reshape(1, *image.shape[-3:]).to(self.device))
+        return self.preprocessing(load_image(image)[None].to(self.device))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of model inputs, at most batch_size forwarded at once.
+
+        Gradients flow when inputs require them; otherwise none are recorded. A module that returns probabilities gives
+        their logarithm.
+
+        Args:
+            inputs: float32 [n, 3, h, w], as ``inputs`` returns them.
+
+        Returns:
+            float32 [n, C].
+
+        Raises:
+            UserError: the module returned something other than n finite rows of C scores.
+        """
+        return self._forward(inputs, want_features=False)[0]
+
+    def probabilities(self, inputs: Tensor) -> Tensor:
+        """Softmax of the logits, float32 [n, C]."""
+        return self.logits(inputs).softmax(dim=1)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Pooled features, the input of the final layer (the mean of the two for distilled models): float32 [n, D].
+
+        Raises:
+            UserError: a black box, or a module whose final layer cannot be told (name it with ``head=``).
+        """
+        return self._forward(inputs, want_features=True)[1]
+
+    def logits_and_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, [n, C] and [n, D], from one forward pass."""
+        return self._forward(inputs, want_features=True)
+
+    def with_prototypes(
+        self, matrix: Tensor, scale: float = 1.0, normalize: bool = False, class_names: Sequence[str] | None = None
+    ) -> Classifier:
+        """A CLIP-like classifier on the same features: logits = scale * features @ matrix.T.
+
+        Args:
+            matrix: [C, D], one embedding per class.
+            scale: factor of the logits (100 for CLIP).
+            normalize: divide features and embeddings by their L2 norms first (CLIP's cosine).
+            class_names: C names; this classifier's own when it has as many classes.
+        """
+        matrix = torch.as_tensor(matrix, dtype=torch.float32, device=self.device)
+        if matrix.ndim != 2:
+            raise UserError(f"prototypes are {describe(matrix)}: expected a matrix [classes, features]")
+        if class_names is None and self.num_classes == len(matrix):
+            class_names = self.class_names
+        return _PrototypeClassifier(self, matrix.detach(), float(scale), normalize, class_names)
+
+    @cached_property
+    def _probe(self) -> tuple[int, bool]:
+        """(number of classes, whether the module returns probabilities), read off one forward pass of a gray image."""
+        with torch.no_grad():
+            blank = torch.full((2, 3, *self.preprocessing.size), 0.5, device=self.device)
+            blank[1] = torch.linspace(0, 1, blank.shape[-1], device=self.device)
+            offset, scale = blank.new_tensor(self.preprocessing.mean), blank.new_tensor(self.preprocessing.std)
+            rows = self._call((blank - offset[:, None, None]) / scale[:, None, None])
+        if self._scores != "auto":
+            return rows.shape[1], self._scores == "probabilities"
+        sums_to_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-4).all())
+        return rows.shape[1], rows.shape[1] > 1 and sums_to_one and bool((rows >= 0).all())
+
+    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        expected = (3, *self.preprocessing.size)
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
+            raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
+        count, returns_probabilities = self._probe
+        if self._class_names is not None and len(self._class_names) != count:
+            raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
+        rows, features = [], []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and inputs.requires_grad):
+            for chunk in inputs.to(self.device).split(self.batch_size):
+                if want_features:
+                    chunk_rows, chunk_features = self._call_with_features(chunk)
+                    features.append(chunk_features)
+                else:
+                    chunk_rows = self._call(chunk)
+                rows.append(chunk_rows)
+            scores = torch.cat(rows) if rows else inputs.new_zeros(0, count)
+            self._check_finite(scores)
+            if returns_probabilities:
+                scores = scores.log()
+            return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
+
+    def _call(self, inputs: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Module):
+            with evaluation_mode(self.module):
+                output = self.module(inputs)
+        else:
+            output = self.module(inputs)
+        return self._checked_scores(output, len(inputs))
+
+    def _call_with_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self._heads
+        with record_inputs(heads) as calls:
+            rows = self._call(inputs)
+        last: dict[nn.Module, Tensor] = dict(calls)  # a head that is called twice counts with its last call
+        if not last:
+            raise UserError(f"the final layer of {self.name} was never called: name the right one with head=")
+        pooled = [_pooled(value) for value in last.values()]
+        return rows, torch.stack(pooled).mean(dim=0).float()
+
+    @cached_property
+    def _heads(self) -> list[nn.Module]:
+        """The final layers: the one named, else the last linear (or 1x1 convolution) with C outputs; two for distilled models."""
+        if not isinstance(self.module, nn.Module):
+            raise UserError(f"{self.name} is a black box without features: give an nn.Module, or set the weights that need features to 0")
+        modules = dict(self.module.named_modules())
+        if self._head is not None:
+            if self._head not in modules:
+                raise UserError(f"{self.name} has no layer {self._head!r}: its last layers are {', '.join(list(modules)[-4:])}")
+            return [modules[self._head]]
+        count = self._probe[0]
+        for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
+            candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
+            with torch.no_grad(), record_inputs(candidates) as calls:
+                self._call(torch.zeros(1, 3, *self.preprocessing.size, device=self.device))
+            if calls:
+                distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
+                return distilled if len(distilled) == 2 else [calls[-1][0]]
+        raise UserError(f"no final layer with {count} outputs was found in {self.name}: name it with head=")
+
+    def _checked_scores(self, output: Any, count: int) -> Tensor:
+        received = output
+        if isinstance(output, dict):
+            output = output.get("logits", output)
+        elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+            output = output.logits
+        elif isinstance(output, tuple | list) and len(output):
+            output = output[0]
+        if isinstance(output, np.ndarray):
+            output = torch.from_numpy(np.ascontiguousarray(output))
+        shaped = isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == count and output.shape[1] > 0
+        if not shaped:
+            raise UserError(f"{self.name} returned {_describe_output(received)} for {count} images: expected scores [{count}, classes]")
+        return output.float()
+
+    def _check_finite(self, scores: Tensor) -> None:
+        bad = scores.isnan() | scores.eq(torch.inf)
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise UserError(
+                f"{self.name} returned {scores[row, column].item()} for class {column} of image {row} in a batch of {len(scores)}: "
+                "expected finite scores; check its weights and its preprocessing"
+            )
+
+
+class _PrototypeClassifier(Classifier):
+    """See ``Classifier.with_prototypes``."""
+
+    def __init__(
+        self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None
+    ) -> None:
+        way = base.preprocessing
+        super().__init__(
+            base.module,
+            size=way.size,
+            mean=way.mean,
+            std=way.std,
+            resize=way.resize,
+            resized=way.resized,
+            interpolation=way.interpolation,
+            class_names=class_names,
+            name=f"{base.name} with prototypes",
+            batch_size=base.batch_size,
+            scores="logits",
+        )
+        self._base, self._matrix, self._scale, self._normalize = base, matrix, scale, normalize
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._matrix)
+
+    @cached_property
+    def weights_digest(self) -> str | None:
+        settings = f"{self._base.weights_digest} {self._scale} {self._normalize}"
+        return hashlib.sha256(settings.encode() + self._matrix.cpu().numpy().tobytes()).hexdigest()
+
+    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        features = self._base.features(inputs)
+        matrix = self._matrix.to(features.device)
+        if features.shape[1] != matrix.shape[1]:
+            raise UserError(f"prototypes have {matrix.shape[1]} features, {self._base.name} has {features.shape[1]}: give [classes, {features.shape[1]}]")
+        if self._normalize:
+            features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
+        return self._scale * features @ matrix.T, features
+
+
+def automatic_batch_size(pixels: int, device: torch.device) -> int:
+    """Images forwarded at once: on a CPU few enough for the caches, on an accelerator enough to fill it."""
+    budget = 2**17 if device.type == "cpu" else 2**23
+    return max(8, min(512, budget // max(1, pixels)))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by name; "auto" is CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: a name that torch does not know or a device that this machine does not have.
+    """
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.zeros(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"device {str(device)!r} cannot be used ({reason}): expected auto, cpu, cuda, cuda:N or mps") from None
+    return resolved
+
+
+def _pooled(value: Tensor) -> Tensor:
+    """[n, D] as it is; the mean over positions of a map [n, D, h, w] or of tokens [n, N, D]."""
+    if value.ndim == 4:
+        return value.mean(dim=(2, 3))
+    return value.mean(dim=1) if value.ndim == 3 else value
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UserError(f"mean and std take three numbers, red, green and blue: received {list(values)}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _describe_output(output: Any) -> str:
+    if isinstance(output, dict):
+        return f"a dict with {', '.join(map(str, list(output)[:5])) or 'no keys'}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {', '.join(describe(item) for item in output[:3]) or 'nothing'}"
+    logits = inspect.getattr_static(output, "logits", None)
+    return describe(output) if logits is None else f"{type(output).__name__} with logits {describe(output.logits)}"
+
+
+def _some(names: Sequence[str], limit: int = 12) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} ... ({len(names)} classes)"

@@ -1,0 +1,414 @@
+"""The command ``attribution``: what a person types, composed from the library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from attribution import __version__
+from attribution.classifier import Classifier
+from attribution.errors import UserError
+from attribution.explain import explain as explain_image
+from attribution.explanation import Explanation
+from attribution.files import whole_file
+from attribution.image import FILLS, IMAGE_SUFFIXES, demo_image_path
+from attribution.loading import load_classifier
+from attribution.objective import ScoreWeights
+from attribution.plotting import plot_explanations
+from attribution.presets import PRESETS
+from attribution.regions import REGIONS
+from attribution.search import SEARCHES
+
+DEMO_MODELS = ("zoo:cnn", "zoo:vit")
+DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
+SHARES = (0.5, 0.8, 0.95)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _choice(name: str, values: Any) -> Any:
+    return Enum(name, {value: value for value in values}, type=str)
+
+
+RegionName = _choice("RegionName", REGIONS)
+SearchName = _choice("SearchName", SEARCHES)
+PresetName = _choice("PresetName", PRESETS)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"attribution {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Explain, judge and debug image classifiers by submodular region selection."""
+
+
+@app.command()
+def explain(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files and folders of images. None: the demo, a photo of a cat.", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
+            "Default: both zoo models for the demo, zoo:cnn otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Class name or index to explain. Default: the predicted class.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
+    regions: Annotated[RegionName | None, typer.Option("--regions", "-r", help="How the image is cut. Default: slico.", show_default=False)] = None,
+    region_count: Annotated[
+        int | None, typer.Option(min=2, help="About how many regions. Default: the published 49 or 50.", show_default=False)
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.", show_default=False)
+    ] = None,
+    search: Annotated[SearchName | None, typer.Option("--search", "-s", help="Default: bidirectional.", show_default=False)] = None,
+    pending: Annotated[int | None, typer.Option(min=1, help="p of the bidirectional search. Default: 8.", show_default=False)] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="A published setting of weights, regions and search.", show_default=False)
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            "--fill",
+            "-f",
+            help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb' or an image file. "
+            f"Default: black, as published; {DEMO_FILL} for the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG, NPZ and JSON files.")] = Path("out"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
+    max_side: Annotated[int, typer.Option(min=8, help="Longer images are shrunk to this side.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of searches that draw.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what --out already holds.")] = False,
+) -> None:
+    """Show which regions of an image a classifier's decision rests on.
+
+    For each image and model it writes a figure (.png), the explanation (.npz, for attribution.Explanation.load) and its
+    numbers (.json), and prints a table. Run again with the same settings it keeps what is already there. Exit code 2 and
+    one line for each image that could not be explained.
+
+    [bold]Examples[/bold]
+
+      attribution explain
+
+      attribution explain photo.jpg --model timm:vit_base_patch16_224 --out out
+
+      attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur
+    """
+    options = {
+        "regions": None if regions is None else regions.value,
+        "search": None if search is None else search.value,
+        "pending": pending,
+        "weights": None if weights is None else parse_weights(weights),
+        "preset": None if preset is None else preset.value,
+        "fill": fill or ("black" if images else DEMO_FILL),
+        "target": target,
+        "seed": seed,
+        "max_side": max_side,
+        "region_options": {} if region_count is None else {"count": region_count},
+    }
+    if heatmap is not None:
+        options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap
+    found = [demo_image_path()] if not images else list(find_images(images))
+    specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
+    names = None if classes is None else read_class_names(classes)
+    classifiers = [
+        load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs
+    ]
+    jobs = [Job(path, stem, classifiers, options, out, overwrite) for path, stem in zip(found, distinct_stems(found), strict=True)]
+    errors: list[str] = []
+    rows: list[tuple[Job, list[Explanation]]] = []
+    for number, job in enumerate(jobs, start=1):
+        prefix = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
+        try:
+            rows.append((job, job.run(prefix)))
+        except KeyboardInterrupt:
+            typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
+            raise typer.Exit(130) from None
+        except UserError as error:
+            errors.append(str(error) if str(job.path) in str(error) else f"{job.path}: {error}")
+            if len(jobs) > 1:
+                typer.echo(f"error: {errors[-1]}", err=True)
+    if rows:
+        print_table(rows)
+        for job, _ in rows:
+            typer.echo(f"figure: {job.figure_path}")
+    if errors:
+        raise UserError(errors[0] if len(jobs) == 1 else f"{len(errors)} of {len(jobs)} images could not be explained (see above)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image under every model, its outputs and whether they are there already."""
+
+    path: Path
+    stem: str
+    classifiers: list[Classifier]
+    options: dict[str, Any]
+    out: Path
+    overwrite: bool
+
+    @property
+    def figure_path(self) -> Path:
+        return self.out / f"{self.stem}.png"
+
+    def run(self, prefix: str = "") -> list[Explanation]:
+        """Explain, or load what the same settings wrote before; the figure is written last, when all models are done."""
+        explanations, fresh = [], False
+        for classifier in self.classifiers:
+            base = self.out / f"{self.stem}-{_slug(classifier.name)}"
+            key = self._key(classifier)
+            kept = None if self.overwrite else _kept(base, key)
+            if kept is None:
+                fresh = True
+                with _bar(f"{prefix}{self.path.name} {classifier.name}") as progress:
+                    kept = explain_image(self.path, classifier, progress=progress, **self.options)
+                kept.provenance.update(file=self.path.name, key=key)
+                kept.save(base.with_name(base.name + ".npz"))
+                with whole_file(base.with_name(base.name + ".json")) as temporary:
+                    temporary.write_text(json.dumps(summary(kept), indent=2) + "\n", encoding="utf-8")
+            explanations.append(kept)
+        if fresh or not self.figure_path.exists():
+            with whole_file(self.figure_path) as temporary:
+                plot_explanations(explanations).savefig(temporary, format="png")
+        return explanations
+
+    def _key(self, classifier: Classifier) -> str:
+        """What the result depends on: the file's bytes, the model and every option."""
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        digest = hashlib.sha256(content)
+        digest.update(f"{classifier.name} {classifier.weights_digest} {classifier.preprocessing} {__version__}".encode())
+        for name, value in sorted(self.options.items()):
+            if name == "region_options" and "heatmap" in value:
+                digest.update(np.ascontiguousarray(value["heatmap"]).tobytes())
+            else:
+                digest.update(f"{name}={value}".encode())
+        fill = Path(self.options["fill"])
+        if fill.is_file():
+            digest.update(fill.read_bytes())
+        return digest.hexdigest()
+
+
+def summary(explanation: Explanation) -> dict[str, Any]:
+    """The numbers of an explanation as plain JSON."""
+    assert explanation.regions is not None and explanation.order is not None
+    assert explanation.insertion_scores is not None and explanation.deletion_scores is not None
+    predicted = int(explanation.probabilities.argmax())
+    return {
+        "target": explanation.target_name,
+        "target_index": explanation.target,
+        "confidence": explanation.confidence,
+        "predicted": explanation.class_names[predicted],
+        "regions": {"requested": explanation.regions.requested, "actual": explanation.regions.count},
+        "regions_needed": {f"{share:.0%}": explanation.regions_needed(share * explanation.confidence) for share in SHARES},
+        "insertion_auc": explanation.insertion_auc,
+        "deletion_auc": explanation.deletion_auc,
+        "protocol": {
+            "axis": "exact share of the image's pixels",
+            "steps": "one region",
+            "order": "most important first",
+            "fill": explanation.provenance["settings"]["fill"],
+            "insertion": "higher is better",
+            "deletion": "lower is better",
+        },
+        "evaluations": explanation.evaluations,
+        "order": explanation.order.tolist(),
+        "area": explanation.area.tolist(),
+        "insertion_scores": explanation.insertion_scores.tolist(),
+        "deletion_scores": explanation.deletion_scores.tolist(),
+        "provenance": explanation.provenance,
+    }
+
+
+def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
+    """A line per image and model, and what a reader must know to trust it."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for heading in ("image", "model", "class"):
+        table.add_column(heading, overflow="fold")
+    shares = [f"{share:.0%}" for share in SHARES]
+    for heading in ("p", "regions", *shares, "ins.", "del.", "images", "sec."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
+    for job, explanations in rows:
+        for explanation in explanations:
+            assert explanation.regions is not None
+            needed = [explanation.regions_needed(share * explanation.confidence) for share in SHARES]
+            model = str(explanation.provenance["model"])
+            table.add_row(
+                escape(job.path.name),
+                escape(model),
+                escape(explanation.target_name),
+                f"{explanation.confidence:.3f}",
+                str(explanation.regions.count),
+                *("never" if count is None else str(count) for count in needed),
+                f"{explanation.insertion_auc:.3f}",
+                f"{explanation.deletion_auc:.3f}",
+                str(explanation.evaluations),
+                f"{explanation.provenance['seconds']:.1f}",
+            )
+            if explanation.fill_is_informative:
+                notes.append(
+                    f"note: to {model} the fill alone is {explanation.target_name} with p = {explanation.fill_confidence:.2f}, "
+                    f"so few regions are needed ({job.path.name}); try another --fill"
+                )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    console.print(
+        f"p: probability of the class. {', '.join(shares)}: regions that alone reach that share of p, most important first. "
+        "ins., del.: area under the insertion (higher is better) and deletion curve (lower is better) over the share of the "
+        "image. images: forwarded by the search.",
+        style="dim",
+        markup=False,
+    )
+    for note in notes:
+        typer.echo(note)
+
+
+def find_images(paths: list[Path]) -> Iterator[Path]:
+    """Files as they are, folders as the images directly and deeper inside, sorted by name.
+
+    Raises:
+        UserError: a path that is not there or a folder without images.
+    """
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+            yield from inside
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"{path}: no such file or folder")
+
+
+def distinct_stems(paths: list[Path]) -> list[str]:
+    """Names for the outputs: the file's own, with its folder or a number where two would be equal."""
+    stems: list[str] = []
+    for path in paths:
+        candidates = [path.stem, f"{path.parent.name}-{path.stem}", *(f"{path.stem}-{n}" for n in range(2, len(paths) + 2))]
+        stems.append(next(c for c in candidates if c not in stems))
+    return stems
+
+
+def parse_weights(text: str) -> ScoreWeights:
+    """'consistency=20,collaboration=5' -> weights, the others 0.
+
+    Raises:
+        UserError: an unknown score or something that is not a number.
+    """
+    known = [field.name for field in fields(ScoreWeights)]
+    values = dict.fromkeys(known, 0.0)
+    for part in text.split(","):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise UserError(f"--weights {text!r} has an unknown score {name!r}: expected {', '.join(known)}, as in 'consistency=20,collaboration=5'")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise UserError(f"--weights {text!r}: {name} is {number!r}, expected a number") from None
+    return ScoreWeights(**values)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """One name a line; blank lines at the end are ignored."""
+    try:
+        names = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
+    if not names:
+        raise UserError(f"{path} is empty: expected one class name a line")
+    return [name.strip() for name in names]
+
+
+def _kept(base: Path, key: str) -> Explanation | None:
+    """The explanation that an earlier run with the same key wrote completely."""
+    record, arrays = base.with_name(base.name + ".json"), base.with_name(base.name + ".npz")
+    try:
+        if json.loads(record.read_text(encoding="utf-8"))["provenance"]["key"] != key:
+            return None
+        explanation = Explanation.load(arrays)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return explanation if explanation.provenance.get("key") == key else None
+
+
+class _bar:
+    """A progress bar over the regions placed, on a terminal or a log alike; gone when done."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar = tqdm(desc=self._title, total=1, unit="region", leave=False, disable=None, file=sys.stderr)
+
+        def update(done: int, total: int) -> None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(name).name)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what a user can mend."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""explain: regions, objective, search and trajectories composed into one explanation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution.classifier import Classifier
+from attribution.errors import UserError, describe
+from attribution.explanation import Explanation
+from attribution.image import MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
+from attribution.loading import load_classifier
+from attribution.masking import MaskedInputs
+from attribution.objective import ScoreWeights, SubmodularObjective
+from attribution.presets import PRESETS, Preset
+from attribution.regions import Regions, make_regions
+from attribution.search import SEARCHES, Objective, Progress
+
+
+def explain(
+    image: ImageSource,
+    classifier: Classifier | nn.Module | str,
+    target: int | str | None = None,
+    *,
+    regions: Any = None,
+    search: str | Callable[[Objective], Any] | None = None,
+    weights: ScoreWeights | None = None,
+    fill: Fill = "black",
+    pending: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    preset: str | None = None,
+    region_options: Mapping[str, Any] | None = None,
+    search_options: Mapping[str, Any] | None = None,
+    objective_options: Mapping[str, Any] | None = None,
+    max_side: int | None = MAX_SIDE,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Order the regions of an image by how much a classifier's decision rests on them.
+
+    Args:
+        image: whatever ``load_image`` takes.
+        classifier: a ``Classifier``, or what ``load_classifier`` takes.
+        target: class to explain, index or name; the predicted class by default.
+        regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
+            ``Regions``.
+        search: a key of ``SEARCHES`` (default "bidirectional"), or a callable from an objective to an order.
+        weights: of the four scores; default LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
+        fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour.
+        pending: p of the bidirectional search, default 8.
+        seed: of searches that draw.
+        batch_size: most images forwarded at once; the classifier's own by default. It never changes the result.
+        preset: a key of ``PRESETS``; what is given beside it overrides it.
+        region_options, search_options, objective_options: further arguments of the region method, the search and
+            ``SubmodularObjective``.
+        max_side: longer images are shrunk to this side before they are cut into regions; None for no limit. With a label map
+            or masks the image keeps its size.
+        progress: called with (regions placed, R).
+
+    Returns:
+        The order, its trajectories over all R + 1 prefixes and its provenance. ``evaluations`` counts the images that the
+        search forwarded (with the effectiveness score also one for each region), not those of the trajectories.
+
+    Raises:
+        UserError: any input that does not fit, with what was received and what was expected.
+    """
+    started = time.perf_counter()
+    chosen = _preset(preset)
+    classifier = load_classifier(classifier)
+    regions = chosen.regions if regions is None else regions
+    search = chosen.search if search is None else search
+    if regions is None:
+        raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
+    own_batch_size = classifier.batch_size
+    if batch_size is not None:
+        classifier.batch_size = batch_size
+    try:
+        loaded = load_image(image).cpu()
+        if isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions)):
+            loaded = limit_size(loaded, max_side)
+        options = {**(chosen.region_options if regions == chosen.regions else {}), **(region_options or {})}
+        cut = make_regions(loaded, regions, **options)
+        hidden = classifier_fill(loaded, fill, classifier)
+        masked = MaskedInputs(classifier, loaded, cut.labels, hidden)
+        probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
+        wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
+
+        weights = weights or chosen.weights
+        scoring = {**chosen.objective_options, **(objective_options or {})}
+        objective = SubmodularObjective(classifier, masked, wanted, weights, **scoring)
+        p = _pending(chosen.pending if pending is None else pending, cut.count)
+        offered = {"pending": p, "seed": seed, "progress": progress}
+        own_options = chosen.search_options if search == chosen.search else {}
+        order = _run_search(search, objective, offered, {**own_options, **(search_options or {})})
+        insertion, deletion = prefix_probabilities(classifier, masked, order, wanted)
+    finally:
+        classifier.batch_size = own_batch_size
+
+    settings = {
+        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **_plain(options)},
+        "search": search if isinstance(search, str) else getattr(search, "__name__", type(search).__name__),
+        "search_options": _plain({**({"pending": p} if search == "bidirectional" else {}), **own_options, **(search_options or {})}),
+        "weights": vars(weights),
+        "objective_options": _plain(scoring),
+        "fill": fill if isinstance(fill, str) else _plain({"fill": fill})["fill"],
+        "target": target,
+        "preset": preset,
+        "seed": seed,
+        "max_side": max_side,
+    }
+    return Explanation(
+        image=loaded,
+        target=wanted,
+        class_names=classifier.class_names,
+        probabilities=probabilities,
+        regions=cut,
+        order=order,
+        insertion_scores=insertion,
+        deletion_scores=deletion,
+        evaluations=objective.evaluations,
+        provenance={
+            "model": classifier.name,
+            "weights_digest": classifier.weights_digest,
+            "device": str(classifier.device),
+            "settings": _plain(settings),
+            "versions": versions(),
+            "seconds": round(time.perf_counter() - started, 3),
+        },
+    )
+
+
+def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier) -> Tensor:
+    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation."""
+    if isinstance(fill, str) and fill == "model_mean":
+        return make_fill(image, classifier.preprocessing.mean)
+    return make_fill(image, fill)
+
+
+def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
+    size = len(order)
+    shown = torch.zeros(size + 1, size, dtype=torch.bool)
+    shown[:, order] = torch.ones(size + 1, size).tril(-1).bool()
+    shown = shown.to(classifier.device)
+    both = torch.cat([classifier.probabilities(masked(chunk))[:, target] for chunk in torch.cat([shown, ~shown]).split(1024)])
+    insertion, deletion = both.cpu().split(size + 1)
+    return insertion, deletion
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("vision-attribution", "torch", "torchvision", "timm", "numpy", "scikit-image", "opencv-contrib-python-headless"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _preset(name: str | None) -> Preset:
+    name = "default" if name is None else name
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _pending(value: int | str, size: int) -> int:
+    if isinstance(value, str):
+        return max(1, math.ceil(float(value.removesuffix("%")) / 100 * size))
+    if value < 1:
+        raise UserError(f"pending is {value}: expected at least 1")
+    return value
+
+
+def _run_search(search: Any, objective: SubmodularObjective, offered: dict[str, Any], given: dict[str, Any]) -> Tensor:
+    """Offered arguments reach the searches that take them; given ones must be taken."""
+    if isinstance(search, str):
+        if search not in SEARCHES:
+            raise UserError(f"unknown search {search!r}: expected one of {', '.join(SEARCHES)}, or a callable")
+        search = SEARCHES[search]
+    if not callable(search):
+        raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
+    parameters = inspect.signature(search).parameters
+    unknown = [name for name in given if name not in parameters]
+    if unknown:
+        raise UserError(f"search options {', '.join(unknown)} are unknown: this search takes {', '.join(list(parameters)[1:]) or 'none'}")
+    arguments = {name: value for name, value in offered.items() if name in parameters and name not in given}
+    found = torch.as_tensor(search(objective, **arguments, **given)).cpu().long()
+    return _complete(found, objective.size)
+
+
+def _complete(order: Tensor, size: int) -> Tensor:
+    """A search may stop early; the regions it did not place follow by id."""
+    valid = order.ndim == 1 and len(order.unique()) == len(order) and bool(((order >= 0) & (order < size)).all())
+    if not valid:
+        raise UserError(f"the search returned {describe(order)}: expected distinct region ids from 0 to {size - 1}")
+    missing = torch.ones(size, dtype=torch.bool)
+    missing[order] = False
+    return torch.cat([order, missing.nonzero()[:, 0]])
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them; arrays and objects by what they are."""
+    return {key: _plain_value(value) for key, value in values.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _plain({str(k): v for k, v in value.items()})
+    if isinstance(value, tuple | list):
+        return [_plain_value(v) for v in value]
+    if isinstance(value, np.integer | np.floating):
+        return value.item()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return repr(value) if isinstance(value, Classifier) else describe(value)

@@ -1,0 +1,295 @@
+"""Explanation: which regions mattered, in which order, what that order does to the prediction, and how it was found."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.errors import UserError, describe
+from attribution.files import whole_file
+from attribution.regions import Regions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = 1
+_MAX_FILE_VALUES = 2**28  # numbers that one array of a file may hold: what a hostile header can make us allocate
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a search or an attribution method found for one image and one class.
+
+    A search gives regions, an order and the trajectories along it. An attribution method gives a map of pixels only, until
+    ``ranked_over`` turns it into an order.
+
+    Attributes:
+        image: float32 [3, H, W] in [0, 1], what was explained, at the resolution of the regions.
+        target: class index explained.
+        class_names: names of all classes.
+        probabilities: float32 [C], of the whole image.
+        regions: the partition; None for a map of pixels.
+        order: int64 [R], region ids, most important first; None for a map of pixels.
+        insertion_scores: float32 [R+1], probability of the target with the first k regions shown, k = 0...R.
+        deletion_scores: float32 [R+1], probability of the target with the first k regions hidden.
+        pixel_map: float32 [H, W], the map of an attribution method, signed or not; None for a search.
+        evaluations: images forwarded by the search or method.
+        provenance: how it was made (model, weights digest, fill, settings, versions, seed, seconds), plain JSON types.
+    """
+
+    image: Tensor
+    target: int
+    class_names: tuple[str, ...]
+    probabilities: Tensor
+    regions: Regions | None = None
+    order: Tensor | None = None
+    insertion_scores: Tensor | None = None
+    deletion_scores: Tensor | None = None
+    pixel_map: Tensor | None = None
+    evaluations: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target_name(self) -> str:
+        """Name of the class explained."""
+        return self.class_names[self.target]
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the target for the whole image."""
+        return float(self.probabilities[self.target])
+
+    @property
+    def fill_confidence(self) -> float:
+        """Probability of the target for the fill alone, with every region hidden."""
+        return float(self._need(self.insertion_scores, "insertion scores")[0])
+
+    @property
+    def fill_is_informative(self) -> bool:
+        """Whether the fill alone reaches half of the confidence: insertion then says little, and another fill should be tried."""
+        return self.fill_confidence >= 0.5 * self.confidence
+
+    @property
+    def area(self) -> Tensor:
+        """float32 [R+1], exact share of the pixels in the first k regions, k = 0...R."""
+        shares = self._need_regions().area[self._need(self.order, "order")]
+        return torch.cat([shares.new_zeros(1), shares.cumsum(0)]).float().clamp(max=1)
+
+    @property
+    def insertion_auc(self) -> float:
+        """Area under the insertion curve over the exact area axis (trapezoid); higher is better."""
+        return self._auc(self._need(self.insertion_scores, "insertion scores"))
+
+    @property
+    def deletion_auc(self) -> float:
+        """Area under the deletion curve over the exact area axis (trapezoid), most important first; lower is better."""
+        return self._auc(self._need(self.deletion_scores, "deletion scores"))
+
+    @property
+    def gains(self) -> Tensor:
+        """float32 [R], marginal gain of order[k]: the change of insertion - deletion probability when it joins the first k."""
+        difference = self._need(self.insertion_scores, "insertion scores") - self._need(self.deletion_scores, "deletion scores")
+        return difference.diff()
+
+    @property
+    def heatmap(self) -> Tensor:
+        """float32 [H, W] in [0, 1]: ``to_pixels("gain")`` of a search; a method's map without its negative part over its maximum."""
+        if self.order is not None and self.insertion_scores is not None:
+            return self.to_pixels("gain")
+        if self.order is not None:
+            return self.to_pixels("rank")
+        positive = self._need(self.pixel_map, "pixel map").clamp(min=0)
+        top = positive.max()
+        return positive / top if top > 0 else positive
+
+    def to_pixels(self, convention: Literal["gain", "rank"] = "gain") -> Tensor:
+        """The order as a map of pixels, float32 [H, W] in [0, 1], written by region id (black pixels included).
+
+        Args:
+            convention: "gain" (SMDL): from 0 down by the absolute marginal gain of each region in turn, shifted and scaled to
+                [0, 1]; all zeros when no region changes anything. "rank": (R - position) / R, 1 for the first region.
+        """
+        order, regions = self._need(self.order, "order"), self._need_regions()
+        if convention == "gain":
+            along = -self.gains.double().abs().cumsum(0)
+            along = along - along.min()
+            along = along / along.max() if along.max() > 0 else along
+        elif convention == "rank":
+            along = 1 - torch.arange(len(order), dtype=torch.float64) / len(order)
+        else:
+            raise UserError(f"unknown convention {convention!r}: expected 'gain' or 'rank'")
+        by_region = torch.empty_like(along)
+        by_region[order] = along
+        return by_region.float()[regions.labels]
+
+    def regions_needed(self, confidence: float) -> int | None:
+        """The least k for which the first k regions alone reach a probability of the target; None when no prefix does."""
+        if not 0 <= confidence <= 1:
+            raise UserError(f"confidence is {confidence}: expected a probability in [0, 1]")
+        reached = (self._need(self.insertion_scores, "insertion scores") >= confidence).nonzero()
+        return int(reached[0, 0]) if len(reached) else None
+
+    def minimal_regions(self, confidence: float) -> Tensor | None:
+        """The shortest prefix of the order that reaches a probability of the target: int64 [k] region ids, or None."""
+        needed = self.regions_needed(confidence)
+        return None if needed is None else self._need(self.order, "order")[:needed]
+
+    def ranked_over(self, regions: Regions | Tensor) -> Explanation:
+        """The same explanation as an order of regions: by the mean of its map in each, ties by the lowest id.
+
+        Its trajectories are those of another order, so they are left out; the evaluators compute them.
+        """
+        regions = regions if isinstance(regions, Regions) else Regions(regions)
+        values = self.pixel_map if self.pixel_map is not None else self.to_pixels("rank")
+        if values.shape != regions.labels.shape:
+            raise UserError(f"regions are {list(regions.labels.shape)}, the map is {list(values.shape)}: give regions of the same image")
+        sums = torch.zeros(regions.count, dtype=torch.float64).scatter_add_(0, regions.labels.flatten(), values.double().flatten())
+        means = sums / torch.bincount(regions.labels.flatten())
+        order = means.argsort(descending=True, stable=True)
+        return replace(self, regions=regions, order=order, insertion_scores=None, deletion_scores=None)
+
+    def plot(self, **options: Any) -> Figure:
+        """The figure of ``attribution.plotting.plot_explanation``."""
+        from attribution.plotting import plot_explanation
+
+        return plot_explanation(self, **options)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.plot().savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        parts = [f"{self.target_name} {self.confidence:.3f}"]
+        if self.regions is not None:
+            parts.append(f"{self.regions.count} regions")
+        if self.insertion_scores is not None:
+            parts.append(f"insertion {self.insertion_auc:.3f}, deletion {self.deletion_auc:.3f}")
+        parts.append(f"{self.evaluations} evaluations")
+        return f"Explanation({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Explanation):
+            return NotImplemented
+        if self._plain() != other._plain():
+            return False
+        mine, theirs = self._arrays(), other._arrays()
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k], equal_nan=True) for k in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one npz file, whole or not at all; ``load`` gives an equal explanation back."""
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(self._plain())), **self._arrays())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explanation:
+        """Read a file that ``save`` wrote; nothing in it is executed.
+
+        Raises:
+            UserError: missing, damaged or not such a file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            arrays = _read_arrays(path)
+            plain = json.loads(str(arrays.pop("header")))
+            if plain.pop("format") != FORMAT:
+                raise UserError(f"{path} was written by a newer version of this library: upgrade to read it")
+            tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in arrays.items()}
+            if tensors["image"].dtype == torch.uint8:
+                tensors["image"] = tensors["image"].float() / 255
+            method, requested = plain.pop("regions")
+            labels = tensors.pop("labels", None)
+            explanation = cls(
+                regions=None if labels is None else Regions(labels, method, requested),
+                class_names=tuple(plain.pop("class_names")),
+                **tensors,
+                **plain,
+            )
+            explanation._check()
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise UserError(f"{path} is not a saved explanation, or is damaged ({reason})") from None
+        return explanation
+
+    def _plain(self) -> dict[str, Any]:
+        regions = (None, None) if self.regions is None else (self.regions.method, self.regions.requested)
+        plain = {
+            "format": FORMAT,
+            "target": self.target,
+            "class_names": self.class_names,
+            "evaluations": self.evaluations,
+            "regions": regions,
+            "provenance": self.provenance,
+        }
+        return json.loads(json.dumps(plain))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        tensors: Mapping[str, Tensor | None] = {
+            "image": _compact(self.image),
+            "probabilities": self.probabilities,
+            "labels": None if self.regions is None else self.regions.labels,
+            "order": self.order,
+            "insertion_scores": self.insertion_scores,
+            "deletion_scores": self.deletion_scores,
+            "pixel_map": self.pixel_map,
+        }
+        return {name: value.detach().cpu().numpy() for name, value in tensors.items() if value is not None}
+
+    def _check(self) -> None:
+        """Whether the parts of a file belong together."""
+        height, width = self.image.shape[1:]
+        assert self.image.shape[0] == 3
+        ok = len(self.class_names) == len(self.probabilities) and 0 <= self.target < len(self.class_names)
+        if self.regions is not None:
+            ok = ok and self.regions.labels.shape == (height, width)
+            if self.order is not None:
+                ok = ok and self.order.sort().values.equal(torch.arange(self.regions.count))
+                for scores in (self.insertion_scores, self.deletion_scores):
+                    ok = ok and (scores is None or scores.shape == (self.regions.count + 1,))
+        if self.pixel_map is not None:
+            ok = ok and self.pixel_map.shape == (height, width)
+        if not ok:
+            raise ValueError("its arrays do not fit together")
+
+    def _auc(self, scores: Tensor) -> float:
+        return float(torch.trapezoid(scores.double(), self.area.double()))
+
+    def _need_regions(self) -> Regions:
+        if self.regions is None:
+            raise UserError("this explanation is a map of pixels without regions: call ranked_over(regions) first")
+        return self.regions
+
+    def _need(self, value: Tensor | None, name: str) -> Tensor:
+        if value is None:
+            raise UserError(f"this explanation has no {name}: it was not made by a region search ({describe(self.pixel_map)})")
+        return value
+
+
+def _compact(image: Tensor) -> Tensor:
+    """uint8 where that loses nothing: most photos."""
+    rounded = (image * 255).round()
+    return rounded.to(torch.uint8) if torch.equal(rounded / 255, image) else image
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > 8 * _MAX_FILE_VALUES:
+                raise ValueError(f"{entry.filename} would unpack to {entry.file_size:,} bytes")
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}

@@ -1,0 +1,247 @@
+"""Images as one thing: a float32 RGB tensor [3, H, W] in [0, 1], and the fills that stand for 'hidden'."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from attribution.errors import UserError, describe
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+MAX_SIDE = 512
+_INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
+Fill = str | Tensor | np.ndarray | Image.Image | tuple[float, float, float]
+
+
+def load_image(source: ImageSource) -> Tensor:
+    """Read any image a user has into the one form that the library works on.
+
+    Args:
+        source: a path or the bytes of a JPEG (also CMYK), PNG (8 or 16 bit, palette, gray, alpha), WebP, TIFF, BMP or GIF
+            file (the first frame); a PIL image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16, or
+            float in [0, 1]; a tensor [3, H, W] (also [1, H, W], [4, H, W] and a leading dimension of 1) of uint8, or float
+            in [0, 1]. EXIF rotation is applied, transparency is laid over white, colour profiles are not applied.
+
+    Returns:
+        float32 [3, H, W], RGB in [0, 1], on the CPU (a tensor stays on its device).
+
+    Raises:
+        UserError: a missing, empty, truncated or non-image file, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or a shape,
+            dtype or range other than the above.
+    """
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, describe(source))
+    if isinstance(source, Image.Image):
+        return _from_pil(source, "the PIL image")
+    if isinstance(source, bytes):
+        return _from_bytes(source, "the image bytes")
+    if isinstance(source, str | Path):
+        return _from_bytes(_read_file(Path(source)), str(source))
+    raise UserError(f"cannot read an image from {describe(source)}: give a path, PIL image, array [H, W, 3] or tensor [3, H, W]")
+
+
+def demo_image_path() -> Path:
+    """The default photo, Chelsea the cat, where scikit-image keeps it (part of its installation, no download)."""
+    import skimage
+
+    path = Path(skimage.__file__).parent / "data" / "chelsea.png"
+    if not path.is_file():
+        raise UserError(f"the demo photo is missing from scikit-image ({path.name}): reinstall scikit-image, or name an image")
+    return path
+
+
+def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
+    """Shrink an image [3, H, W] so that its long side is at most max_side pixels (antialiased); smaller ones stay as they are."""
+    if max_side is not None and max_side < 1:
+        raise UserError(f"max_side is {max_side}: give a positive number of pixels, or None for no limit")
+    height, width = image.shape[-2:]
+    if max_side is None or max(height, width) <= max_side:
+        return image
+    scale = max_side / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def make_fill(image: Tensor, fill: Fill) -> Tensor:
+    """The image that stands where regions are hidden.
+
+    Args:
+        image: float32 [3, H, W] in [0, 1].
+        fill: a key of ``FILLS`` (black, white, gray, mean: the image's own mean colour, blur: a heavy Gaussian blur of the
+            image), a colour as '#rrggbb' or three numbers in [0, 1], or an image of the same size in any form that
+            ``load_image`` takes.
+
+    Returns:
+        float32 [3, H, W] in [0, 1].
+
+    Raises:
+        UserError: an unknown name, a colour out of range or an image of another size.
+    """
+    if isinstance(fill, str):
+        if fill in FILLS:
+            return FILLS[fill](image)
+        if re.fullmatch(r"#[0-9a-fA-F]{6}", fill):
+            return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        if not Path(fill).is_file():
+            raise UserError(
+                f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file"
+            )
+        filled = load_image(fill)
+    elif isinstance(fill, tuple | list):
+        return _constant(image, _checked_colour(fill))
+    elif isinstance(fill, Tensor | np.ndarray) and fill.ndim == 1:
+        return _constant(image, _checked_colour(fill.tolist()))
+    else:
+        filled = load_image(fill)
+    if filled.shape != image.shape:
+        raise UserError(f"the fill image is {_size(filled)}, the image {_size(image)}: give a fill of the same size, or a colour")
+    return filled.to(image)
+
+
+def _checked_colour(colour: Any) -> list[float]:
+    numeric = len(colour) == 3 and all(isinstance(value, int | float) for value in colour)
+    if not numeric or not all(0 <= value <= 1 for value in colour):
+        raise UserError(f"fill colour {colour!r}: expected three numbers in [0, 1], red, green and blue")
+    return [float(value) for value in colour]
+
+
+def _constant(image: Tensor, colour: list[float]) -> Tensor:
+    return image.new_tensor(colour)[:, None, None].expand_as(image).contiguous()
+
+
+def _blurred(image: Tensor) -> Tensor:
+    """Gaussian blur with a standard deviation of 1/20 of the long side: shapes of objects are gone, colours stay."""
+    height, width = image.shape[-2:]
+    sigma = max(height, width) / 20
+    sizes = []
+    for side in (width, height):
+        reach = min(int(3 * sigma + 0.5), side - 1)  # reflection needs a border narrower than the image
+        sizes.append(2 * reach + 1)
+    return gaussian_blur(image, sizes, [sigma, sigma])
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give an image file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return data
+
+
+def _from_bytes(data: bytes, name: str) -> Tensor:
+    if not data:
+        raise UserError(f"{name} is empty (0 bytes): give an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(
+            f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it first, "
+            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is not an image that Pillow can read: expected JPEG, PNG, WebP, TIFF, BMP or GIF") from None
+    except Exception as error:  # a hostile or broken file can raise anything inside a decoder
+        raise UserError(f"{name} is a damaged image ({error or type(error).__name__}): get a complete copy of the file") from None
+    return _from_pil(picture, name)
+
+
+def _from_pil(picture: Image.Image, name: str) -> Tensor:
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in _INTEGER_16_MODES:
+            return _from_array(np.clip(np.asarray(picture).astype(np.int64), 0, 65535).astype(np.uint16), name)
+        if picture.mode == "F":
+            return _from_array(np.asarray(picture), name)
+        if picture.has_transparency_data:
+            return _from_array(np.asarray(picture.convert("RGBA")), name)
+        return _from_array(np.asarray(picture.convert("RGB")), name)
+    except UserError:
+        raise
+    except Exception as error:  # broken EXIF blocks and palettes fail here
+        raise UserError(f"{name} is a damaged image ({error or type(error).__name__}): get a complete copy of the file") from None
+
+
+def _from_array(array: np.ndarray, name: str) -> Tensor:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise UserError(
+            f"an image array of shape {list(array.shape)} cannot be read: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] "
+            "(a tensor is read as [3, H, W])"
+        )
+    if array.dtype == np.uint16:
+        scaled = torch.from_numpy(array.astype(np.float32) / np.float32(65535))
+    elif array.dtype == np.uint8:
+        scaled = torch.from_numpy(array.copy()).float() / 255
+    elif array.dtype.kind == "f":
+        scaled = _checked_unit_range(torch.from_numpy(array.astype(np.float32)), name)
+    else:
+        raise UserError(f"an image array of dtype {array.dtype} cannot be read: expected uint8, uint16, or float in [0, 1]")
+    return _to_rgb(scaled.permute(2, 0, 1))
+
+
+def _from_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.ndim == 4 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
+        raise UserError(
+            f"an image tensor of shape {list(tensor.shape)} cannot be read: expected [3, H, W] (an array is read as [H, W, 3])"
+        )
+    if tensor.dtype == torch.uint8:
+        return _to_rgb(tensor.float() / 255)
+    if not tensor.is_floating_point():
+        raise UserError(f"an image tensor of dtype {tensor.dtype} cannot be read: expected uint8, or float in [0, 1]")
+    return _to_rgb(_checked_unit_range(tensor.float(), "the image tensor"))
+
+
+def _checked_unit_range(values: Tensor, name: str) -> Tensor:
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails both comparisons
+        raise UserError(f"{name} has float values from {low:.4g} to {high:.4g}: expected [0, 1], before any normalisation")
+    return values.clamp(0, 1)
+
+
+def _to_rgb(image: Tensor) -> Tensor:
+    if image.shape[0] == 1:
+        image = image.expand(3, -1, -1)
+    if image.shape[0] == 4:
+        alpha = image[3:]
+        image = image[:3] * alpha + (1 - alpha)
+    return image.contiguous()
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]}x{image.shape[-2]}"
+
+
+FILLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "black": torch.zeros_like,
+    "white": torch.ones_like,
+    "gray": lambda image: torch.full_like(image, 0.5),
+    "mean": lambda image: image.mean(dim=(1, 2), keepdim=True).expand_as(image).contiguous(),
+    "blur": _blurred,
+}

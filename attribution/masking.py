@@ -1,0 +1,48 @@
+"""Subsets of regions -> model inputs: one matrix product on the device.
+
+Preprocessing P is affine, so with image x, fill f and the indicator m_r of region r the input of a subset s is
+P(f) + sum_r s_r L(m_r (x - f)), L being the linear part of P. The R contributions are computed once; no image is ever resized,
+cropped or normalised again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attribution.classifier import Classifier
+
+_CHUNK_VALUES = 2**24  # floats of masked full-size images held at once while the contributions are made
+
+
+class MaskedInputs:
+    """Model inputs of any subsets of an image's regions.
+
+    Args:
+        classifier: gives preprocessing and device.
+        image: float32 [3, H, W] in [0, 1].
+        labels: int64 [H, W], region ids 0...R-1, none empty.
+        fill: float32 [3, H, W], shown where regions are hidden.
+
+    Attributes:
+        size: R, the number of regions.
+    """
+
+    def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, fill: Tensor) -> None:
+        device, preprocess = classifier.device, classifier.preprocessing
+        image, labels, fill = image.to(device), labels.to(device), fill.to(device)
+        self.size = int(labels.max()) + 1
+        self._shape = (3, *preprocess.size)
+        self._hidden = preprocess(fill[None]).flatten()
+        self._contributions = self._hidden.new_empty(self.size, self._hidden.numel())
+        difference = image - fill
+        step = max(1, _CHUNK_VALUES // difference.numel())
+        for start in range(0, self.size, step):
+            regions = torch.arange(start, min(start + step, self.size), device=device)
+            masked = (labels == regions[:, None, None])[:, None] * difference
+            self._contributions[start : start + step] = preprocess.linear(masked).flatten(1)
+
+    def __call__(self, subsets: Tensor) -> Tensor:
+        """Inputs with the given regions shown on the fill: bool [n, R] -> float32 [n, 3, h, w]."""
+        shown = subsets.to(self._contributions)
+        return torch.addmm(self._hidden, shown, self._contributions).unflatten(1, self._shape)

@@ -1,0 +1,50 @@
+"""What the tests share: threads, the demo photo, the two zoo classifiers, and the folder that may be absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import attribution as at
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+
+
+@pytest.fixture(scope="session")
+def cat() -> Tensor:
+    """The demo photo, float32 [3, 300, 451]."""
+    return at.load_image(at.demo_image_path())
+
+
+@pytest.fixture(scope="session")
+def small_cat(cat: Tensor) -> Tensor:
+    """The demo photo shrunk to the zoo's size, float32 [3, 32, 32]."""
+    return torch.nn.functional.interpolate(cat[None], size=(32, 32), mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+@pytest.fixture(scope="session")
+def cnn() -> at.Classifier:
+    return at.load_classifier("zoo:cnn", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def vit() -> at.Classifier:
+    return at.load_classifier("zoo:vit", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden values and data beside the checkout; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder with golden values (../shared) is not here")
+    return SHARED
