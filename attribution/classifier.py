@@ -262,12 +262,17 @@ class Classifier:
             scale: factor of the logits (100 for CLIP).
             normalize: divide features and embeddings by their L2 norms first (CLIP's cosine).
             class_names: C names; this classifier's own when it has as many classes.
+
+        Raises:
+            UserError: not a matrix, or another number of names than rows.
         """
         matrix = torch.as_tensor(matrix, dtype=torch.float32, device=self.device)
         if matrix.ndim != 2:
             raise UserError(f"prototypes are {describe(matrix)}: expected a matrix [classes, features]")
         if class_names is None and self.num_classes == len(matrix):
             class_names = self.class_names
+        if class_names is not None and len(class_names) != len(matrix):
+            raise UserError(f"{len(matrix)} prototypes, but {len(class_names)} class names were given: give one for each")
         return _PrototypeClassifier(self, matrix.detach(), float(scale), normalize, class_names)
 
     @cached_property
@@ -284,9 +289,7 @@ class Classifier:
         return rows.shape[1], rows.shape[1] > 1 and sums_to_one and bool((rows >= 0).all())
 
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        expected = (3, *self.preprocessing.size)
-        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
-            raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
+        self._check_inputs(inputs)
         count, returns_probabilities = self._probe
         if self._class_names is not None and len(self._class_names) != count:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
@@ -304,6 +307,11 @@ class Classifier:
             if returns_probabilities:
                 scores = scores.log()
             return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
+
+    def _check_inputs(self, inputs: Any) -> None:
+        expected = (3, *self.preprocessing.size)
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
+            raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
 
     def _call(self, inputs: Tensor) -> Tensor:
         if isinstance(self.module, nn.Module):
@@ -331,7 +339,7 @@ class Classifier:
         modules = dict(self.module.named_modules())
         if self._head is not None:
             if self._head not in modules:
-                raise UserError(f"{self.name} has no layer {self._head!r}: its last layers are {', '.join(list(modules)[-4:])}")
+                raise UserError(f"{self.name} has no layer {self._head!r}: its last layers are {', '.join([n for n in modules if n][-4:])}")
             return [modules[self._head]]
         count = self._probe[0]
         for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
@@ -352,7 +360,7 @@ class Classifier:
         elif isinstance(output, tuple | list) and len(output):
             output = output[0]
         if isinstance(output, np.ndarray):
-            output = torch.from_numpy(np.ascontiguousarray(output))
+            output = torch.from_numpy(output.copy())  # torch takes neither read-only nor flipped arrays
         shaped = isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == count and output.shape[1] > 0
         if not shaped:
             raise UserError(f"{self.name} returned {_describe_output(received)} for {count} images: expected scores [{count}, classes]")
@@ -400,13 +408,16 @@ class _PrototypeClassifier(Classifier):
         return hashlib.sha256(settings.encode() + self._matrix.cpu().numpy().tobytes()).hexdigest()
 
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        features = self._base.features(inputs)
+        self._check_inputs(inputs)
+        features = torch.cat([self._base.features(chunk) for chunk in inputs.split(self.batch_size)])
         matrix = self._matrix.to(features.device)
         if features.shape[1] != matrix.shape[1]:
             raise UserError(f"prototypes have {matrix.shape[1]} features, {self._base.name} has {features.shape[1]}: give [classes, {features.shape[1]}]")
         if self._normalize:
             features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
-        return self._scale * features @ matrix.T, features
+        scores = self._scale * features @ matrix.T
+        self._check_finite(scores)
+        return scores, features
 
 
 def automatic_batch_size(pixels: int, device: torch.device) -> int:

@@ -222,7 +222,8 @@ class Job:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         digest = hashlib.sha256(content)
-        digest.update(f"{classifier.name} {classifier.weights_digest} {classifier.preprocessing} {__version__}".encode())
+        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names)
+        digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
             if name == "region_options" and "heatmap" in value:
                 digest.update(np.ascontiguousarray(value["heatmap"]).tobytes())

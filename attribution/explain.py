@@ -87,7 +87,8 @@ def explain(
         loaded = load_image(image).cpu()
         if isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions)):
             loaded = limit_size(loaded, max_side)
-        options = {**(chosen.region_options if regions == chosen.regions else {}), **(region_options or {})}
+        published = isinstance(regions, str) and regions == chosen.regions
+        options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
         hidden = classifier_fill(loaded, fill, classifier)
         masked = MaskedInputs(classifier, loaded, cut.labels, hidden)
@@ -99,8 +100,8 @@ def explain(
         objective = SubmodularObjective(classifier, masked, wanted, weights, **scoring)
         p = _pending(chosen.pending if pending is None else pending, cut.count)
         offered = {"pending": p, "seed": seed, "progress": progress}
-        own_options = chosen.search_options if search == chosen.search else {}
-        order = _run_search(search, objective, offered, {**own_options, **(search_options or {})})
+        searching = {**(chosen.search_options if search == chosen.search else {}), **(search_options or {})}
+        order = _run_search(search, objective, offered, searching)
         insertion, deletion = prefix_probabilities(classifier, masked, order, wanted)
     finally:
         classifier.batch_size = own_batch_size
@@ -108,7 +109,7 @@ def explain(
     settings = {
         "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **_plain(options)},
         "search": search if isinstance(search, str) else getattr(search, "__name__", type(search).__name__),
-        "search_options": _plain({**({"pending": p} if search == "bidirectional" else {}), **own_options, **(search_options or {})}),
+        "search_options": _plain({**({"pending": p} if search == "bidirectional" else {}), **searching}),
         "weights": vars(weights),
         "objective_options": _plain(scoring),
         "fill": fill if isinstance(fill, str) else _plain({"fill": fill})["fill"],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,7 @@ def make_fill(image: Tensor, fill: Fill) -> Tensor:
             return FILLS[fill](image)
         if re.fullmatch(r"#[0-9a-fA-F]{6}", fill):
             return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        if not Path(fill).is_file():
+        if not os.path.isfile(fill):  # unlike Path.is_file, also False for a name too long to exist
             raise UserError(
                 f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file"
             )
@@ -114,7 +116,7 @@ def make_fill(image: Tensor, fill: Fill) -> Tensor:
 
 
 def _checked_colour(colour: Any) -> list[float]:
-    numeric = len(colour) == 3 and all(isinstance(value, int | float) for value in colour)
+    numeric = len(colour) == 3 and all(isinstance(value, Real) for value in colour)
     if not numeric or not all(0 <= value <= 1 for value in colour):
         raise UserError(f"fill colour {colour!r}: expected three numbers in [0, 1], red, green and blue")
     return [float(value) for value in colour]
@@ -142,8 +144,8 @@ def _read_file(path: Path) -> bytes:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: give an image file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return data
 
 
@@ -192,7 +194,7 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
             f"an image array of shape {list(array.shape)} cannot be read: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] "
             "(a tensor is read as [3, H, W])"
         )
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         scaled = torch.from_numpy(array.astype(np.float32) / np.float32(65535))
     elif array.dtype == np.uint8:
         scaled = torch.from_numpy(array.copy()).float() / 255

@@ -50,6 +50,8 @@ def load_classifier(
     Raises:
         UserError: unknown model, weights that cannot be had, or a checkpoint that does not fit, saying how.
     """
+    if checkpoint is not None and (isinstance(model, Classifier | nn.Module) or Path(str(model)).suffix == ".safetensors"):
+        raise UserError(f"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: {describe(model)} has its own weights")
     if isinstance(model, Classifier):
         return model
     if isinstance(model, nn.Module):
@@ -83,7 +85,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         UserError: the architecture has no name by which it could be built again.
     """
     source = classifier.name.partition(":")[0]
-    if source not in SOURCES or not isinstance(classifier.module, nn.Module):
+    if source not in SOURCES or type(classifier) is not Classifier or not isinstance(classifier.module, nn.Module):
         raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
     way = classifier.preprocessing
     card = {

@@ -103,7 +103,7 @@ def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, c
         requested = count = _checked_count(count, image)
         rows = min(max(1, round(math.sqrt(count * height / width))), height)
         columns = min(max(1, round(count / rows)), width)
-    rows, columns = rows or columns, columns or rows
+    rows, columns = columns if rows is None else rows, rows if columns is None else columns
     if rows is None or columns is None or not (0 < rows <= height and 0 < columns <= width):
         raise UserError(f"a grid of {rows}x{columns} cells does not fit an image of {height}x{width} pixels (rows x columns)")
     vertical = torch.arange(height) * rows // height
@@ -300,13 +300,15 @@ def from_masks(
     Raises:
         UserError: no masks, masks that are not [R, H, W], or an unknown variant.
     """
-    stack = torch.stack([torch.as_tensor(m) for m in masks]) if isinstance(masks, list | tuple) else torch.as_tensor(masks)
+    stack = _as_tensor(masks, "masks", "bool [R, H, W] with at least one mask")
     if stack.ndim != 3 or 0 in stack.shape:
         raise UserError(f"masks are {describe(stack)}: expected bool [R, H, W] with at least one mask")
     if variant not in ("fixed", "smdl", "lima"):
         raise UserError(f"unknown variant {variant!r}: expected fixed, smdl or lima")
     if variant == "lima" and image is None:
         raise UserError("variant 'lima' looks at the colour of what no mask covers: give the image")
+    if image is not None and image.shape[1:] != stack.shape[1:]:
+        raise UserError(f"masks are {describe(stack)}, the image is {describe(image)}: give masks at the image's own resolution")
     owned = _without_overlaps(stack.bool().clone())
     kept = owned[owned.flatten(1).sum(1) > smallest * owned[0].numel()]
     labels = torch.full(stack.shape[1:], -1, dtype=torch.int64)
@@ -330,7 +332,7 @@ def partition(labels: Any) -> Tensor:
     Raises:
         UserError: not a two-dimensional array of integers.
     """
-    labels = torch.as_tensor(labels)
+    labels = _as_tensor(labels, "the label map", "integers [H, W]")
     if labels.ndim != 2 or 0 in labels.shape or labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise UserError(f"the label map is {describe(labels)}: expected integers [H, W]")
     labels = labels.long()
@@ -342,10 +344,20 @@ def _from_user(value: Any, image: Tensor) -> Regions:
     array = value if isinstance(value, Tensor | np.ndarray | list) else None
     if array is None:
         raise UserError(f"regions are {describe(value)}: expected one of {', '.join(REGIONS)}, an int label map [H, W] or bool masks [R, H, W]")
-    tensor = torch.stack([torch.as_tensor(v) for v in array]) if isinstance(array, list) else torch.as_tensor(array)
+    tensor = _as_tensor(array, "the regions", "an int label map [H, W] or bool masks [R, H, W]")
     if tensor.ndim == 3 and tensor.dtype == torch.bool:
         return from_masks(tensor, image)
     return Regions(tensor.cpu())
+
+
+def _as_tensor(value: Any, what: str, expected: str) -> Tensor:
+    def single(item: Any) -> Tensor:
+        return torch.as_tensor(item.copy() if isinstance(item, np.ndarray) else item)  # torch takes neither read-only nor flipped arrays
+
+    try:
+        return torch.stack([single(item) for item in value]) if isinstance(value, list | tuple) else single(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} cannot be read ({error}): expected {expected}") from None
 
 
 def _call_method(method: Callable[..., Any], image: Tensor, name: str, options: Mapping[str, Any]) -> Any:
@@ -415,12 +427,12 @@ def _checked_count(count: int, image: Tensor) -> int:
 
 
 def _seeds_fit(width: int, height: int, count: int, levels: int) -> bool:
-    """Whether OpenCV's SEEDS has at least one block a side at every level; it crashes the process where it has none."""
+    """Whether OpenCV's SEEDS has two levels and at least one block a side at each; it crashes the process where it has not."""
     down = int(math.sqrt(max(count, 10) * height / width))
     across = down * width // height
     if down < 1 or across < 1:
         return False
-    for level in range(max(levels, 2), 0, -1):
+    for level in range(max(levels, 2), 1, -1):
         block_width, block_height = width / across / 2 ** (level - 1), height / down / 2 ** (level - 1)
         if block_width >= 1 and block_height >= 1:
             tops = (width // (math.ceil(block_width) * 2 ** (level - 1)), height // (math.ceil(block_height) * 2 ** (level - 1)))

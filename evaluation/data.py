@@ -137,7 +137,8 @@ def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) ->
             entries = [entry for entry in archive if entry.isfile() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is not a readable uncompressed tar file ({error}): unpack it, or make it anew") from None
-    members = sorted((entry.name.removeprefix("./").removeprefix(f"{split}/"), entry) for entry in entries)
+    named = {entry.name.removeprefix("./").removeprefix(f"{split}/"): entry for entry in entries}  # the last of a name counts, as in tar
+    members = [(name, named[name]) for name in sorted(named)]
 
     def read(entry: tarfile.TarInfo) -> bytes:
         with path.open("rb") as file:

@@ -1,0 +1,169 @@
+"""Speed of a search against the pure forward time of the images it evaluates; prints tables, ratios of one run.
+
+    python scripts/bench_speed.py
+
+Searches and forward passes of the same number of images in the best batch size alternate, so that a change of the machine's
+speed meets both; the median ratio is printed. Weights do not matter for speed, so timm models are randomly initialised.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import attribution as at
+from attribution.search import SEARCHES
+
+BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def seconds(job: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def forward(classifier: at.Classifier, inputs: torch.Tensor, count: int, batch_size: int) -> None:
+    """The pure model on count images, nothing else."""
+    classifier.module.eval()
+    done = 0
+    while done < count:
+        now = min(batch_size, count - done)
+        classifier.module(inputs[:now])
+        done += now
+
+
+def best_batch_size(classifier: at.Classifier, inputs: torch.Tensor, images: int, repeats: int = 3) -> int:
+    """The batch size with the least time an image, the median of interleaved repeats."""
+    sizes = [size for size in BATCH_SIZES if size <= max(images, BATCH_SIZES[0])]
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(repeats):
+        for size in sizes:
+            count = max(size, images // size * size)
+            times[size].append(seconds(lambda: forward(classifier, inputs, count, size), classifier.device) / count)
+    return min(sizes, key=lambda size: statistics.median(times[size]))
+
+
+def prepared(spec: str, regions: int, device: str) -> tuple[at.Classifier, torch.Tensor, torch.Tensor]:
+    classifier = at.load_classifier(spec, device=device, pretrained=False)
+    image = at.load_image(at.demo_image_path())
+    square = torch.nn.functional.interpolate(image[None], size=(224, 224), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    side = round(regions**0.5)
+    rows = next(r for r in range(side, 0, -1) if regions % r == 0)
+    return classifier, square, at.make_regions(square, "grid", rows=rows, columns=regions // rows).labels
+
+
+def run_search(classifier: at.Classifier, image: torch.Tensor, labels: torch.Tensor, name: str) -> int:
+    """Masking, objective and search, as explain composes them; the number of images forwarded."""
+    masked = at.MaskedInputs(classifier, image, labels, torch.zeros_like(image))
+    objective = at.SubmodularObjective(classifier, masked, 3)
+    SEARCHES[name](objective)
+    return objective.evaluations
+
+
+def overhead(spec: str, regions: int, repeats: int, device: str) -> list[str]:
+    classifier, image, labels = prepared(spec, regions, device)
+    inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
+    chosen = classifier.batch_size
+    best = best_batch_size(classifier, inputs, 512 if classifier.preprocessing.size[0] < 64 else 64)
+    images = run_search(classifier, image, labels, "bidirectional")
+    ratios, forwards = [], []
+    for _ in tqdm(range(repeats), desc=spec, leave=False):
+        before = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
+        search = seconds(lambda: run_search(classifier, image, labels, "bidirectional"), classifier.device)
+        after = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
+        forwards.append((before + after) / 2)
+        ratios.append(search / forwards[-1])
+    rate = images / statistics.median(forwards)
+    spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
+    return [spec, str(regions), str(images), str(chosen), str(best), f"{rate:.0f}", f"{statistics.median(ratios):.3f}", spread]
+
+
+def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
+    """In a process of its own: the peak after forward passes alone, and after a search of a few steps."""
+    classifier, image, labels = prepared(spec, regions, device)
+    inputs = torch.randn(classifier.batch_size, 3, *classifier.preprocessing.size, device=classifier.device)
+    forward(classifier, inputs, 2 * len(inputs), len(inputs))
+    alone = peak_bytes(classifier.device)
+    masked = at.MaskedInputs(classifier, image, labels, torch.zeros_like(image))
+    SEARCHES["greedy"](at.SubmodularObjective(classifier, masked, 3), count=1)
+    results.put((alone, peak_bytes(classifier.device)))
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def memory_rows(specs: list[str], device: str) -> list[list[str]]:
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for spec in specs:
+        for regions in (50, 200):
+            results = context.Queue()
+            process = context.Process(target=peak_memory, args=(spec, regions, device, results))
+            process.start()
+            alone, peak = results.get()
+            process.join()
+            rows.append([spec, str(regions), f"{alone / 2**20:.0f}", f"{peak / 2**20:.0f}", f"{peak / alone:.2f}"])
+    return rows
+
+
+def evaluation_rows() -> list[list[str]]:
+    rows = []
+    for name in SEARCHES:
+        counts = []
+        for regions in (25, 49, 64, 100):
+            classifier, image, labels = prepared("zoo:cnn", regions, "cpu")
+            counts.append(run_search(classifier, image, labels, name))
+        rows.append([name, *map(str, counts)])
+    return rows
+
+
+def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help="Models to measure.")] = None,
+    regions: Annotated[int, typer.Option(min=4, help="R of the overhead table.")] = 49,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of search and forward passes.")] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """Print overhead, peak memory and evaluations of the searches."""
+    torch.set_num_threads(threads)
+    specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
+    headings = ["model", "R", "images", "batch", "best batch", "forward/s", "search / forward", "range"]
+    title = f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
+    print_table(title, headings, [overhead(spec, regions, repeats, device) for spec in specs])
+    print_table("Peak memory, MiB", ["model", "R", "forward alone", "with search", "ratio"], memory_rows(specs, device))
+    print_table("Images forwarded by a search of all R regions (zoo:cnn)", ["search", "25", "49", "64", "100"], evaluation_rows())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import attribution as at
+from attribution.presets import PRESETS
+
+
+def snapshot(classifier: at.Classifier) -> tuple:
+    module = classifier.module
+    return (
+        [m.training for m in module.modules()],
+        {name: value.clone() for name, value in module.state_dict().items()},
+        [(p.requires_grad, p.grad) for p in module.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()],
+        classifier.batch_size,
+    )
+
+
+def same(a: tuple, b: tuple) -> bool:
+    weights = a[1].keys() == b[1].keys() and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+    return weights and a[0] == b[0] and a[2:] == b[2:]
+
+
+@pytest.mark.parametrize("weights", [None, at.ScoreWeights(20, 5, 1, 0.05)])
+def test_contract(cnn: at.Classifier, small_cat: Tensor, weights: at.ScoreWeights | None) -> None:
+    explanation = at.explain(small_cat, cnn, regions="grid", region_options={"count": 16}, weights=weights)
+    assert explanation.order.dtype == torch.int64
+    assert sorted(explanation.order.tolist()) == list(range(16))
+    assert explanation.insertion_scores.dtype == explanation.deletion_scores.dtype == explanation.area.dtype == torch.float32
+    black = torch.zeros_like(small_cat)
+    shown = torch.zeros_like(explanation.regions.labels, dtype=torch.bool)
+    for k in range(17):
+        if k:
+            shown |= explanation.regions.labels == explanation.order[k - 1]
+        kept = cnn.probabilities(cnn.inputs(torch.where(shown, small_cat, black)))[0, 3]
+        left = cnn.probabilities(cnn.inputs(torch.where(shown, black, small_cat)))[0, 3]
+        assert float(explanation.insertion_scores[k]) == pytest.approx(float(kept), abs=1e-5)
+        assert float(explanation.deletion_scores[k]) == pytest.approx(float(left), abs=1e-5)
+        assert float(explanation.area[k]) == pytest.approx(float(shown.float().mean()))
+    assert explanation.target_name == "cat"
+    assert explanation.heatmap.shape == (32, 32)
+    assert explanation.heatmap.max() == 1
+    assert explanation.provenance["model"] == "zoo:cnn"
+    assert explanation.provenance["weights_digest"] == cnn.weights_digest
+    assert explanation.provenance["settings"]["fill"] == "black"
+    assert explanation.provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_result_does_not_depend_on_the_batch_size(vit: at.Classifier, small_cat: Tensor) -> None:
+    runs = [at.explain(small_cat, vit, regions="grid", region_options={"count": 16}, batch_size=b) for b in (1, 7, 512)]
+    for other in runs[1:]:
+        assert torch.equal(runs[0].order, other.order)
+        assert torch.allclose(runs[0].insertion_scores, other.insertion_scores, atol=1e-5)
+
+
+def test_the_model_leaves_as_it_came(cnn: at.Classifier, small_cat: Tensor) -> None:
+    module = at.load_classifier("zoo:cnn", device="cpu").module
+    module.train()
+    module.layer2.eval()
+    module.fc.weight.requires_grad_(False)
+    way = cnn.preprocessing
+    classifier = at.Classifier(module, size=32, mean=way.mean, std=way.std, class_names=cnn.class_names)
+    before = snapshot(classifier)
+    at.explain(small_cat, classifier, regions="grid", region_options={"count": 9}, weights=at.ScoreWeights(1, 1, 1, 1), batch_size=3)
+    assert same(before, snapshot(classifier))
+    with pytest.raises(at.UserError):
+        at.explain(small_cat, classifier, regions="nonsense", batch_size=3)
+    assert same(before, snapshot(classifier))
+
+
+@pytest.mark.parametrize("target", [3, "cat", "CAT", np.int64(3), "3"])
+def test_targets(cnn: at.Classifier, small_cat: Tensor, target: object) -> None:
+    assert at.explain(small_cat, cnn, target, regions="grid", region_options={"count": 4}).target == 3
+
+
+def test_black_box_callable(small_cat: Tensor) -> None:
+    def brightness(batch: Tensor) -> np.ndarray:
+        assert not batch.requires_grad
+        top = batch[:, :, :16].mean(dim=(1, 2, 3)).numpy()
+        return np.stack([1 - top, top], axis=1)
+
+    black_box = at.Classifier(brightness, size=32, class_names=["dark", "bright"])
+    explanation = at.explain(small_cat, black_box, "bright", regions="grid", region_options={"count": 16})
+    assert set(explanation.order[:8].tolist()) == set(range(8))
+    assert explanation.provenance["weights_digest"] is None
+    explanation.plot()
+
+
+def test_bare_module(small_cat: Tensor) -> None:
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    explanation = at.explain(small_cat, at.Classifier(module, size=32), regions="grid", region_options={"count": 4})
+    assert explanation.target_name.startswith("class ")
+    with pytest.raises(at.UserError, match="no input size"):
+        at.explain(small_cat, module)
+
+
+@pytest.mark.parametrize("fill", ["black", "gray", "blur", "model_mean", "#102030", (0.1, 0.2, 0.3)])
+def test_fills(cnn: at.Classifier, small_cat: Tensor, fill: object) -> None:
+    explanation = at.explain(small_cat, cnn, regions="grid", region_options={"count": 4}, fill=fill)
+    shown = at.make_fill(small_cat, cnn.preprocessing.mean if fill == "model_mean" else fill)
+    wanted = cnn.probabilities(cnn.inputs(shown))[0, explanation.target]
+    assert float(explanation.insertion_scores[0]) == pytest.approx(float(wanted), abs=1e-5)
+    if fill == "model_mean":
+        assert cnn.inputs(shown).abs().max() < 1e-5
+
+
+def test_label_maps_masks_and_callables(cnn: at.Classifier, cat: Tensor) -> None:
+    labels = (torch.arange(300)[:, None] // 150 * 2 + torch.arange(451) // 226) * 7
+    by_map = at.explain(cat, cnn, regions=labels.numpy())
+    assert by_map.regions.count == 4
+    masks = torch.stack([labels == value for value in (0, 7, 14, 21)])
+    for same_regions in (masks, masks.numpy(), lambda image: labels, at.Regions(labels)):
+        other = at.explain(cat, cnn, regions=same_regions)
+        assert torch.equal(other.order, by_map.order)
+        assert other.insertion_auc == pytest.approx(by_map.insertion_auc)
+
+
+def test_large_images_are_shrunk_first(cnn: at.Classifier) -> None:
+    large = torch.rand(3, 300, 900, generator=torch.Generator().manual_seed(0))
+    assert at.explain(large, cnn, regions="grid", region_options={"count": 4}).regions.labels.shape == (171, 512)
+    assert at.explain(large, cnn, regions="grid", region_options={"count": 4}, max_side=None).image.shape == large.shape
+
+
+def test_one_region(cnn: at.Classifier, small_cat: Tensor) -> None:
+    explanation = at.explain(small_cat, cnn, regions=torch.zeros(32, 32, dtype=torch.int64))
+    assert explanation.order.tolist() == [0]
+    assert explanation.area.tolist() == [0, 1]
+    assert explanation.evaluations == 0
+    explanation.plot()
+
+
+def test_a_search_may_stop_early(cnn: at.Classifier, small_cat: Tensor) -> None:
+    options = {"regions": "grid", "region_options": {"count": 9}, "search": "greedy"}
+    whole = at.explain(small_cat, cnn, **options)
+    part = at.explain(small_cat, cnn, **options, search_options={"count": 3})
+    assert part.order[:3].tolist() == whole.order[:3].tolist()
+    assert part.order[3:].tolist() == sorted(part.order[3:].tolist())
+    assert part.evaluations == 2 * (9 + 8 + 7)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets(name: str, cnn: at.Classifier, small_cat: Tensor) -> None:
+    preset = PRESETS[name]
+    options: dict = {"preset": name}
+    if preset.regions is None:
+        with pytest.raises(at.UserError, match="works on masks"):
+            at.explain(small_cat, cnn, preset=name)
+        options["regions"] = at.make_regions(small_cat, "grid", count=9).masks
+    elif preset.regions == "saliency_patches":
+        options["region_options"] = {"heatmap": small_cat.mean(0)}
+    if preset.search == "greedy":
+        options["search_options"] = {"count": 3}
+    if "region_size" in preset.region_options:
+        options["region_options"] = {"region_size": 10}
+    explanation = at.explain(small_cat, cnn, **options)
+    settings = explanation.provenance["settings"]
+    assert settings["weights"] == vars(preset.weights)
+    assert settings["preset"] == name
+    if preset.search == "bidirectional":
+        share = -(-explanation.regions.count * 15 // 100)
+        assert settings["search_options"]["pending"] == (share if preset.pending == "15%" else preset.pending)
+
+
+def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tensor) -> None:
+    weights = at.ScoreWeights(1, 0, 0, 0)
+    explanation = at.explain(small_cat, cnn, preset="lima-paper", weights=weights, regions="grid", search="greedy", pending=3)
+    settings = explanation.provenance["settings"]
+    assert settings["weights"] == vars(weights)
+    assert settings["regions"]["method"] == "grid"
+    assert settings["search"] == "greedy"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regions": "voronoi"}, "unknown regions 'voronoi'"),
+        ({"search": "exhaustive"}, "unknown search 'exhaustive'"),
+        ({"search": 3}, "search is int"),
+        ({"search": lambda objective: [0, 0]}, "distinct region ids"),
+        ({"search": lambda objective: [99]}, "distinct region ids"),
+        ({"search_options": {"depth": 2}}, "search options depth are unknown"),
+        ({"region_options": {"depth": 2}}, "does not take these options"),
+        ({"preset": "best"}, "unknown preset 'best'"),
+        ({"fill": "pink"}, "unknown fill 'pink'"),
+        ({"target": "unicorn"}, "no class 'unicorn'"),
+        ({"target": 10}, "class index 10 is out of range"),
+        ({"pending": 0}, "pending is 0"),
+        ({"max_side": 0}, "max_side is 0"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"regions": torch.zeros(5, 5, dtype=torch.int64)}, "label map is 5x5, the image 32x32"),
+    ],
+)
+def test_bad_input(cnn: at.Classifier, small_cat: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.explain(small_cat, cnn, **options)
+
+
+def test_a_model_that_breaks_says_what_came_back(small_cat: Tensor) -> None:
+    calls = 0
+
+    def breaks(batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        rows = batch.mean((2, 3))
+        return rows if calls < 4 else rows * torch.nan
+
+    with pytest.raises(at.UserError, match="returned nan for class 0"):
+        at.explain(small_cat, at.Classifier(breaks, size=32), regions="grid")
+
+
+def test_from_a_path(cnn: at.Classifier, small_cat: Tensor, tmp_path: Path) -> None:
+    pixels = (small_cat * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    options = {"regions": "grid", "region_options": {"count": 9}}
+    from_path = at.explain(tmp_path / "cat.png", cnn, **options)
+    from_array = at.explain(pixels, cnn, **options)
+    assert torch.equal(from_path.order, from_array.order)
+    assert torch.equal(from_path.image, from_array.image)

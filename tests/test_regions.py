@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+import attribution as at
+from attribution.image import limit_size
+from attribution.regions import partition
+
+SIZES = {"square": (32, 32), "odd": (33, 47), "photo": (64, 96)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "saliency_patches": {"heatmap": torch.linspace(0, 1, 36).view(6, 6).sin(), "side": 6, "cells_per_region": 5}
+}
+
+
+def shrunk(cat: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(cat[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def assert_partition(regions: at.Regions, height: int, width: int) -> None:
+    labels = regions.labels
+    assert labels.dtype == torch.int64
+    assert labels.shape == (height, width)
+    assert sorted(set(labels.flatten().tolist())) == list(range(regions.count))
+    sizes = [int((labels == index).sum()) for index in range(regions.count)]
+    assert regions.area.dtype == torch.float64
+    assert torch.allclose(regions.area, torch.tensor(sizes, dtype=torch.float64) / (height * width), rtol=1e-12)
+    assert math.isclose(regions.area.sum().item(), 1, rel_tol=1e-12)
+    assert torch.equal(regions.masks.sum(0), torch.ones_like(labels))
+    assert all(torch.equal(mask, labels == index) for index, mask in enumerate(regions.masks))
+
+
+@pytest.mark.parametrize("name", at.REGIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_method_cuts_one_partition_the_same_twice(name: str, size: str, cat: Tensor) -> None:
+    image = limit_size(cat, 96) if size == "photo" else shrunk(cat, SIZES[size])
+    before = image.clone()
+    options = OPTIONS.get(name, {})
+    regions = at.make_regions(image, name, **options)
+    assert_partition(regions, *image.shape[1:])
+    assert regions.method == name
+    assert torch.equal(regions.labels, at.make_regions(image, name, **options).labels)
+    assert torch.equal(image, before)
+    if name == "saliency_patches":
+        assert (regions.requested, regions.count) == (7, 8)
+    else:
+        assert regions.requested == (50 if name == "seeds" else 49)
+        asked = at.make_regions(image, name, count=20)
+        assert asked.requested == 20
+        assert (4 if name == "seeds" else 8) <= asked.count <= 40
+        assert asked.count <= regions.count
+        assert repr(asked) == f"Regions({name}, {asked.count} (20 requested), {image.shape[2]}x{image.shape[1]})"
+
+
+@pytest.mark.parametrize("count", [1, 4, 49, 64])
+def test_grid_of_a_square_number_is_exact_squares(count: int) -> None:
+    side = math.isqrt(count)
+    labels = at.make_regions(torch.zeros(3, 448, 448), "grid", count=count).labels
+    cell = 448 // side
+    expected = [[(y // cell) * side + x // cell for x in range(448)] for y in range(448)]
+    assert labels.tolist() == expected
+
+
+def test_grid_of_64_on_32_pixels_is_4x4_squares() -> None:
+    regions = at.make_regions(torch.zeros(3, 32, 32), "grid", count=64)
+    assert regions.labels.tolist() == [[(y // 4) * 8 + x // 4 for x in range(32)] for y in range(32)]
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_grid_spreads_the_remainder(height: int, width: int, data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    regions = at.make_regions(torch.zeros(3, height, width), "grid", rows=rows, columns=columns)
+    labels = regions.labels
+    assert regions.count == rows * columns
+    heights = torch.bincount(labels[:, 0] // columns)
+    widths = torch.bincount(labels[0])
+    assert heights.max() - heights.min() <= 1
+    assert widths.max() - widths.min() <= 1
+    assert torch.equal(labels, (labels[:, :1] // columns) * columns + labels[:1])
+    assert (labels.diff(dim=0) >= 0).all()
+    assert (labels.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize(("options", "shape"), [({"rows": 3}, "3x3"), ({"columns": 2}, "2x2"), ({"rows": 1, "columns": 4}, "1x4")])
+def test_grid_by_rows_and_columns(options: dict, shape: str) -> None:
+    regions = at.make_regions(torch.zeros(3, 12, 12), "grid", **options)
+    rows, columns = map(int, shape.split("x"))
+    assert regions.labels.tolist() == [[y * rows // 12 * columns + x * columns // 12 for x in range(12)] for y in range(12)]
+
+
+@pytest.mark.parametrize("options", [{"rows": 0, "columns": 3}, {"rows": 13}, {"columns": 0}, {"rows": -1, "columns": 2}])
+def test_grid_that_does_not_fit(options: dict) -> None:
+    with pytest.raises(at.UserError, match=r"a grid of -?\d+x\d+ cells does not fit an image of 12x12 pixels"):
+        at.make_regions(torch.zeros(3, 12, 12), "grid", **options)
+
+
+def uint8(image: Tensor) -> np.ndarray:
+    return np.ascontiguousarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def test_slico_has_the_published_parameters(cat: Tensor) -> None:
+    image = shrunk(cat, (224, 224))
+    published = cv2.ximgproc.createSuperpixelSLIC(uint8(image), cv2.ximgproc.SLICO, 30, 20.0)
+    published.iterate(20)
+    regions = at.make_regions(image, "slico")
+    assert np.array_equal(regions.labels.numpy(), published.getLabels())
+    assert regions.count == 49
+    assert torch.equal(at.make_regions(image, "slico", region_size=30).labels, regions.labels)
+
+
+def test_seeds_has_the_published_parameters(cat: Tensor) -> None:
+    image = shrunk(cat, (224, 224))
+    published = cv2.ximgproc.createSuperpixelSEEDS(224, 224, 3, 50, 3)
+    published.iterate(uint8(image), 10)
+    regions = at.make_regions(image, "seeds")
+    assert torch.equal(regions.labels, partition(published.getLabels()))
+    assert regions.count == 49
+
+
+def test_slico_options(small_cat: Tensor) -> None:
+    assert torch.equal(at.make_regions(small_cat, "slico", count=16).labels, at.make_regions(small_cat, "slico", region_size=8).labels)
+    assert at.make_regions(small_cat, "slico", region_size=8).requested is None
+    with pytest.raises(at.UserError, match="count or region_size, not both: received count=9 and region_size=5"):
+        at.make_regions(small_cat, "slico", count=9, region_size=5)
+    for size in (0, 33):
+        with pytest.raises(at.UserError, match=f"slico region_size {size}: expected 1 to 32 pixels"):
+            at.make_regions(small_cat, "slico", region_size=size)
+
+
+def test_without_opencvs_contrib_modules_the_others_work(small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_contrib = {name: at.make_regions(small_cat, name, **OPTIONS.get(name, {})).labels for name in at.REGIONS}
+    monkeypatch.delattr(cv2, "ximgproc")
+    for name, labels in with_contrib.items():
+        if name in ("slico", "seeds"):
+            with pytest.raises(at.UserError, match=rf"regions='{name}' need OpenCV's contrib modules: .*opencv-contrib-python-headless"):
+                at.make_regions(small_cat, name)
+        else:
+            assert torch.equal(at.make_regions(small_cat, name, **OPTIONS.get(name, {})).labels, labels)
+
+
+NARROW = """
+import torch
+import attribution as at
+torch.manual_seed(0)
+for height, width in [(7, 300), (300, 7), (1, 40), (40, 1), (2, 2), (3, 200), (10, 90), (5, 5), (60, 13), (16, 400), (20, 20), (30, 30)]:
+    for count in (1, 2, 10, 50, 300):
+        for levels in (1, 2, 3, 5):
+            try:
+                regions = at.make_regions(torch.rand(3, height, width), "seeds", count=count, levels=levels)
+            except at.UserError as error:
+                assert "too small or narrow" in str(error) or "regions requested" in str(error), error
+                print(height, width, count, levels, "refused", flush=True)
+                continue
+            labels = regions.labels
+            assert labels.shape == (height, width)
+            assert labels.unique().tolist() == list(range(regions.count))
+            print(height, width, count, levels, "cut", flush=True)
+"""
+
+
+def test_seeds_never_crashes_on_narrow_images() -> None:
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, timeout=120, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, f"{done.returncode} after {lines[-1:]}: {done.stderr[-500:]}"
+    assert len(lines) == 12 * 5 * 4
+    assert {line.split()[-1] for line in lines} == {"refused", "cut"}
+
+
+def naive_saliency_labels(values: np.ndarray, group: int, height: int, width: int) -> np.ndarray:
+    """Cells in descending order (the first of equal ones first), group by group, each pixel that of the cell it lies in."""
+    rows, columns = values.shape
+    order = sorted(range(values.size), key=lambda cell: (-values.flat[cell], cell))
+    region = {cell: rank // group for rank, cell in enumerate(order)}
+    labels = np.empty((height, width), np.int64)
+    for y in range(height):
+        for x in range(width):
+            row, column = math.floor((y + 0.5) * rows / height), math.floor((x + 0.5) * columns / width)
+            labels[y, x] = region[row * columns + column]
+    return labels
+
+
+@pytest.mark.parametrize(("side", "group"), [(6, 4), (6, 5), (7, 7), (7, 50), (1, 1), (10, 3)])
+@pytest.mark.parametrize("size", [(42, 42), (33, 47)])
+def test_saliency_patches_equal_a_naive_loop(side: int, group: int, size: tuple[int, int]) -> None:
+    group = min(group, side * side)
+    generator = torch.Generator().manual_seed(side)
+    heatmap = torch.randint(0, 9, (side, side), generator=generator).float()
+    regions = at.make_regions(torch.zeros(3, *size), "saliency_patches", heatmap=heatmap, side=side, cells_per_region=group)
+    assert regions.labels.tolist() == naive_saliency_labels(heatmap.numpy(), group, *size).tolist()
+    assert regions.requested == side * side // group
+    assert regions.count == math.ceil(side * side / group)
+
+
+def test_saliency_patches_rank_pixels() -> None:
+    heatmap = torch.rand(9, 13, generator=torch.Generator().manual_seed(0))
+    regions = at.make_regions(torch.zeros(3, 9, 13), "saliency_patches", heatmap=heatmap, level="pixel", cells_per_region=10)
+    assert regions.labels.tolist() == naive_saliency_labels(heatmap.numpy(), 10, 9, 13).tolist()
+
+
+def test_saliency_patches_resize_the_heatmap_as_opencv_does() -> None:
+    heatmap = np.random.default_rng(0).random((50, 37)).astype(np.float32)
+    cells = cv2.resize(heatmap, (8, 8), interpolation=cv2.INTER_LINEAR)
+    regions = at.make_regions(torch.zeros(3, 40, 40), "saliency_patches", heatmap=heatmap, side=8, cells_per_region=4)
+    assert regions.labels.tolist() == naive_saliency_labels(cells, 4, 40, 40).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"saliency_patches needs a heatmap \[h, w\]: give heatmap="),
+        ({"heatmap": torch.tensor([[0.0, torch.nan]])}, r"the heatmap is float32 \[1, 2\]: expected \[h, w\] with finite values"),
+        ({"heatmap": torch.tensor([[0.0, torch.inf]])}, "with finite values"),
+        ({"heatmap": torch.zeros(3, 4, 4)}, r"the heatmap is float32 \[3, 4, 4\]"),
+        ({"heatmap": torch.zeros(4, 4)}, "28x28 cells do not fit an image of 20x10 pixels: give a smaller side"),
+        ({"heatmap": torch.zeros(4, 4), "side": 0}, "0x0 cells do not fit"),
+        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 26}, "cells_per_region is 26: expected 1 to 25"),
+        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 0}, "cells_per_region is 0: expected 1 to 25"),
+    ],
+    ids=["none", "nan", "inf", "shape", "side", "side 0", "cells", "cells 0"],
+)
+def test_bad_heatmaps(options: dict, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.make_regions(torch.zeros(3, 10, 20), "saliency_patches", **options)
+
+
+def naive_masks(masks: np.ndarray, image: np.ndarray, variant: str, smallest: float) -> np.ndarray:
+    """The published double loop in exact fractions: the larger overlap share keeps the overlap, the later mask when equal."""
+    masks = masks.copy()
+    for i in range(len(masks)):
+        for j in range(i + 1, len(masks)):
+            overlap = masks[i] & masks[j]
+            if overlap.any():
+                share_i, share_j = (Fraction(int(overlap.sum()), int(masks[k].sum())) for k in (i, j))
+                masks[j if share_i > share_j else i][overlap] = False
+    kept = [mask for mask in masks if mask.sum() > smallest * mask.size]
+    remainder = ~np.any(kept, axis=0) if kept else np.ones_like(masks[0])
+    if variant == "lima" and kept and not image[:, remainder].sum() > 0:
+        kept[-1] = kept[-1] | remainder
+    elif remainder.any():
+        kept.append(remainder)
+    return np.sum([index * mask for index, mask in enumerate(kept)], axis=0)
+
+
+@given(
+    masks=hnp.arrays(bool, st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))),
+    variant=st.sampled_from(["fixed", "smdl", "lima"]),
+    dark=st.sampled_from([0.0, 0.5, 1.0]),
+    smallest=st.sampled_from([0.0, 0.0005, 0.1, 0.25]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_from_masks_equals_the_naive_loop(masks: np.ndarray, variant: Any, dark: float, smallest: float, seed: int) -> None:
+    size = masks.shape[1:]
+    image = np.broadcast_to(np.random.default_rng(seed).random(size) >= dark, (3, *size)).astype(np.float32)
+    before = masks.copy()
+    regions = at.from_masks(masks, torch.from_numpy(image), variant=variant, smallest=smallest)
+    assert regions.labels.tolist() == naive_masks(masks, image, variant, smallest).tolist()
+    assert_partition(regions, *size)
+    assert regions.requested == len(masks)
+    assert np.array_equal(masks, before)
+
+
+def rows(*shown: str) -> np.ndarray:
+    return np.array([[character == "#" for character in row] for row in shown])[:, None]
+
+
+@pytest.mark.parametrize(
+    ("masks", "labels"),
+    [
+        (rows("####..", "..###."), [0, 0, 1, 1, 1, 2]),
+        (rows("..###.", "####.."), [1, 1, 0, 0, 0, 2]),
+        (rows("###...", "..###."), [0, 0, 1, 1, 1, 2]),
+        (rows("######", "..##.."), [0, 0, 1, 1, 0, 0]),
+        (rows("###...", "###..."), [0, 0, 0, 1, 1, 1]),
+        (rows("###...", "...###"), [0, 0, 0, 1, 1, 1]),
+        (rows("......"), [0, 0, 0, 0, 0, 0]),
+    ],
+    ids=["smaller wins", "smaller first", "equal: the later", "inside", "twice the same", "no remainder", "nothing"],
+)
+def test_from_masks_by_hand(masks: np.ndarray, labels: list[int]) -> None:
+    assert at.from_masks(masks).labels.tolist() == [labels]
+    assert at.from_masks([torch.from_numpy(mask) for mask in masks]).labels.tolist() == [labels]
+
+
+def test_masks_at_the_published_size_limit_are_dropped() -> None:
+    masks = np.zeros((3, 100, 100), bool)
+    masks[0, 0, :5], masks[1, 1, :6], masks[2, 50:] = True, True, True
+    labels = at.from_masks(masks).labels
+    assert labels[0, 0] == labels[10, 10] == 2
+    assert labels[1, 0] == 0
+    assert labels[60, 0] == 1
+
+
+def test_lima_gives_a_black_remainder_to_the_last_mask() -> None:
+    masks, image = rows("##....", "..##.."), torch.zeros(3, 1, 6)
+    assert at.from_masks(masks, image, variant="lima").labels.tolist() == [[0, 0, 1, 1, 1, 1]]
+    image[1, 0, 5] = 0.01
+    assert at.from_masks(masks, image, variant="lima").labels.tolist() == [[0, 0, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("masks", "options", "message"),
+    [
+        ([], {}, r"masks cannot be read .*expected bool \[R, H, W\] with at least one mask"),
+        (torch.zeros(0, 4, 4, dtype=torch.bool), {}, r"masks are bool \[0, 4, 4\]: expected bool \[R, H, W\]"),
+        (torch.zeros(4, 4, dtype=torch.bool), {}, r"masks are bool \[4, 4\]"),
+        ([torch.zeros(2, 2), torch.zeros(3, 3)], {}, "masks cannot be read"),
+        (torch.ones(1, 4, 4) > 0, {"variant": "sam"}, "unknown variant 'sam': expected fixed, smdl or lima"),
+        (torch.ones(1, 4, 4) > 0, {"variant": "lima"}, "variant 'lima' looks at the colour of what no mask covers: give the image"),
+        (torch.ones(1, 4, 4) > 0, {"variant": "lima", "image": torch.zeros(3, 5, 5)}, r"masks are bool \[1, 4, 4\], the image is float32"),
+    ],
+    ids=["none", "no mask", "flat", "ragged", "variant", "no image", "size"],
+)
+def test_bad_masks(masks: Any, options: dict, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.from_masks(masks, **options)
+
+
+INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32]
+
+
+@given(
+    labels=st.sampled_from(INTEGERS).flatmap(
+        lambda dtype: hnp.arrays(
+            dtype,
+            st.tuples(st.integers(1, 6), st.integers(1, 6)),
+            elements=st.one_of(st.integers(max(-3, np.iinfo(dtype).min), 4), st.integers(np.iinfo(dtype).min, np.iinfo(dtype).max)),
+        )
+    ),
+    flipped=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_partition_closes_gaps_in_order_and_puts_the_unassigned_last(labels: np.ndarray, flipped: bool) -> None:
+    labels = labels[::-1] if flipped else labels
+    given_ids = sorted({int(v) for v in labels.flat if v >= 0}) + ([-1] if (labels < 0).any() else [])
+    expected = [[given_ids.index(max(int(v), -1)) for v in row] for row in labels]
+    assert partition(labels).tolist() == expected
+    assert partition(torch.from_numpy(labels.copy())).tolist() == expected
+    regions = at.Regions(labels)
+    assert_partition(regions, *labels.shape)
+
+
+def test_partition_takes_a_read_only_array() -> None:
+    labels = np.array([[5, 9], [9, -4]])
+    labels.flags.writeable = False
+    assert partition(labels).tolist() == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(4, 4), r"the label map is float32 \[4, 4\]: expected integers \[H, W\]"),
+        (torch.zeros(4, 4, dtype=torch.bool), r"bool \[4, 4\]: expected integers"),
+        (torch.zeros(4, 4, dtype=torch.complex64), r"complex64 \[4, 4\]: expected integers"),
+        (torch.zeros(4, dtype=torch.int64), r"int64 \[4\]: expected integers \[H, W\]"),
+        (torch.zeros(1, 4, 4, dtype=torch.int64), r"int64 \[1, 4, 4\]: expected integers"),
+        (torch.zeros(0, 4, dtype=torch.int64), r"int64 \[0, 4\]: expected integers"),
+        (np.array([["a"]]), r"the label map cannot be read .*expected integers \[H, W\]"),
+        ([[1, 2], [3]], "the label map cannot be read"),
+    ],
+    ids=["float", "bool", "complex", "1d", "3d", "empty", "text", "ragged"],
+)
+def test_partition_refuses_what_is_no_label_map(labels: Any, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        partition(labels)
+
+
+def test_make_regions_takes_labels_masks_regions_and_callables() -> None:
+    image = torch.zeros(3, 2, 3)
+    labels = [[3, 3, -1], [8, 8, -1]]
+    expected = [[0, 0, 2], [1, 1, 2]]
+    for given_labels in (torch.tensor(labels), np.array(labels), np.array(labels, np.int8), labels):
+        regions = at.make_regions(image, given_labels)
+        assert regions.labels.tolist() == expected
+        assert (regions.method, regions.requested) == ("labels", None)
+    masks = torch.tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [1, 1, 0]]]).bool()
+    for given_masks in (masks, masks.numpy(), list(masks)):
+        regions = at.make_regions(image, given_masks)
+        assert regions.labels.tolist() == expected
+        assert (regions.method, regions.requested) == ("masks", 2)
+    assert at.make_regions(image, regions) is regions
+
+    def halves(image: Tensor, at_column: int = 1) -> Tensor:
+        return (torch.arange(image.shape[2]) >= at_column).long().expand(image.shape[1], -1)
+
+    assert at.make_regions(image, halves).labels.tolist() == [[0, 1, 1]] * 2
+    assert at.make_regions(image, halves, at_column=2).labels.tolist() == [[0, 0, 1]] * 2
+    assert at.make_regions(image, lambda image: masks).labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("regions", "options", "message"),
+    [
+        ("superpixels", {}, "unknown regions 'superpixels': expected one of slico, seeds, grid, .*, a label map, masks or a callable"),
+        ("grid", {"cells": 4}, "region method grid does not take these options .*'cells'"),
+        (lambda image: None, {"count": 4}, "does not take these options"),
+        (torch.zeros(8, 8, dtype=torch.int64), {"count": 4}, r"options count go with a region method, not with int64 \[8, 8\]"),
+        (torch.zeros(8, 7, dtype=torch.int64), {}, "the label map is 7x8, the image 8x8: give labels at the image's own resolution"),
+        (torch.ones(2, 4, 8) > 0, {}, r"masks are bool \[2, 4, 8\], the image is float32 \[3, 8, 8\]"),
+        (torch.zeros(8, 8), {}, r"the label map is float32 \[8, 8\]"),
+        ([], {}, "the regions cannot be read .*expected an int label map"),
+        (None, {}, "regions are NoneType: expected one of slico"),
+        (7, {}, "regions are int"),
+        (lambda image: "grid", {}, "regions are 'grid'"),
+        (lambda image: torch.zeros(4, 4, dtype=torch.int64), {}, "the label map is 4x4, the image 8x8"),
+    ],
+    ids=str,
+)
+def test_regions_that_cannot_be_used(regions: Any, options: dict, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.make_regions(torch.zeros(3, 8, 8), regions, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in at.REGIONS if name != "saliency_patches"])
+@pytest.mark.parametrize("count", [0, -1, 1025, 2.5, True, "9"])
+def test_count_out_of_range(name: str, count: Any, small_cat: Tensor) -> None:
+    with pytest.raises(at.UserError, match=rf"{count!r} regions requested: expected a whole number from 1 to 1024, the number of pixels"):
+        at.make_regions(small_cat, name, count=count)
+
+
+@pytest.mark.parametrize("name", ["felzenszwalb", "quickshift"])
+@pytest.mark.parametrize("count", [1, 7, 20])
+def test_merged_regions_are_unions_of_adjacent_unmerged_ones(name: str, count: int, cat: Tensor) -> None:
+    image = shrunk(cat, (48, 61))
+    whole = at.make_regions(image, name, count=None)
+    merged = at.make_regions(image, name, count=count)
+    assert whole.requested is None
+    assert whole.count > 20
+    assert merged.count == count
+    for index in range(whole.count):
+        assert len(merged.labels[whole.labels == index].unique()) == 1
+    for mask in merged.masks if name == "felzenszwalb" else []:  # a region of quickshift need not be connected
+        assert cv2.connectedComponents(mask.numpy().astype(np.uint8), connectivity=8)[0] == 2
+    assert torch.equal(at.make_regions(image, name, count=whole.count + 5).labels, whole.labels)
+
+
+@pytest.mark.parametrize("name", ["felzenszwalb", "quickshift"])
+def test_merging_takes_the_smallest_into_the_neighbour_nearest_in_colour(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four stripes of areas 4, 3, 2, 6: the 2 joins the 6 (nearer in colour than the 3), then the 3 joins the 4."""
+    labels = np.repeat([0, 1, 2, 3], [4, 3, 2, 6])[None]
+    image = torch.tensor([0.2, 0.3, 0.9, 1.0])[torch.from_numpy(labels)].expand(3, -1, -1)
+    monkeypatch.setattr(f"skimage.segmentation.{name}", lambda *_, **__: labels)
+    assert at.make_regions(image, name, count=3).labels.tolist() == [[0] * 4 + [1] * 3 + [2] * 8]
+    assert at.make_regions(image, name, count=2).labels.tolist() == [[0] * 7 + [1] * 8]
+    assert at.make_regions(image, name, count=1).labels.tolist() == [[0] * 15]
