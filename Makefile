@@ -23,7 +23,7 @@ test: $(READY)  ## Run the tests (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-all: $(READY)  ## Run the slow tests too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'not readme'
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .

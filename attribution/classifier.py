@@ -140,6 +140,7 @@ class Classifier:
         self.batch_size = batch_size
         self._scores = scores
         self._head = head
+        self._digest: tuple[list[tuple[int, torch.dtype, int]], str] | None = None
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
 
     def __repr__(self) -> str:
@@ -178,13 +179,23 @@ class Classifier:
         """C names."""
         return self._class_names or tuple(f"class {index}" for index in range(self.num_classes))
 
-    @cached_property
+    @property
     def weights_digest(self) -> str | None:
-        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box."""
+        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box.
+
+        Computed again only when a tensor was replaced or changed in place.
+        """
         if not isinstance(self.module, nn.Module):
             return None
+        state = [(t.data_ptr(), t.dtype, t._version) for t in (*self.module.parameters(), *self.module.buffers())]
+        if self._digest is None or self._digest[0] != state:
+            self._digest = (state, self._digest_of_weights(self.module))
+        return self._digest[1]
+
+    @staticmethod
+    def _digest_of_weights(module: nn.Module) -> str:
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
+        for name, tensor in sorted(module.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -379,9 +390,7 @@ class Classifier:
 class _PrototypeClassifier(Classifier):
     """See ``Classifier.with_prototypes``."""
 
-    def __init__(
-        self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None
-    ) -> None:
+    def __init__(self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None) -> None:
         way = base.preprocessing
         super().__init__(
             base.module,
@@ -402,7 +411,7 @@ class _PrototypeClassifier(Classifier):
     def num_classes(self) -> int:
         return len(self._matrix)
 
-    @cached_property
+    @property
     def weights_digest(self) -> str | None:
         settings = f"{self._base.weights_digest} {self._scale} {self._normalize}"
         return hashlib.sha256(settings.encode() + self._matrix.cpu().numpy().tobytes()).hexdigest()
@@ -412,7 +421,10 @@ class _PrototypeClassifier(Classifier):
         features = torch.cat([self._base.features(chunk) for chunk in inputs.split(self.batch_size)])
         matrix = self._matrix.to(features.device)
         if features.shape[1] != matrix.shape[1]:
-            raise UserError(f"prototypes have {matrix.shape[1]} features, {self._base.name} has {features.shape[1]}: give [classes, {features.shape[1]}]")
+            raise UserError(
+                f"prototypes have {matrix.shape[1]} features, {self._base.name} has {features.shape[1]}: "
+                f"give a matrix [classes, {features.shape[1]}]"
+            )
         if self._normalize:
             features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
         scores = self._scale * features @ matrix.T

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,15 +45,6 @@ app = typer.Typer(
 )
 
 
-def _choice(name: str, values: Any) -> Any:
-    return Enum(name, {value: value for value in values}, type=str)
-
-
-RegionName = _choice("RegionName", REGIONS)
-SearchName = _choice("SearchName", SEARCHES)
-PresetName = _choice("PresetName", PRESETS)
-
-
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"attribution {__version__}")
@@ -90,21 +80,27 @@ def explain(
         Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
-    regions: Annotated[RegionName | None, typer.Option("--regions", "-r", help="How the image is cut. Default: slico.", show_default=False)] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.", show_default=False),
+    ] = None,
     region_count: Annotated[
         int | None, typer.Option(min=2, help="About how many regions. Default: the published 49 or 50.", show_default=False)
     ] = None,
     heatmap: Annotated[
         Path | None, typer.Option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.", show_default=False)
     ] = None,
-    search: Annotated[SearchName | None, typer.Option("--search", "-s", help="Default: bidirectional.", show_default=False)] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.", show_default=False)
+    ] = None,
     pending: Annotated[int | None, typer.Option(min=1, help="p of the bidirectional search. Default: 8.", show_default=False)] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.", show_default=False),
     ] = None,
     preset: Annotated[
-        PresetName | None, typer.Option(help="A published setting of weights, regions and search.", show_default=False)
+        str | None,
+        typer.Option(help=f"A published setting of weights, regions and search: {', '.join(PRESETS)}.", show_default=False),
     ] = None,
     fill: Annotated[
         str | None,
@@ -137,12 +133,12 @@ def explain(
 
       attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur
     """
-    options = {
-        "regions": None if regions is None else regions.value,
-        "search": None if search is None else search.value,
+    options: dict[str, Any] = {
+        "regions": regions,
+        "search": search,
         "pending": pending,
         "weights": None if weights is None else parse_weights(weights),
-        "preset": None if preset is None else preset.value,
+        "preset": preset,
         "fill": fill or ("black" if images else DEMO_FILL),
         "target": target,
         "seed": seed,
@@ -154,9 +150,7 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    classifiers = [
-        load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs
-    ]
+    classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
     jobs = [Job(path, stem, classifiers, options, out, overwrite) for path, stem in zip(found, distinct_stems(found), strict=True)]
     errors: list[str] = []
     rows: list[tuple[Job, list[Explanation]]] = []
@@ -285,7 +279,7 @@ def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
                 escape(model),
                 escape(explanation.target_name),
                 f"{explanation.confidence:.3f}",
-                str(explanation.regions.count),
+                f"{explanation.regions.count}/{explanation.regions.requested}",
                 *("never" if count is None else str(count) for count in needed),
                 f"{explanation.insertion_auc:.3f}",
                 f"{explanation.deletion_auc:.3f}",
@@ -300,7 +294,8 @@ def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     console.print(
-        f"p: probability of the class. {', '.join(shares)}: regions that alone reach that share of p, most important first. "
+        "p: probability of the class. regions: made/requested. "
+        f"{', '.join(shares)}: regions that alone reach that share of p, most important first. "
         "ins., del.: area under the insertion (higher is better) and deletion curve (lower is better) over the share of the "
         "image. images: forwarded by the search.",
         style="dim",
@@ -348,7 +343,9 @@ def parse_weights(text: str) -> ScoreWeights:
     for part in text.split(","):
         name, _, number = (piece.strip() for piece in part.partition("="))
         if name not in known:
-            raise UserError(f"--weights {text!r} has an unknown score {name!r}: expected {', '.join(known)}, as in 'consistency=20,collaboration=5'")
+            raise UserError(
+                f"--weights {text!r} has an unknown score {name!r}: expected {', '.join(known)}, as in 'consistency=20,collaboration=5'"
+            )
         try:
             values[name] = float(number)
         except ValueError:

@@ -100,9 +100,7 @@ def make_fill(image: Tensor, fill: Fill) -> Tensor:
         if re.fullmatch(r"#[0-9a-fA-F]{6}", fill):
             return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         if not os.path.isfile(fill):  # unlike Path.is_file, also False for a name too long to exist
-            raise UserError(
-                f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file"
-            )
+            raise UserError(f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file")
         filled = load_image(fill)
     elif isinstance(fill, tuple | list):
         return _constant(image, _checked_colour(fill))
@@ -210,9 +208,7 @@ def _from_tensor(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise UserError(
-            f"an image tensor of shape {list(tensor.shape)} cannot be read: expected [3, H, W] (an array is read as [H, W, 3])"
-        )
+        raise UserError(f"an image tensor of shape {list(tensor.shape)} cannot be read: expected [3, H, W] (an array is read as [H, W, 3])")
     if tensor.dtype == torch.uint8:
         return _to_rgb(tensor.float() / 255)
     if not tensor.is_floating_point():

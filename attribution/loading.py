@@ -98,6 +98,8 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
             "resize": way.resize,
             "resized": way.resized,
             "interpolation": way.interpolation,
+            "head": classifier._head,
+            "scores": classifier._scores,
         },
     }
     # shared tensors are written once per name: safetensors refuses aliases
@@ -106,24 +108,44 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
 
 
-def _zoo(name: str, *, device: torch.device, checkpoint: Path | None, class_names: Any, settings: dict[str, Any], **rest: Any) -> Classifier:
-    module = zoo.load_zoo_module(name)
+def _zoo(
+    name: str,
+    *,
+    device: torch.device,
+    checkpoint: Path | None,
+    pretrained: bool,
+    class_names: Any,
+    settings: dict[str, Any],
+    batch_size: int | None,
+) -> Classifier:
+    fresh = name in zoo.ZOO and not pretrained and checkpoint is None
+    module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
         _load_state(module, read_state_dict(checkpoint), checkpoint, settings["name"])
     own = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
     names = class_names or zoo.CLASS_NAMES
-    return Classifier(module.to(device), class_names=names, batch_size=rest["batch_size"], **{**own, **settings})
+    return Classifier(module.to(device), class_names=names, batch_size=batch_size, **{**own, **settings})
 
 
-def _timm(name: str, *, device: torch.device, checkpoint: Path | None, pretrained: bool, class_names: Any, settings: dict[str, Any], batch_size: int | None) -> Classifier:
+def _timm(
+    name: str,
+    *,
+    device: torch.device,
+    checkpoint: Path | None,
+    pretrained: bool,
+    class_names: Any,
+    settings: dict[str, Any],
+    batch_size: int | None,
+) -> Classifier:
     import timm
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
-        raise UserError(f"timm has no model {name!r}: {'did you mean ' + ', '.join(near) + '?' if near else 'see timm.list_models()'}")
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise UserError(f"timm has no model {name!r}: {hint}")
 
     def build(classes: int | None) -> nn.Module:
-        options = {} if classes is None else {"num_classes": classes}
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         return _or_explain_download(
             lambda: timm.create_model(name, pretrained=pretrained and checkpoint is None, **options), settings["name"]
         )
@@ -145,17 +167,27 @@ def _timm(name: str, *, device: torch.device, checkpoint: Path | None, pretraine
     return Classifier(module.to(device).eval(), class_names=class_names, batch_size=batch_size, **{**own, **settings})
 
 
-def _torchvision(name: str, *, device: torch.device, checkpoint: Path | None, pretrained: bool, class_names: Any, settings: dict[str, Any], batch_size: int | None) -> Classifier:
+def _torchvision(
+    name: str,
+    *,
+    device: torch.device,
+    checkpoint: Path | None,
+    pretrained: bool,
+    class_names: Any,
+    settings: dict[str, Any],
+    batch_size: int | None,
+) -> Classifier:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = [other for other in known if name.split("_")[0] in other][:5]
-        raise UserError(f"torchvision has no classifier {name!r}: {'did you mean ' + ', '.join(near) + '?' if near else 'see torchvision.models.list_models()'}")
+        hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.models.list_models()"
+        raise UserError(f"torchvision has no classifier {name!r}: {hint}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
 
     def build(classes: int | None) -> nn.Module:
-        options = {} if classes is None else {"num_classes": classes}
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         chosen = weights if pretrained and checkpoint is None else None
         if chosen is None and name in ("googlenet", "inception_v3"):
             options |= {"init_weights": True}
@@ -185,7 +217,9 @@ def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, c
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
-        raise UserError(f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}")
+        raise UserError(
+            f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}"
+        )
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
     names = class_names or card.get("class_names")
     return load_classifier(card["model"], device=device, checkpoint=path, class_names=names, batch_size=batch_size, **{**own, **settings})
@@ -265,7 +299,9 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, name: s
         problems.append(f"{len(unexpected)} are unknown ({_first(unexpected)})")
     if reshaped:
         key = reshaped[0]
-        problems.append(f"{len(reshaped)} have another shape ({key}: {list(state[key].shape)} in the file, {list(expected[key].shape)} in the model)")
+        problems.append(
+            f"{len(reshaped)} have another shape ({key}: {list(state[key].shape)} in the file, {list(expected[key].shape)} in the model)"
+        )
     if problems:
         raise UserError(f"{path} does not fit {name}: {'; '.join(problems)}; is it a checkpoint of this architecture?")
     module.load_state_dict(state, strict=False)

@@ -138,7 +138,7 @@ class SubmodularObjective:
         probabilities = logits.softmax(dim=1)[:, self._target]
 
         consistency = probabilities[:shown] if weights.consistency else zeros
-        if weights.consistency and self._feature is not None:
+        if weights.consistency and self._feature is not None and features is not None:
             consistency = 1 - _angle(features[:shown], self._feature[None])[:, 0]
         confidence = zeros
         if weights.confidence:

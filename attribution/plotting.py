@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -165,7 +165,7 @@ def draw_curves(ax: Axes, explanation: Explanation, chosen: int | None = None) -
     _title(ax, title)
 
 
-def border_segments(labels: np.ndarray) -> np.ndarray:
+def border_segments(labels: np.ndarray) -> Any:
     """Line segments [n, 2, 2] (x, y) along the pixel edges where the label changes."""
     y, x = np.nonzero(labels[:, 1:] != labels[:, :-1])
     vertical = np.stack([np.stack([x + 0.5, y - 0.5], 1), np.stack([x + 0.5, y + 0.5], 1)], axis=1)
@@ -192,7 +192,7 @@ def _title(ax: Axes, text: str) -> None:
     ax.set_title(text, fontsize=10, color=INK, parse_math=False)
 
 
-def _colorbar(ax: Axes, image: object, ticks: list[float], names: list[str]) -> None:
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.035, pad=0.02, ticks=ticks)  # type: ignore[arg-type]
+def _colorbar(ax: Axes, image: Any, ticks: list[float], names: list[str]) -> None:
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.035, pad=0.02, ticks=ticks)
     bar.ax.set_yticklabels(names, fontsize=7)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)

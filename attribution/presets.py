@@ -39,9 +39,7 @@ class Preset:
 
 def _weights(confidence: float, effectiveness: float, consistency: float, collaboration: float) -> ScoreWeights:
     """In the order of the published tables."""
-    return ScoreWeights(
-        confidence=confidence, effectiveness=effectiveness, consistency=consistency, collaboration=collaboration
-    )
+    return ScoreWeights(confidence=confidence, effectiveness=effectiveness, consistency=consistency, collaboration=collaboration)
 
 
 _SMDL = "SMDL-Attribution, ICLR 2024"

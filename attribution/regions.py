@@ -111,9 +111,7 @@ def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, c
     return Regions(vertical[:, None] * columns + horizontal, "grid", requested or rows * columns)
 
 
-def slico(
-    image: Tensor, count: int | None = None, region_size: int | None = None, ruler: float = 20.0, iterations: int = 20
-) -> Regions:
+def slico(image: Tensor, count: int | None = None, region_size: int | None = None, ruler: float = 20.0, iterations: int = 20) -> Regions:
     """SLICO superpixels (Achanta et al., PAMI 2012) by OpenCV, with the parameters published for SMDL and LiMA.
 
     Args:
@@ -261,7 +259,7 @@ def saliency_patches(
     """
     if heatmap is None:
         raise UserError("saliency_patches needs a heatmap [h, w]: give heatmap= (for example the heatmap of another explanation)")
-    values = torch.as_tensor(heatmap, dtype=torch.float32)
+    values = _as_tensor(heatmap, "the heatmap", "[h, w] with finite values").float()
     if values.ndim != 2 or not values.isfinite().all():
         raise UserError(f"the heatmap is {describe(values)}: expected [h, w] with finite values")
     height, width = image.shape[1:]
@@ -343,7 +341,9 @@ def partition(labels: Any) -> Tensor:
 def _from_user(value: Any, image: Tensor) -> Regions:
     array = value if isinstance(value, Tensor | np.ndarray | list) else None
     if array is None:
-        raise UserError(f"regions are {describe(value)}: expected one of {', '.join(REGIONS)}, an int label map [H, W] or bool masks [R, H, W]")
+        raise UserError(
+            f"regions are {describe(value)}: expected one of {', '.join(REGIONS)}, an int label map [H, W] or bool masks [R, H, W]"
+        )
     tensor = _as_tensor(array, "the regions", "an int label map [H, W] or bool masks [R, H, W]")
     if tensor.ndim == 3 and tensor.dtype == torch.bool:
         return from_masks(tensor, image)

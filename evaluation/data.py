@@ -148,9 +148,7 @@ def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) ->
     return _by_class_folder(recipe, split, path, members, read)
 
 
-def _by_class_folder(
-    recipe: Recipe, split: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]
-) -> ImageDataset:
+def _by_class_folder(recipe: Recipe, split: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]) -> ImageDataset:
     indices = {class_name: index for index, class_name in enumerate(recipe.classes)}
     unknown = sorted({name.split("/")[0] for name, _ in members} - indices.keys())
     if unknown:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -57,7 +58,7 @@ def best_batch_size(classifier: at.Classifier, inputs: torch.Tensor, images: int
     for _ in range(repeats):
         for size in sizes:
             count = max(size, images // size * size)
-            times[size].append(seconds(lambda: forward(classifier, inputs, count, size), classifier.device) / count)
+            times[size].append(seconds(partial(forward, classifier, inputs, count, size), classifier.device) / count)
     return min(sizes, key=lambda size: statistics.median(times[size]))
 
 
@@ -78,8 +79,11 @@ def run_search(classifier: at.Classifier, image: torch.Tensor, labels: torch.Ten
     return objective.evaluations
 
 
-def overhead(spec: str, regions: int, repeats: int, device: str) -> list[str]:
-    classifier, image, labels = prepared(spec, regions, device)
+def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[str]:
+    classifier, image, labels = prepared(spec, regions or 49, device)
+    if regions is None:
+        regions = 49 if classifier.preprocessing.size[0] <= 64 else 25
+        classifier, image, labels = prepared(spec, regions, device)
     inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
     chosen = classifier.batch_size
     best = best_batch_size(classifier, inputs, 512 if classifier.preprocessing.size[0] < 64 else 64)
@@ -150,7 +154,7 @@ def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Models to measure.")] = None,
-    regions: Annotated[int, typer.Option(min=4, help="R of the overhead table.")] = 49,
+    regions: Annotated[int | None, typer.Option(min=4, help="R of the overhead table. Default: 49 at 32 pixels, else 25.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of search and forward passes.")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     device: Annotated[str, typer.Option()] = "cpu",
@@ -159,7 +163,9 @@ def main(
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
     headings = ["model", "R", "images", "batch", "best batch", "forward/s", "search / forward", "range"]
-    title = f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
+    title = (
+        f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
+    )
     print_table(title, headings, [overhead(spec, regions, repeats, device) for spec in specs])
     print_table("Peak memory, MiB", ["model", "R", "forward alone", "with search", "ratio"], memory_rows(specs, device))
     print_table("Images forwarded by a search of all R regions (zoo:cnn)", ["search", "25", "49", "64", "100"], evaluation_rows())

@@ -231,7 +231,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def run(training: Training, data: Data, out: Path, seed: int) -> nn.Module:
     """Run to the end from the last checkpoint, then write the weights and a record of the run."""
-    checkpoint, settings = out / f"{training.name}.checkpoint.pt", {"epochs": training.epochs, "images": len(data.train_images), "seed": seed}
+    checkpoint, settings = (
+        out / f"{training.name}.checkpoint.pt",
+        {"epochs": training.epochs, "images": len(data.train_images), "seed": seed},
+    )
     start, seconds, history = 0, 0.0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> Iterator[None]:
+def two_threads() -> None:
     torch.set_num_threads(2)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,7 @@ def greedy(f: SetFunction, size: int, count: int | None = None) -> list[int]:
     return order
 
 
-def bidirectional(
-    f: SetFunction, size: int, pending: int, free: SetFunction = lambda s: 0.0
-) -> tuple[list[int], int]:
+def bidirectional(f: SetFunction, size: int, pending: int, free: SetFunction = lambda s: 0.0) -> tuple[list[int], int]:
     """LiMA's search v2 and the number of subsets scored; ``free`` is the part of f that is taken for S- in r_a."""
     front: list[int] = []
     back: list[int] = []

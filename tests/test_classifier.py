@@ -528,7 +528,8 @@ def test_scores_are_those_of_evaluation_mode() -> None:
 @pytest.mark.parametrize("change", ["weight", "running mean", "dtype", "names"])
 def test_the_digest_tells_weights_apart(change: str) -> None:
     module = mixed_module()
-    digest = at.Classifier(module, size=8).weights_digest
+    classifier = at.Classifier(module, size=8)
+    digest = classifier.weights_digest
     assert digest == at.Classifier(mixed_module(), size=16, mean=MEAN).weights_digest
     with torch.no_grad():
         if change == "weight":
@@ -540,6 +541,8 @@ def test_the_digest_tells_weights_apart(change: str) -> None:
         else:
             module = nn.Sequential(*module[:5], nn.Identity(), module[5])
     assert at.Classifier(module, size=8).weights_digest != digest
+    if change != "names":
+        assert classifier.weights_digest != digest
 
 
 def test_a_black_box_has_no_digest() -> None:

@@ -157,8 +157,8 @@ def test_presets(name: str, cnn: at.Classifier, small_cat: Tensor) -> None:
         options["region_options"] = {"heatmap": small_cat.mean(0)}
     if preset.search == "greedy":
         options["search_options"] = {"count": 3}
-    if "region_size" in preset.region_options:
-        options["region_options"] = {"region_size": 10}
+    elif preset.regions in ("slico", "seeds"):
+        options["region_options"] = {"region_size": 10} if "region_size" in preset.region_options else {"count": 16}
     explanation = at.explain(small_cat, cnn, **options)
     settings = explanation.provenance["settings"]
     assert settings["weights"] == vars(preset.weights)

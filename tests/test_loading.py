@@ -344,7 +344,7 @@ def test_a_classifier_is_returned_as_it_is(cnn: at.Classifier) -> None:
 def test_a_checkpoint_beside_a_model_that_has_weights_is_not_ignored(kind: str, tmp_path: Path, cnn: at.Classifier) -> None:
     model = {"module": cnn.module, "classifier": cnn, "file": tmp_path / "a.safetensors"}[kind]
     settings = {"size": 32} if kind == "module" else {}
-    with pytest.raises(at.UserError, match="a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: .* has its own weights"):
+    with pytest.raises(at.UserError, match=r"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: .* has its own weights"):
         at.load_classifier(model, checkpoint=tmp_path / "b.safetensors", **settings)
 
 

@@ -28,9 +28,7 @@ def some_subsets(size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("consistency", ["probability", "cosine"])
 def test_scores_equal_the_naive_derivation(cnn: at.Classifier, small_cat: Tensor, consistency: str, confidence: str) -> None:
     masked = prepared(cnn, small_cat)
-    objective = at.SubmodularObjective(
-        cnn, masked, 3, ALL, consistency=consistency, confidence=confidence, evidence_scale=0.5
-    )
+    objective = at.SubmodularObjective(cnn, masked, 3, ALL, consistency=consistency, confidence=confidence, evidence_scale=0.5)
     subsets = some_subsets(9)
     scores, totals = objective.scores(subsets), objective(subsets)
     elements = cnn.features(masked(torch.eye(9, dtype=torch.bool)))
@@ -70,9 +68,7 @@ def test_effectiveness_of_fewer_than_two_regions_is_zero(cnn: at.Classifier, sma
         (at.ScoreWeights(20, 5, 0.01, 1), 2, 9),
     ],
 )
-def test_zero_weights_cost_nothing(
-    cnn: at.Classifier, small_cat: Tensor, weights: at.ScoreWeights, per_subset: int, before: int
-) -> None:
+def test_zero_weights_cost_nothing(cnn: at.Classifier, small_cat: Tensor, weights: at.ScoreWeights, per_subset: int, before: int) -> None:
     masked = prepared(cnn, small_cat)
     forwarded = 0
 
