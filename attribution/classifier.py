@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -133,14 +134,13 @@ class Classifier:
             raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
         if scores not in ("auto", "logits", "probabilities"):
             raise UserError(f"scores={scores!r}: expected 'auto', 'logits' or 'probabilities'")
-        sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        sides = _sides(size)
         self.module = module
         self.preprocessing = Preprocessing(sides, _triple(mean), _triple(std), resize, resized, interpolation)
         self.name = name or type(module).__name__
         self.batch_size = batch_size
         self._scores = scores
         self._head = head
-        self._digest: tuple[list[tuple[int, torch.dtype, int]], str] | None = None
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
 
     def __repr__(self) -> str:
@@ -165,7 +165,7 @@ class Classifier:
     def device(self) -> torch.device:
         """Where the module's parameters lie; the CPU for a callable without any."""
         if isinstance(self.module, nn.Module):
-            for tensor in (*self.module.parameters(), *self.module.buffers()):
+            for tensor in chain(self.module.parameters(), self.module.buffers()):
                 return tensor.device
         return torch.device("cpu")
 
@@ -181,21 +181,11 @@ class Classifier:
 
     @property
     def weights_digest(self) -> str | None:
-        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box.
-
-        Computed again only when a tensor was replaced or changed in place.
-        """
+        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box."""
         if not isinstance(self.module, nn.Module):
             return None
-        state = [(t.data_ptr(), t.dtype, t._version) for t in (*self.module.parameters(), *self.module.buffers())]
-        if self._digest is None or self._digest[0] != state:
-            self._digest = (state, self._digest_of_weights(self.module))
-        return self._digest[1]
-
-    @staticmethod
-    def _digest_of_weights(module: nn.Module) -> str:
         digest = hashlib.sha256()
-        for name, tensor in sorted(module.state_dict().items()):
+        for name, tensor in sorted(self.module.state_dict().items()):
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -306,16 +296,17 @@ class Classifier:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
         rows, features = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and inputs.requires_grad):
-            for chunk in inputs.to(self.device).split(self.batch_size):
+            for chunk in even_chunks(inputs.to(self.device), self.batch_size):
                 if want_features:
                     chunk_rows, chunk_features = self._call_with_features(chunk)
                     features.append(chunk_features)
                 else:
                     chunk_rows = self._call(chunk)
                 rows.append(chunk_rows)
-            scores = torch.cat(rows) if rows else inputs.new_zeros(0, count)
+            scores = torch.cat(rows)
             self._check_finite(scores)
             if returns_probabilities:
+                self._check_probabilities(scores)
                 scores = scores.log()
             return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
 
@@ -375,15 +366,25 @@ class Classifier:
         shaped = isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == count and output.shape[1] > 0
         if not shaped:
             raise UserError(f"{self.name} returned {_describe_output(received)} for {count} images: expected scores [{count}, classes]")
-        return output.float()
+        return output.float().to(self.device)
 
     def _check_finite(self, scores: Tensor) -> None:
-        bad = scores.isnan() | scores.eq(torch.inf)
+        bad = scores.isnan() | scores.eq(torch.inf) | scores.isneginf().all(dim=1, keepdim=True)
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
             raise UserError(
                 f"{self.name} returned {scores[row, column].item()} for class {column} of image {row} in a batch of {len(scores)}: "
                 "expected finite scores; check its weights and its preprocessing"
+            )
+
+    def _check_probabilities(self, scores: Tensor) -> None:
+        bad = (scores < 0).any(dim=1) | (scores.sum(dim=1) <= 0)
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            low, high = scores[row].min().item(), scores[row].max().item()
+            raise UserError(
+                f"{self.name} returned {low:.4g} to {high:.4g} as the probabilities of image {row}: expected none negative and not all "
+                "zero; give scores='logits' if they are logits"
             )
 
 
@@ -418,7 +419,7 @@ class _PrototypeClassifier(Classifier):
 
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(inputs)
-        features = torch.cat([self._base.features(chunk) for chunk in inputs.split(self.batch_size)])
+        features = torch.cat([self._base.features(chunk) for chunk in even_chunks(inputs, self.batch_size)])
         matrix = self._matrix.to(features.device)
         if features.shape[1] != matrix.shape[1]:
             raise UserError(
@@ -434,8 +435,13 @@ class _PrototypeClassifier(Classifier):
 
 def automatic_batch_size(pixels: int, device: torch.device) -> int:
     """Images forwarded at once: on a CPU few enough for the caches, on an accelerator enough to fill it."""
-    budget = 2**17 if device.type == "cpu" else 2**23
-    return max(8, min(512, budget // max(1, pixels)))
+    least, budget = (16, 2**16) if device.type == "cpu" else (32, 2**23)
+    return max(least, min(512, budget // max(1, pixels)))
+
+
+def even_chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in as few parts of at most ``most`` as will do, of nearly equal size: a small last batch wastes a pass."""
+    return rows.tensor_split(max(1, -(-len(rows) // most)))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -464,10 +470,20 @@ def _pooled(value: Tensor) -> Tensor:
     return value.mean(dim=1) if value.ndim == 3 else value
 
 
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise UserError(f"mean and std take three numbers, red, green and blue: received {list(values)}")
-    return float(values[0]), float(values[1]), float(values[2])
+def _sides(size: Any) -> tuple[int, int]:
+    sides = np.asarray(size)
+    if sides.shape not in ((), (2,)) or sides.dtype.kind not in "iu":
+        raise UserError(f"input size {size!r}: expected a whole number of pixels, or (height, width)")
+    height, width = np.broadcast_to(sides, 2).tolist()
+    return height, width
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    numbers = np.asarray(values)
+    if numbers.shape not in ((), (3,)) or numbers.dtype.kind not in "fiu":
+        raise UserError(f"mean and std take three numbers, red, green and blue: received {values!r}")
+    red, green, blue = np.broadcast_to(numbers, 3).tolist()
+    return float(red), float(green), float(blue)
 
 
 def _describe_output(output: Any) -> str:

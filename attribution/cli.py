@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,10 +149,16 @@ def explain(
     }
     if heatmap is not None:
         options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap
-    found = [demo_image_path()] if not images else list(find_images(images))
+    for name, known, option in ((regions, REGIONS, "regions"), (search, SEARCHES, "search"), (preset, PRESETS, "preset")):
+        if name is not None and name not in known:
+            raise UserError(f"unknown {option} {name!r}: expected one of {', '.join(known)}")
+    found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
     classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
+    repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
+    if repeated:
+        raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
     jobs = [Job(path, stem, classifiers, options, out, overwrite) for path, stem in zip(found, distinct_stems(found), strict=True)]
     errors: list[str] = []
     rows: list[tuple[Job, list[Explanation]]] = []
@@ -219,13 +227,12 @@ class Job:
         model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names)
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
-            if name == "region_options" and "heatmap" in value:
-                digest.update(np.ascontiguousarray(value["heatmap"]).tobytes())
-            else:
-                digest.update(f"{name}={value}".encode())
-        fill = Path(self.options["fill"])
-        if fill.is_file():
-            digest.update(fill.read_bytes())
+            if name == "region_options":
+                digest.update(np.ascontiguousarray(value.get("heatmap", 0)).tobytes())
+                value = {key: item for key, item in value.items() if key != "heatmap"}
+            digest.update(f"{name}={value}".encode())
+        if os.path.isfile(self.options["fill"]):
+            digest.update(Path(self.options["fill"]).read_bytes())
         return digest.hexdigest()
 
 
@@ -305,30 +312,41 @@ def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
         typer.echo(note)
 
 
-def find_images(paths: list[Path]) -> Iterator[Path]:
-    """Files as they are, folders as the images directly and deeper inside, sorted by name.
+def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
+    """Files as they are, folders as the images directly and deeper inside, sorted by name, but none of the output folder.
 
     Raises:
         UserError: a path that is not there or a folder without images.
     """
+    own_figures = outside.absolute()
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        if os.path.isdir(path):
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            inside = [file for file in files if own_figures not in file.absolute().parents]
             if not inside:
                 raise UserError(f"{path} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
             yield from inside
-        elif path.exists():
+        elif os.path.exists(path):
             yield path
         else:
             raise UserError(f"{path}: no such file or folder")
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
-    """Names for the outputs: the file's own, with its folder or a number where two would be equal."""
+    """Names for the outputs: the file's own, with its folder, then a number, where two would be equal."""
+    taken: set[str] = set()
+    repeats: Counter[str] = Counter()
     stems: list[str] = []
     for path in paths:
-        candidates = [path.stem, f"{path.parent.name}-{path.stem}", *(f"{path.stem}-{n}" for n in range(2, len(paths) + 2))]
-        stems.append(next(c for c in candidates if c not in stems))
+        stem = path.stem
+        if stem in taken:
+            stem = f"{path.parent.name}-{stem}"
+        base = stem
+        while stem in taken:
+            repeats[base] += 1
+            stem = f"{base}-{repeats[base] + 1}"
+        taken.add(stem)
+        stems.append(stem)
     return stems
 
 
@@ -377,7 +395,7 @@ def _kept(base: Path, key: str) -> Explanation | None:
 
 
 class _bar:
-    """A progress bar over the regions placed, on a terminal or a log alike; gone when done."""
+    """A progress bar over the regions placed, on a terminal; gone when done."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -400,12 +418,21 @@ def _slug(name: str) -> str:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can mend."""
+    """Entry point: one line and exit code 2 for what a user can mend, 130 when interrupted."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the parser's own errors have it, wherever typer keeps their class
+            raise
+        typer.echo(f"error: {error.format_message()} (see attribution --help)", err=True)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
@@ -28,7 +29,7 @@ from attribution.search import SEARCHES, Objective, Progress
 
 def explain(
     image: ImageSource,
-    classifier: Classifier | nn.Module | str,
+    classifier: Classifier | str,
     target: int | str | None = None,
     *,
     regions: Any = None,
@@ -49,7 +50,7 @@ def explain(
 
     Args:
         image: whatever ``load_image`` takes.
-        classifier: a ``Classifier``, or what ``load_classifier`` takes.
+        classifier: a ``Classifier`` (wrap your own module or callable in one), or a name that ``load_classifier`` takes.
         target: class to explain, index or name; the predicted class by default.
         regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
             ``Regions``.
@@ -68,13 +69,21 @@ def explain(
 
     Returns:
         The order, its trajectories over all R + 1 prefixes and its provenance. ``evaluations`` counts the images that the
-        search forwarded (with the effectiveness score also one for each region), not those of the trajectories.
+        search forwarded: the formulas of each search, plus one for each region where the effectiveness has a weight. The
+        image itself and the prefixes of the trajectories are not counted.
 
     Raises:
         UserError: any input that does not fit, with what was received and what was expected.
     """
     started = time.perf_counter()
     chosen = _preset(preset)
+    weights = chosen.weights if weights is None else weights
+    if not isinstance(weights, ScoreWeights):
+        raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}: expected 0 to 2**63 - 1")
+    if isinstance(classifier, torch.nn.Module):
+        raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
     classifier = load_classifier(classifier)
     regions = chosen.regions if regions is None else regions
     search = chosen.search if search is None else search
@@ -84,23 +93,25 @@ def explain(
     if batch_size is not None:
         classifier.batch_size = batch_size
     try:
-        loaded = load_image(image).cpu()
+        loaded = original = load_image(image).cpu()
         if isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions)):
             loaded = limit_size(loaded, max_side)
         published = isinstance(regions, str) and regions == chosen.regions
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
-        hidden = classifier_fill(loaded, fill, classifier)
+        hidden = limit_size(classifier_fill(original, fill, classifier), max(loaded.shape[1:]))
         masked = MaskedInputs(classifier, loaded, cut.labels, hidden)
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
 
-        weights = weights or chosen.weights
         scoring = {**chosen.objective_options, **(objective_options or {})}
+        _check_options(SubmodularObjective, scoring, "objective")
         objective = SubmodularObjective(classifier, masked, wanted, weights, **scoring)
         p = _pending(chosen.pending if pending is None else pending, cut.count)
         offered = {"pending": p, "seed": seed, "progress": progress}
-        searching = {**(chosen.search_options if search == chosen.search else {}), **(search_options or {})}
+        theirs = chosen.search_options if search == chosen.search else {}
+        searching = {key: min(value, cut.count) if key == "count" else value for key, value in theirs.items()}
+        searching.update(search_options or {})
         order = _run_search(search, objective, offered, searching)
         insertion, deletion = prefix_probabilities(classifier, masked, order, wanted)
     finally:
@@ -152,7 +163,7 @@ def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Te
     shown = torch.zeros(size + 1, size, dtype=torch.bool)
     shown[:, order] = torch.ones(size + 1, size).tril(-1).bool()
     shown = shown.to(classifier.device)
-    both = torch.cat([classifier.probabilities(masked(chunk))[:, target] for chunk in torch.cat([shown, ~shown]).split(1024)])
+    both = torch.cat([classifier.probabilities(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
     insertion, deletion = both.cpu().split(size + 1)
     return insertion, deletion
 
@@ -176,10 +187,10 @@ def _preset(name: str | None) -> Preset:
 
 
 def _pending(value: int | str, size: int) -> int:
-    if isinstance(value, str):
-        return max(1, math.ceil(float(value.removesuffix("%")) / 100 * size))
-    if value < 1:
-        raise UserError(f"pending is {value}: expected at least 1")
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        return max(1, math.ceil(float(value[:-1]) / 100 * size))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"pending is {value}: expected a whole number of at least 1, or a share such as '15%'")
     return value
 
 
@@ -191,13 +202,18 @@ def _run_search(search: Any, objective: SubmodularObjective, offered: dict[str, 
         search = SEARCHES[search]
     if not callable(search):
         raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
+    _check_options(search, given, "search")
     parameters = inspect.signature(search).parameters
-    unknown = [name for name in given if name not in parameters]
-    if unknown:
-        raise UserError(f"search options {', '.join(unknown)} are unknown: this search takes {', '.join(list(parameters)[1:]) or 'none'}")
     arguments = {name: value for name, value in offered.items() if name in parameters and name not in given}
     found = torch.as_tensor(search(objective, **arguments, **given)).cpu().long()
     return _complete(found, objective.size)
+
+
+def _check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
+    taken = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in taken]
+    if unknown:
+        raise UserError(f"{what} options {', '.join(unknown)} are unknown: expected {', '.join(taken) or 'none'}")
 
 
 def _complete(order: Tensor, size: int) -> Tensor:

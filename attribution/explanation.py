@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -190,7 +191,8 @@ class Explanation:
     def save(self, path: str | Path) -> None:
         """Write everything to one npz file, whole or not at all; ``load`` gives an equal explanation back."""
         with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(self._plain())), **self._arrays())
+            arrays: dict[str, Any] = {"header": np.array(json.dumps(self._plain())), **self._arrays()}
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
@@ -221,7 +223,7 @@ class Explanation:
             explanation._check()
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged or hostile file can raise anything inside the decoders
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise UserError(f"{path} is not a saved explanation, or is damaged ({reason})") from None
         return explanation
@@ -252,13 +254,15 @@ class Explanation:
 
     def _check(self) -> None:
         """Whether the parts of a file belong together."""
-        height, width = self.image.shape[1:]
-        assert self.image.shape[0] == 3
-        ok = len(self.class_names) == len(self.probabilities) and 0 <= self.target < len(self.class_names)
+        channels, height, width = self.image.shape
+        floats = (self.image, self.probabilities, self.insertion_scores, self.deletion_scores, self.pixel_map)
+        ok = channels == 3 and all(value is None or value.dtype == torch.float32 for value in floats)
+        ok = ok and isinstance(self.target, int) and isinstance(self.evaluations, int) and isinstance(self.provenance, dict)
+        ok = ok and len(self.class_names) == len(self.probabilities) and 0 <= self.target < len(self.class_names)
         if self.regions is not None:
             ok = ok and self.regions.labels.shape == (height, width)
             if self.order is not None:
-                ok = ok and self.order.sort().values.equal(torch.arange(self.regions.count))
+                ok = ok and self.order.dtype == torch.int64 and self.order.sort().values.equal(torch.arange(self.regions.count))
                 for scores in (self.insertion_scores, self.deletion_scores):
                     ok = ok and (scores is None or scores.shape == (self.regions.count + 1,))
         if self.pixel_map is not None:
@@ -287,9 +291,14 @@ def _compact(image: Tensor) -> Tensor:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, none larger than its header, its entry and the limit agree on."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.file_size > 8 * _MAX_FILE_VALUES:
-                raise ValueError(f"{entry.filename} would unpack to {entry.file_size:,} bytes")
+            with archive.open(entry) as file:
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+            size = math.prod(shape) * dtype.itemsize
+            if size > entry.file_size or entry.file_size > 8 * _MAX_FILE_VALUES:
+                raise ValueError(f"{entry.filename} would unpack to {max(size, entry.file_size):,} bytes")
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

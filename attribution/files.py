@@ -18,7 +18,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because many writers choose the format by it.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     try:
@@ -30,10 +30,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): nothing was changed; make room, or choose another folder"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    try:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another name") from None
 
 
 def _umask() -> int:

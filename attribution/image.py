@@ -22,6 +22,7 @@ from attribution.errors import UserError, describe
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 MAX_SIDE = 512
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # no format that runs another program, as EPS does
 _INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
@@ -154,7 +155,7 @@ def _from_bytes(data: bytes, name: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from attribution.files import whole_file
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "network")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
 _METADATA_KEY = "vision-attribution"
+_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "head", "scores")
+_LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 
 
 def load_classifier(
@@ -89,7 +92,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
     way = classifier.preprocessing
     card = {
-        "model": classifier.name,
+        "model": classifier.name.partition("@")[0],
         "class_names": classifier.class_names,
         "settings": {
             "size": way.size,
@@ -220,9 +223,14 @@ def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, c
         raise UserError(
             f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}"
         )
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
+    own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
     names = class_names or card.get("class_names")
-    return load_classifier(card["model"], device=device, checkpoint=path, class_names=names, batch_size=batch_size, **{**own, **settings})
+    model = card["model"].partition("@")[0]
+    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(card.get("class_names"), list)
+    if not usable or max(np.atleast_1d(own.get("size", 1)).tolist(), default=0) > _LARGEST_INPUT:
+        raise UserError(f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}")
+    own = {**own, "name": f"{model}@{path.stem}", **settings}
+    return load_classifier(model, device=device, checkpoint=path, class_names=names, batch_size=batch_size, **own)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

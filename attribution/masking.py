@@ -7,12 +7,15 @@ cropped or normalised again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier
+from attribution.classifier import Classifier, even_chunks
 
 _CHUNK_VALUES = 2**24  # floats of masked full-size images held at once while the contributions are made
+_INPUT_VALUES = 2**25  # floats of model inputs held at once, 128 MiB
 
 
 class MaskedInputs:
@@ -46,3 +49,8 @@ class MaskedInputs:
         """Inputs with the given regions shown on the fill: bool [n, R] -> float32 [n, 3, h, w]."""
         shown = subsets.to(self._contributions)
         return torch.addmm(self._hidden, shown, self._contributions).unflatten(1, self._shape)
+
+    def parts(self, subsets: Tensor) -> Iterator[Tensor]:
+        """The same inputs in parts that hold a bounded number of values, for many subsets or large inputs."""
+        rows = max(64, _INPUT_VALUES // self._hidden.numel())
+        return (self(part) for part in even_chunks(subsets, rows) if len(part))

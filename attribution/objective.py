@@ -132,9 +132,7 @@ class SubmodularObjective:
         shown = count if weights.consistency or own_confidence else 0
         hidden = count if weights.collaboration else 0
         rows = torch.cat([subsets[:shown], ~subsets[:hidden]])
-        inputs = self._masked(rows)
-        self.evaluations += len(rows)
-        logits, features = self._forward(inputs)
+        logits, features = self._forward(rows)
         probabilities = logits.softmax(dim=1)[:, self._target]
 
         consistency = probabilities[:shown] if weights.consistency else zeros
@@ -144,7 +142,8 @@ class SubmodularObjective:
         if weights.confidence:
             outputs = logits[:shown]
             if self._confidence_classifier is not None:
-                outputs = self._confidence_classifier.logits(inputs[:shown] if shown else self._masked(subsets))
+                parts = [self._confidence_classifier.logits(inputs) for inputs in self._masked.parts(subsets)]
+                outputs = torch.cat(parts).to(subsets.device)
                 self.evaluations += count
             confidence = self._confidence_of(outputs)
         return Scores(
@@ -154,12 +153,20 @@ class SubmodularObjective:
             effectiveness=self._effectiveness(subsets) if weights.effectiveness else zeros,
         )
 
-    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not len(inputs):
-            return inputs.new_zeros(0, self._classifier.num_classes), None
-        if self._feature is not None:
-            return self._classifier.logits_and_features(inputs)
-        return self._classifier.logits(inputs), None
+    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, C] and, where the consistency needs them, features [n, D] of the given subsets, all counted."""
+        self.evaluations += len(rows)
+        if self._feature is None:
+            parts = [self._classifier.logits(inputs) for inputs in self._masked.parts(rows)]
+            return torch.cat(parts) if parts else torch.zeros(0, self._classifier.num_classes, device=rows.device), None
+        both = [self._classifier.logits_and_features(inputs) for inputs in self._masked.parts(rows)]
+        if both and both[0][1].shape[1] != len(self._feature):
+            raise UserError(
+                f"the semantic feature has {len(self._feature)} values, features of {self._classifier.name} have {both[0][1].shape[1]}"
+            )
+        logits = [part[0] for part in both] or [torch.zeros(0, self._classifier.num_classes, device=rows.device)]
+        features = [part[1] for part in both] or [torch.zeros(0, len(self._feature), device=rows.device)]
+        return torch.cat(logits), torch.cat(features)
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]
@@ -174,7 +181,7 @@ class SubmodularObjective:
     def _effectiveness(self, subsets: Tensor) -> Tensor:
         """e(S) = sum over i in S of the least d_ij over the other j in S; 0 for sets of fewer than two."""
         if self._distances is None:
-            return torch.zeros(len(subsets), device=subsets.device)
+            return torch.zeros(len(subsets), device=self._classifier.device)
         subsets = subsets.to(self._distances.device)
         chunks = subsets.split(max(1, 2**24 // self.size**2))
         return torch.cat([self._effectiveness_of_chunk(chunk) for chunk in chunks])
@@ -188,7 +195,7 @@ class SubmodularObjective:
     def _element_distances(self) -> Tensor:
         """d_ij = arccos(cos(f_i, f_j)) / pi between the features of the single regions, infinite on the diagonal: [R, R]."""
         singles = torch.eye(self.size, dtype=torch.bool, device=self._classifier.device)
-        features = self._classifier.features(self._masked(singles))
+        features = torch.cat([self._classifier.features(inputs) for inputs in self._masked.parts(singles)])
         self.evaluations += self.size
         return _angle(features, features).fill_diagonal_(torch.inf)
 

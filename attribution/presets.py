@@ -21,7 +21,8 @@ class Preset:
         regions: key of ``REGIONS``; None where the setting takes masks that the user has.
         search: key of ``SEARCHES``.
         pending: p of the bidirectional search: a number, or "15%" of the regions, rounded up.
-        region_options: arguments of the region method.
+        region_options: arguments of the region method. Published region sizes are for 224x224 pixels; as a count (80 for a
+            size of 25) they fit any image.
         search_options: further arguments of the search.
         objective_options: further arguments of the objective.
         source: where it was published.
@@ -82,7 +83,7 @@ PRESETS: dict[str, Preset] = {
     "lima-imagebind": Preset(_weights(0, 0.05, 10, 1), "slico", "bidirectional", f"{_LIMA}, ImageBind"),
     "lima-imagebind-ablation": Preset(
         _weights(0.01, 0.05, 20, 5), "slico", "bidirectional", f"{_LIMA}, ImageBind, ablations",
-        pending=12, region_options={"region_size": 25},
+        pending=12, region_options={"count": 80},
     ),
     "lima-languagebind": Preset(_weights(0, 0.05, 20, 5), "seeds", "bidirectional", f"{_LIMA}, LanguageBind"),
     "lima-single-modal-slico": Preset(

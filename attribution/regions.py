@@ -131,9 +131,11 @@ def slico(image: Tensor, count: int | None = None, region_size: int | None = Non
     if region_size is None:
         requested = PUBLISHED_COUNT if count is None else _checked_count(count, image)
         ideal = 30 * math.sqrt(height * width) / _PUBLISHED_SIDE if count is None else math.sqrt(height * width / count)
-        region_size = max(1, round(ideal))
-    if not 1 <= region_size <= max(height, width):
-        raise UserError(f"slico region_size {region_size}: expected 1 to {max(height, width)} pixels for this image")
+        region_size = max(1, min(round(ideal), height, width))  # OpenCV crashes on seeds farther apart than the image is wide
+    if not isinstance(region_size, int) or not 1 <= region_size <= min(height, width):
+        raise UserError(f"slico region_size {region_size}: expected 1 to {min(height, width)} pixels for this image")
+    if iterations < 1:
+        raise UserError(f"slico iterations {iterations}: expected at least 1")
     ximgproc = _ximgproc("slico")
     slic = ximgproc.createSuperpixelSLIC(_uint8(image), ximgproc.SLICO, region_size, ruler)
     slic.iterate(iterations)
@@ -240,7 +242,12 @@ def watershed(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 
 
 
 def saliency_patches(
-    image: Tensor, heatmap: Any = None, side: int = 28, cells_per_region: int = 8, level: Literal["cell", "pixel"] = "cell"
+    image: Tensor,
+    heatmap: Any = None,
+    side: int = 28,
+    cells_per_region: int | None = None,
+    count: int | None = None,
+    level: Literal["cell", "pixel"] = "cell",
 ) -> Regions:
     """SMDL's prior allocation (Chen et al., ICLR 2024): cells ranked by a heatmap, consecutive ranks grouped into regions.
 
@@ -251,22 +258,32 @@ def saliency_patches(
         image: float32 [3, H, W].
         heatmap: [h, w], any resolution, larger is more salient; resized to side x side by 4-neighbour interpolation.
         side: cells a side (28 for faces, 10 for CUB).
-        cells_per_region: cells in a region (8 for faces, 4 for CUB); with level "pixel" the number of pixels.
-        level: "pixel" ranks pixels instead of cells (published: 112 equal groups).
+        cells_per_region: cells in a region (published: 8 for faces, 4 for CUB; default 8), or pixels at level "pixel".
+        count: number of regions, instead of cells_per_region (default at level "pixel": the published 112).
+        level: "pixel" ranks pixels instead of cells.
 
     Raises:
         UserError: no heatmap, one that is not finite, or more cells than pixels.
     """
     if heatmap is None:
         raise UserError("saliency_patches needs a heatmap [h, w]: give heatmap= (for example the heatmap of another explanation)")
+    if level not in ("cell", "pixel"):
+        raise UserError(f"unknown level {level!r}: expected 'cell' or 'pixel'")
+    if count is not None and cells_per_region is not None:
+        raise UserError(f"give count or cells_per_region, not both: received count={count} and cells_per_region={cells_per_region}")
     values = _as_tensor(heatmap, "the heatmap", "[h, w] with finite values").float()
-    if values.ndim != 2 or not values.isfinite().all():
+    if values.ndim != 2 or 0 in values.shape or not values.isfinite().all():
         raise UserError(f"the heatmap is {describe(values)}: expected [h, w] with finite values")
     height, width = image.shape[1:]
     cells = (height, width) if level == "pixel" else (side, side)
-    if cells[0] > height or cells[1] > width or side < 1:
+    if side < 1 or cells[0] > height or cells[1] > width:
         raise UserError(f"{side}x{side} cells do not fit an image of {width}x{height} pixels: give a smaller side")
     total = cells[0] * cells[1]
+    if count is None and cells_per_region is None and level == "pixel":
+        count = min(112, total)
+    if count is not None:
+        cells_per_region = total // _checked_count(min(count, total), image)
+    cells_per_region = 8 if cells_per_region is None else cells_per_region
     if not 1 <= cells_per_region <= total:
         raise UserError(f"cells_per_region is {cells_per_region}: expected 1 to {total}")
     if values.shape != cells:
@@ -274,8 +291,8 @@ def saliency_patches(
     ranking = values.flatten().argsort(descending=True, stable=True)
     groups = torch.empty(total, dtype=torch.int64)
     groups[ranking] = (torch.arange(total) // cells_per_region).clamp(max=total // cells_per_region)
-    upscaled = F.interpolate(groups.view(1, 1, *cells).double(), size=(height, width), mode="nearest-exact")[0, 0].long()
-    return Regions(upscaled, "saliency_patches", total // cells_per_region)
+    upscaled = F.interpolate(groups.view(1, 1, *cells).double(), size=(height, width), mode="nearest")[0, 0].long()
+    return Regions(upscaled, "saliency_patches", count or total // cells_per_region)
 
 
 def from_masks(
@@ -307,7 +324,7 @@ def from_masks(
         raise UserError("variant 'lima' looks at the colour of what no mask covers: give the image")
     if image is not None and image.shape[1:] != stack.shape[1:]:
         raise UserError(f"masks are {describe(stack)}, the image is {describe(image)}: give masks at the image's own resolution")
-    owned = _without_overlaps(stack.bool().clone())
+    owned = _without_overlaps(stack.bool().contiguous().clone())
     kept = owned[owned.flatten(1).sum(1) > smallest * owned[0].numel()]
     labels = torch.full(stack.shape[1:], -1, dtype=torch.int64)
     for index, mask in enumerate(kept):
@@ -352,7 +369,9 @@ def _from_user(value: Any, image: Tensor) -> Regions:
 
 def _as_tensor(value: Any, what: str, expected: str) -> Tensor:
     def single(item: Any) -> Tensor:
-        return torch.as_tensor(item.copy() if isinstance(item, np.ndarray) else item)  # torch takes neither read-only nor flipped arrays
+        return torch.as_tensor(
+            item.copy() if isinstance(item, np.ndarray) else item
+        ).cpu()  # torch takes neither read-only nor flipped arrays
 
     try:
         return torch.stack([single(item) for item in value]) if isinstance(value, list | tuple) else single(value)

@@ -82,6 +82,7 @@ def lazy_greedy(objective: Objective, *, count: int | None = None, batch_size: i
             # in the first round nothing is known, so all are evaluated together
             stale = [r for r in ranked if r not in fresh][: batch_size if order else size]
             values = objective(_with_each(chosen, torch.tensor(stale)))
+            _refuse_nan(values)
             for region, new in zip(stale, values.tolist(), strict=True):
                 gains[region] = new - value
             fresh.update(stale)
@@ -174,7 +175,8 @@ def bidirectional_greedy(objective: Objective, *, pending: int = 8, progress: Pr
 def bidirectional_greedy_v1(objective: Objective, *, progress: Progress | None = None) -> Tensor:
     """LiMA's first bidirectional search: the lowest scorer of the same evaluations goes to the back, with its set score there.
 
-    Where the published code let a tied winner also lose (and so lost a region), the winner never loses here.
+    Where the published code let a tied winner also lose (and so lost a region), the winner never loses here. It was published
+    without a confidence term: set that weight to 0 for the same scores.
 
     Args:
         objective: F.
@@ -225,11 +227,18 @@ def _swap_set_score(objective: Objective, values: Tensor, counted: Tensor, wante
 
 
 def _first_maximum(values: Tensor) -> int:
+    _refuse_nan(values)
     return int((values == values.max()).nonzero()[0, 0])
 
 
 def _first_minimum(values: Tensor) -> int:
+    _refuse_nan(values)
     return int((values == values.min()).nonzero()[0, 0])
+
+
+def _refuse_nan(values: Tensor) -> None:
+    if values.isnan().any():
+        raise UserError("the objective returned NaN: expected a finite number for every subset")
 
 
 def _checked_count(objective: Objective, count: int | None) -> int:

@@ -9,12 +9,12 @@ speed meets both; the median ratio is printed. Weights do not matter for speed, 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -101,34 +101,52 @@ def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[
 
 
 def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
-    """In a process of its own: the peak after forward passes alone, and after a search of a few steps."""
+    """In a process of its own: peaks above what it held before, of forward passes alone and of a search's first round."""
     classifier, image, labels = prepared(spec, regions, device)
     inputs = torch.randn(classifier.batch_size, 3, *classifier.preprocessing.size, device=classifier.device)
-    forward(classifier, inputs, 2 * len(inputs), len(inputs))
-    alone = peak_bytes(classifier.device)
-    masked = at.MaskedInputs(classifier, image, labels, torch.zeros_like(image))
-    SEARCHES["greedy"](at.SubmodularObjective(classifier, masked, 3), count=1)
-    results.put((alone, peak_bytes(classifier.device)))
+    forward(classifier, inputs, 1, 1)
+
+    def search() -> None:
+        masked = at.MaskedInputs(classifier, image, labels, torch.zeros_like(image))
+        SEARCHES["greedy"](at.SubmodularObjective(classifier, masked, 3), count=1)
+
+    alone = added_bytes(lambda: forward(classifier, inputs, 4 * len(inputs), len(inputs)), classifier.device)
+    results.put((alone, added_bytes(search, classifier.device)))
 
 
-def peak_bytes(device: torch.device) -> int:
+def added_bytes(job: Callable[[], object], device: torch.device) -> int:
+    """How far the job raises the memory in use, at its peak (Linux or CUDA; 0 where neither can tell)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        return torch.cuda.max_memory_allocated(device) - before
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = resident(status, "VmRSS")
+    job()
+    return resident(status, "VmHWM") - before
+
+
+def resident(status: Path, field: str) -> int:
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
 
 def memory_rows(specs: list[str], device: str) -> list[list[str]]:
-    context = multiprocessing.get_context("spawn")
     rows = []
     for spec in specs:
         for regions in (50, 200):
+            context = multiprocessing.get_context("spawn")
             results = context.Queue()
             process = context.Process(target=peak_memory, args=(spec, regions, device, results))
             process.start()
-            alone, peak = results.get()
             process.join()
-            rows.append([spec, str(regions), f"{alone / 2**20:.0f}", f"{peak / 2**20:.0f}", f"{peak / alone:.2f}"])
+            if process.exitcode:
+                raise SystemExit(f"the memory of {spec} could not be measured (exit code {process.exitcode})")
+            alone, search = results.get()
+            rows.append([spec, str(regions), f"{alone / 2**20:.0f}", f"{search / 2**20:.0f}"])
     return rows
 
 
@@ -167,7 +185,7 @@ def main(
         f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
     )
     print_table(title, headings, [overhead(spec, regions, repeats, device) for spec in specs])
-    print_table("Peak memory, MiB", ["model", "R", "forward alone", "with search", "ratio"], memory_rows(specs, device))
+    print_table("Memory added at the peak, MiB", ["model", "R", "forward alone", "search"], memory_rows(specs, device))
     print_table("Images forwarded by a search of all R regions (zoo:cnn)", ["search", "25", "49", "64", "100"], evaluation_rows())
 
 

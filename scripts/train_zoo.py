@@ -20,13 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.files import whole_file
+from attribution.loading import load_classifier
 from attribution.zoo import MEAN, STD, build_cnn, build_vit
 from evaluation.data import ImageDataset, load_dataset
 
@@ -54,6 +56,7 @@ class Training:
     step: Callable[[int], float]
     stateful: dict[str, Any]
     result: Callable[[], nn.Module]
+    teacher: str | None = None
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -147,7 +150,8 @@ def train_vit(data: Data, teacher: nn.Module, epochs: int, seed: int, batch_size
         return loss.item()
 
     stateful = {"trained": trained, "average": average, "optimizer": optimizer}
-    return Training("vit", epochs, steps_per_epoch, step, stateful, lambda: average.module)
+    taught_by = Classifier(teacher, size=32).weights_digest
+    return Training("vit", epochs, steps_per_epoch, step, stateful, lambda: average.module, taught_by)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: list[nn.Parameter] | None = None) -> None:
@@ -233,7 +237,7 @@ def run(training: Training, data: Data, out: Path, seed: int) -> nn.Module:
     """Run to the end from the last checkpoint, then write the weights and a record of the run."""
     checkpoint, settings = (
         out / f"{training.name}.checkpoint.pt",
-        {"epochs": training.epochs, "images": len(data.train_images), "seed": seed},
+        {"epochs": training.epochs, "images": len(data.train_images), "seed": seed, "teacher": training.teacher},
     )
     start, seconds, history = 0, 0.0, []
     if checkpoint.exists():
@@ -289,6 +293,8 @@ def run(training: Training, data: Data, out: Path, seed: int) -> nn.Module:
 def as_tensors(dataset: ImageDataset, limit: int | None) -> tuple[Tensor, Tensor]:
     chosen = np.arange(len(dataset)) if limit is None else np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
     images = [(dataset[int(i)].image * 255).round().to(torch.uint8) for i in tqdm(chosen, desc="reading", unit="image", leave=False)]
+    if {tuple(image.shape) for image in images} != {(3, 32, 32)}:
+        raise UserError("the images are not all 32x32 pixels: is this CIFAR-10?")
     return torch.stack(images), torch.tensor([dataset.labels[int(i)] for i in chosen])
 
 
@@ -311,8 +317,7 @@ def main(
         if teacher is None:
             cnn = run(train_cnn(loaded, cnn_epochs, seed), loaded, out, seed)
         else:
-            cnn = build_cnn()
-            cnn.load_state_dict(load_file(teacher))
+            cnn = load_classifier("zoo:cnn", device="cpu", checkpoint=teacher).module
         run(train_vit(loaded, cnn, vit_epochs, seed), loaded, out, seed)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

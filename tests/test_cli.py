@@ -246,3 +246,21 @@ def test_help_names_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run("--version")[1].strip() == f"attribution {at.__version__}"
     code, out, _ = run()
     assert "Usage" in out
+
+
+def test_the_output_folder_is_not_read_as_images(run: Run, photo: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run("explain", photo.parent, *FAST, "--out", photo.parent / "out")[0] == 0
+    assert sorted(f.name for f in (photo.parent / "out").glob("*.png")) == ["cat.png"]
+
+
+def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Classifier) -> None:
+    assert "zoo:cnn was given twice" in run("explain", photo, "-m", "zoo:cnn", "-m", "zoo:cnn", "--out", tmp_path / "out")[2]
+    at.save_classifier(cnn, tmp_path / "tuned.safetensors")
+    assert run("explain", photo, *FAST, "-m", "zoo:cnn", "-m", tmp_path / "tuned.safetensors", "--out", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 2
+
+
+def test_names_of_many_equal_stems() -> None:
+    paths = [Path("a/x.png"), Path("a/x.jpg"), Path("b/x.png"), Path("b/x.jpg"), Path("b/x.gif")]
+    assert cli.distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]

@@ -223,3 +223,47 @@ def test_from_a_path(cnn: at.Classifier, small_cat: Tensor, tmp_path: Path) -> N
     from_array = at.explain(pixels, cnn, **options)
     assert torch.equal(from_path.order, from_array.order)
     assert torch.equal(from_path.image, from_array.image)
+
+
+def test_a_fill_image_of_a_large_photo_is_shrunk_with_it(cnn: at.Classifier) -> None:
+    photo, white = torch.zeros(3, 300, 900), torch.ones(3, 300, 900)
+    explanation = at.explain(photo, cnn, fill=white, regions="grid", region_options={"count": 4})
+    wanted = cnn.probabilities(cnn.inputs(torch.ones(3, 171, 512)))[0, explanation.target]
+    assert explanation.fill_confidence == pytest.approx(float(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda b: b.mean((2, 3)) - 0.1, "expected none negative and not all zero"),
+        (lambda b: b.mean((2, 3)), "returned 0 to 0 as the probabilities of image"),
+        (lambda b: b.mean((2, 3)) - torch.inf, "returned -inf"),
+    ],
+)
+def test_scores_that_are_no_probabilities(small_cat: Tensor, rows: object, message: str) -> None:
+    kind = "logits" if "inf" in message else "probabilities"
+    with pytest.raises(at.UserError, match=message):
+        at.explain(small_cat, at.Classifier(rows, size=32, scores=kind), regions="grid", region_options={"count": 4})
+
+
+def test_a_search_on_an_objective_of_nan() -> None:
+    class Broken:
+        size = 3
+
+        def __call__(self, subsets: Tensor) -> Tensor:
+            return torch.full((len(subsets),), torch.nan)
+
+    for search in at.SEARCHES.values():
+        with pytest.raises(at.UserError, match="objective returned NaN"):
+            search(Broken())
+
+
+def test_parts_do_not_change_the_result(cnn: at.Classifier, small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = at.ScoreWeights(20, 5, 1, 0.5)
+    options = {"regions": "grid", "region_options": {"count": 100}, "weights": weights, "search": "greedy", "search_options": {"count": 2}}
+    whole = at.explain(small_cat, cnn, **options)
+    monkeypatch.setattr("attribution.masking._INPUT_VALUES", 1)
+    parts = at.explain(small_cat, cnn, **options)
+    assert torch.equal(whole.order, parts.order)
+    assert whole.evaluations == parts.evaluations
+    assert torch.allclose(whole.insertion_scores, parts.insertion_scores, atol=1e-6)

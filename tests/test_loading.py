@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ def test_a_saved_classifier_comes_back_whole(spec: str, tmp_path: Path, cat: Ten
     path = tmp_path / "new" / "model.safetensors"
     at.save_classifier(saved, path)
     loaded = at.load_classifier(path, device="cpu", batch_size=5)
-    assert loaded.name == spec
+    assert loaded.name == f"{spec}@model"
     assert loaded.class_names == saved.class_names
     assert loaded.preprocessing == saved.preprocessing
     assert loaded.weights_digest == saved.weights_digest
@@ -323,9 +324,26 @@ def test_a_saved_file_with_a_broken_card(card: str, tmp_path: Path) -> None:
 
 def test_a_saved_file_that_names_itself_does_not_recurse(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    card = f'{{"model": "{path.as_posix()}", "settings": {{}}}}'
+    card = f'{{"model": "{path.as_posix()}", "settings": {{}}, "class_names": []}}'
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": card})
     with pytest.raises(at.UserError, match="a checkpoint goes with timm:NAME"):
+        at.load_classifier(path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"settings": {"bogus": 1}, "class_names": []},
+        {"settings": {"device": "cpu"}, "class_names": []},
+        {"settings": {"size": [10**6, 10**6]}, "class_names": []},
+        {"settings": {}, "class_names": 3},
+    ],
+)
+def test_a_card_that_was_not_written_here_is_refused(card: dict, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    text = json.dumps({"model": "zoo:cnn", **card})
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": text})
+    with pytest.raises(at.UserError, match="a card that save_classifier did not write"):
         at.load_classifier(path, device="cpu")
 
 

@@ -188,7 +188,7 @@ def naive_saliency_labels(values: np.ndarray, group: int, height: int, width: in
     labels = np.empty((height, width), np.int64)
     for y in range(height):
         for x in range(width):
-            row, column = math.floor((y + 0.5) * rows / height), math.floor((x + 0.5) * columns / width)
+            row, column = y * rows // height, x * columns // width
             labels[y, x] = region[row * columns + column]
     return labels
 
@@ -457,3 +457,29 @@ def test_merging_takes_the_smallest_into_the_neighbour_nearest_in_colour(name: s
     assert at.make_regions(image, name, count=3).labels.tolist() == [[0] * 4 + [1] * 3 + [2] * 8]
     assert at.make_regions(image, name, count=2).labels.tolist() == [[0] * 7 + [1] * 8]
     assert at.make_regions(image, name, count=1).labels.tolist() == [[0] * 15]
+
+
+@pytest.mark.parametrize(("size", "count"), [((64, 512), 2), ((8, 512), 2), ((60, 512), 2), ((4, 64), 2)])
+def test_slico_never_crashes_on_narrow_images(size: tuple[int, int], count: int) -> None:
+    """OpenCV kills the process where seeds lie farther apart than the image is high."""
+    program = f"import torch, attribution as at; print(at.make_regions(torch.rand(3, *{size}), 'slico', count={count}).count)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 2
+
+
+def test_masks_with_transposed_memory_lose_their_overlaps_too() -> None:
+    masks = torch.zeros(2, 6, 6, dtype=torch.bool)
+    masks[0, :, :3] = True
+    masks[1, :, 2:] = True
+    assert torch.equal(at.from_masks(masks.mT.contiguous().mT).labels, at.from_masks(masks).labels)
+
+
+def test_saliency_patches_by_count_and_by_pixel() -> None:
+    image, heatmap = torch.rand(3, 32, 32), torch.rand(16, 16)
+    assert at.make_regions(image, "saliency_patches", heatmap=heatmap, side=10, count=25).count == 25
+    pixels = at.make_regions(image, "saliency_patches", heatmap=heatmap, level="pixel")
+    assert pixels.requested == 112
+    assert (torch.bincount(pixels.labels.flatten())[:112] == 9).all()
+    with pytest.raises(at.UserError, match="unknown level 'texel'"):
+        at.make_regions(image, "saliency_patches", heatmap=heatmap, level="texel")
