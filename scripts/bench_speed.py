@@ -12,7 +12,8 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +80,22 @@ def run_search(classifier: at.Classifier, image: torch.Tensor, labels: torch.Ten
     return objective.evaluations
 
 
+@contextmanager
+def model_clock(classifier: at.Classifier) -> Iterator[list[float]]:
+    """Seconds spent inside each call of the module (on an accelerator, until the call returns)."""
+    spent: list[float] = []
+    starts: list[float] = []
+    handles = [
+        classifier.module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        classifier.module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - starts[-1])),
+    ]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[str]:
     classifier, image, labels = prepared(spec, regions or 49, device)
     if regions is None:
@@ -88,16 +105,23 @@ def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[
     chosen = classifier.batch_size
     best = best_batch_size(classifier, inputs, 512 if classifier.preprocessing.size[0] < 64 else 64)
     images = run_search(classifier, image, labels, "bidirectional")
-    ratios, forwards = [], []
+    ratios, outside, forwards = [], [], []
     for _ in tqdm(range(repeats), desc=spec, leave=False):
         before = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
-        search = seconds(lambda: run_search(classifier, image, labels, "bidirectional"), classifier.device)
+        with model_clock(classifier) as inside:
+            search = seconds(lambda: run_search(classifier, image, labels, "bidirectional"), classifier.device)
         after = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
         forwards.append((before + after) / 2)
         ratios.append(search / forwards[-1])
-    rate = images / statistics.median(forwards)
-    spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
-    return [spec, str(regions), str(images), str(chosen), str(best), f"{rate:.0f}", f"{statistics.median(ratios):.3f}", spread]
+        outside.append((search - sum(inside)) / forwards[-1])
+    middle = statistics.median
+    figures = [
+        f"{images / middle(forwards):.0f}",
+        f"{middle(ratios):.3f}",
+        f"{min(ratios):.3f} - {max(ratios):.3f}",
+        f"{middle(outside):.3f}",
+    ]
+    return [spec, str(regions), str(images), str(chosen), str(best), *figures]
 
 
 def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
@@ -164,23 +188,23 @@ def evaluation_rows() -> list[list[str]]:
 def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Models to measure.")] = None,
     regions: Annotated[int | None, typer.Option(min=4, help="R of the overhead table. Default: 49 at 32 pixels, else 25.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of search and forward passes.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of search and forward passes.")] = 7,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Print overhead, peak memory and evaluations of the searches."""
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
-    headings = ["model", "R", "images", "batch", "best batch", "forward/s", "search / forward", "range"]
+    headings = ["model", "R", "images", "batch", "best batch", "forward/s", "search / forward", "range", "outside the model"]
     title = (
         f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
     )
