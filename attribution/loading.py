@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,15 +64,11 @@ def load_classifier(
     spec = str(model)
     source, _, name = spec.partition(":")
     if source in SOURCES and name:
-        return SOURCES[source](
-            name,
-            device=resolve_device(device),
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            pretrained=pretrained,
-            class_names=tuple(class_names) if class_names is not None else None,
-            settings={"name": spec, **settings},
-            batch_size=batch_size,
-        )
+        where = resolve_device(device)
+        built = SOURCES[source](name, Path(checkpoint) if checkpoint is not None else None, pretrained)
+        names = built.class_names if class_names is None else class_names
+        own = {**built.settings, "name": spec, **settings}
+        return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
     if Path(spec).suffix == ".safetensors":
         return _from_saved_file(Path(spec), resolve_device(device), batch_size, class_names, settings)
     raise UserError(
@@ -111,35 +107,24 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
 
 
-def _zoo(
-    name: str,
-    *,
-    device: torch.device,
-    checkpoint: Path | None,
-    pretrained: bool,
-    class_names: Any,
-    settings: dict[str, Any],
-    batch_size: int | None,
-) -> Classifier:
+class _Built(NamedTuple):
+    """What a source makes of a name: the module, its own preprocessing as settings of ``Classifier``, class names if known."""
+
+    module: nn.Module
+    settings: dict[str, Any]
+    class_names: tuple[str, ...] | None
+
+
+def _zoo(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
     fresh = name in zoo.ZOO and not pretrained and checkpoint is None
     module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
-        _load_state(module, read_state_dict(checkpoint), checkpoint, settings["name"])
-    own = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
-    names = class_names or zoo.CLASS_NAMES
-    return Classifier(module.to(device), class_names=names, batch_size=batch_size, **{**own, **settings})
+        _load_state(module, read_state_dict(checkpoint), checkpoint, f"zoo:{name}")
+    settings = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
+    return _Built(module, settings, zoo.CLASS_NAMES)
 
 
-def _timm(
-    name: str,
-    *,
-    device: torch.device,
-    checkpoint: Path | None,
-    pretrained: bool,
-    class_names: Any,
-    settings: dict[str, Any],
-    batch_size: int | None,
-) -> Classifier:
+def _timm(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
     import timm
 
     if not timm.is_model(name):
@@ -149,14 +134,13 @@ def _timm(
 
     def build(classes: int | None) -> nn.Module:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-        return _or_explain_download(
-            lambda: timm.create_model(name, pretrained=pretrained and checkpoint is None, **options), settings["name"]
-        )
+        published = pretrained and checkpoint is None
+        return _or_explain_download(lambda: timm.create_model(name, pretrained=published, **options), f"timm:{name}")
 
-    module = _with_checkpoint(build, checkpoint, settings["name"])
+    module = _with_checkpoint(build, checkpoint, f"timm:{name}")
     config = timm.data.resolve_data_config(model=module)
     side = config["input_size"][1:]
-    own = {
+    settings = {
         "size": tuple(side),
         "mean": config["mean"],
         "std": config["std"],
@@ -164,22 +148,14 @@ def _timm(
         "resized": tuple(math.floor(s / config["crop_pct"]) for s in side),
         "interpolation": config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic", "nearest") else "bicubic",
     }
-    if class_names is None and checkpoint is None and getattr(module, "num_classes", None) == 1000:
+    class_names = None
+    if checkpoint is None and getattr(module, "num_classes", None) == 1000:
         info = timm.data.ImageNetInfo("imagenet-1k")
         class_names = _unique(tuple(info.index_to_description(index).split(",")[0] for index in range(1000)))
-    return Classifier(module.to(device).eval(), class_names=class_names, batch_size=batch_size, **{**own, **settings})
+    return _Built(module, settings, class_names)
 
 
-def _torchvision(
-    name: str,
-    *,
-    device: torch.device,
-    checkpoint: Path | None,
-    pretrained: bool,
-    class_names: Any,
-    settings: dict[str, Any],
-    batch_size: int | None,
-) -> Classifier:
+def _torchvision(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -194,11 +170,11 @@ def _torchvision(
         chosen = weights if pretrained and checkpoint is None else None
         if chosen is None and name in ("googlenet", "inception_v3"):
             options |= {"init_weights": True}
-        return _or_explain_download(lambda: torchvision.models.get_model(name, weights=chosen, **options), settings["name"])
+        return _or_explain_download(lambda: torchvision.models.get_model(name, weights=chosen, **options), f"torchvision:{name}")
 
-    module = _with_checkpoint(build, checkpoint, settings["name"])
+    module = _with_checkpoint(build, checkpoint, f"torchvision:{name}")
     transform = weights.transforms()
-    own = {
+    settings = {
         "size": int(transform.crop_size[0]),
         "mean": transform.mean,
         "std": transform.std,
@@ -206,9 +182,8 @@ def _torchvision(
         "resized": (int(transform.resize_size[0]), int(transform.resize_size[0])),
         "interpolation": transform.interpolation.value,
     }
-    if class_names is None and checkpoint is None:
-        class_names = _unique(tuple(weights.meta["categories"]))
-    return Classifier(module.to(device).eval(), class_names=class_names, batch_size=batch_size, **{**own, **settings})
+    class_names = _unique(tuple(weights.meta["categories"])) if checkpoint is None else None
+    return _Built(module, settings, class_names)
 
 
 def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]) -> Classifier:
@@ -344,7 +319,7 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
 
 
-SOURCES: dict[Literal["zoo", "timm", "torchvision"] | str, Callable[..., Classifier]] = {
+SOURCES: dict[str, Callable[[str, Path | None, bool], _Built]] = {
     "zoo": _zoo,
     "timm": _timm,
     "torchvision": _torchvision,

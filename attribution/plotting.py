@@ -36,7 +36,8 @@ def plot_explanation(explanation: Explanation, share: float = 0.95) -> Figure:
 
     Args:
         explanation: of a search, or of a method that gives a map only (photo and heatmap are drawn then).
-        share: the regions shown are the first that reach this share of the class's confidence on the whole image.
+        share: the regions shown are the first that reach this share of the class's confidence on the whole image (where none
+            or the fill alone does: those of the highest probability).
     """
     return plot_explanations([explanation], share)
 
@@ -68,11 +69,14 @@ def plot_explanations(explanations: Sequence[Explanation], share: float = 0.95) 
 
 
 def chosen_prefix(explanation: Explanation, share: float = 0.95) -> int:
-    """The least k >= 1 for which the first k regions reach a share of the full image's confidence; the best k when none does."""
+    """The least k for which the first k regions reach a share of the full image's confidence.
+
+    The k of the highest probability where no prefix reaches it, or where the fill alone does already.
+    """
     scores = explanation.insertion_scores
     assert scores is not None
-    reached = (scores[1:] >= share * explanation.confidence).nonzero()
-    return int(reached[0, 0]) + 1 if len(reached) else int(scores[1:].argmax()) + 1
+    needed = explanation.regions_needed(share * explanation.confidence)
+    return needed or int(scores[1:].argmax()) + 1
 
 
 def draw_photo(ax: Axes, explanation: Explanation) -> None:
@@ -129,9 +133,9 @@ def draw_regions(ax: Axes, explanation: Explanation, chosen: int, share: float) 
     ax.set_ylim(labels.shape[0] - 0.5, -0.5)
     count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of the image"
     reached = float(scores[chosen])
-    enough = reached >= share * explanation.confidence
+    enough = explanation.fill_confidence < share * explanation.confidence <= reached
     verb = "gives" if chosen == 1 else "give"
-    _title(ax, f"{count}\n{verb if enough else verb + ' at most'} p = {reached:.2f}")
+    _title(ax, f"{count}\n{verb} {'' if enough else 'the highest '}p = {reached:.2f}")
     ax.set_axis_off()
 
 

@@ -52,12 +52,18 @@ def test_the_chosen_prefix_is_numbered() -> None:
 def test_chosen_prefix_where_none_reaches_enough() -> None:
     explanation = replace(made(), probabilities=torch.tensor([0.0, 1.0]))
     assert chosen_prefix(explanation) == 4
-    assert "at most p = 0.90" in " ".join(titles(explanation.plot()))
+    assert "give the highest p = 0.90" in " ".join(titles(explanation.plot()))
 
 
 def test_a_fill_that_is_already_the_class_is_said() -> None:
     explanation = replace(made(), insertion_scores=torch.full((7,), 0.7))
     assert "the fill alone gives p = 0.70" in " ".join(titles(explanation.plot()))
+
+
+def test_chosen_prefix_where_the_fill_is_enough_is_the_best_one() -> None:
+    explanation = replace(made(), insertion_scores=torch.tensor([0.79, 0.8, 0.81, 0.9, 0.95, 0.85, 0.8]))
+    assert chosen_prefix(explanation) == 4
+    assert "give the highest p = 0.95" in " ".join(titles(explanation.plot()))
 
 
 def test_another_predicted_class_is_said() -> None:
