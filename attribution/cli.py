@@ -42,7 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -127,13 +127,13 @@ def explain(
     numbers (.json), and prints a table. Run again with the same settings it keeps what is already there. Exit code 2 and
     one line for each image that could not be explained.
 
-    [bold]Examples[/bold]
+    Examples:
 
-      attribution explain
+    - `attribution explain`
 
-      attribution explain photo.jpg --model timm:vit_base_patch16_224 --out out
+    - `attribution explain photo.jpg --model timm:vit_base_patch16_224 --out out`
 
-      attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur
+    - `attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur`
     """
     options: dict[str, Any] = {
         "regions": regions,
@@ -430,7 +430,8 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own errors have it, wherever typer keeps their class
             raise
-        typer.echo(f"error: {error.format_message()} (see attribution --help)", err=True)
+        if error.format_message():  # empty when there was no command and the help was shown
+            typer.echo(f"error: {error.format_message()} (see attribution --help)", err=True)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 

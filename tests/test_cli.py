@@ -244,8 +244,8 @@ def test_help_names_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in (*options, *at.REGIONS, *at.SEARCHES, *at.FILLS, *at.PRESETS):
         assert name in out, name
     assert run("--version")[1].strip() == f"attribution {at.__version__}"
-    code, out, _ = run()
-    assert "Usage" in out
+    code, out, err = run()
+    assert ("Usage" in out, err) == (True, "")
 
 
 def test_the_output_folder_is_not_read_as_images(run: Run, photo: Path, tmp_path: Path) -> None:
