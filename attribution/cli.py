@@ -209,6 +209,7 @@ class Job:
                     kept = explain_image(self.path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=self.path.name, key=key)
                 kept.save(base.with_name(base.name + ".npz"))
+                self.figure_path.unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
                 with whole_file(base.with_name(base.name + ".json")) as temporary:
                     temporary.write_text(json.dumps(summary(kept), indent=2) + "\n", encoding="utf-8")
             explanations.append(kept)

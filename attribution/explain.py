@@ -99,7 +99,7 @@ def explain(
         published = isinstance(regions, str) and regions == chosen.regions
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
-        hidden = limit_size(classifier_fill(original, fill, classifier), max(loaded.shape[1:]))
+        hidden = classifier_fill(loaded, fill, classifier, (original.shape[1], original.shape[2]))
         masked = MaskedInputs(classifier, loaded, cut.labels, hidden)
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
@@ -150,11 +150,11 @@ def explain(
     )
 
 
-def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier) -> Tensor:
+def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
     """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation."""
     if isinstance(fill, str) and fill == "model_mean":
         return make_fill(image, classifier.preprocessing.mean)
-    return make_fill(image, fill)
+    return make_fill(image, fill, photo_size)
 
 
 def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def make_fill(image: Tensor, fill: Fill) -> Tensor:
+def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None) -> Tensor:
     """The image that stands where regions are hidden.
 
     Args:
@@ -88,6 +88,7 @@ def make_fill(image: Tensor, fill: Fill) -> Tensor:
         fill: a key of ``FILLS`` (black, white, gray, mean: the image's own mean colour, blur: a heavy Gaussian blur of the
             image), a colour as '#rrggbb' or three numbers in [0, 1], or an image of the same size in any form that
             ``load_image`` takes.
+        photo_size: (height, width) that the image had before ``limit_size``; a fill image of that size is shrunk likewise.
 
     Returns:
         float32 [3, H, W] in [0, 1].
@@ -109,6 +110,8 @@ def make_fill(image: Tensor, fill: Fill) -> Tensor:
         return _constant(image, _checked_colour(fill.tolist()))
     else:
         filled = load_image(fill)
+    if tuple(filled.shape[1:]) == photo_size:
+        filled = limit_size(filled, max(image.shape[1:]))
     if filled.shape != image.shape:
         raise UserError(f"the fill image is {_size(filled)}, the image {_size(image)}: give a fill of the same size, or a colour")
     return filled.to(image)

@@ -369,9 +369,8 @@ def _from_user(value: Any, image: Tensor) -> Regions:
 
 def _as_tensor(value: Any, what: str, expected: str) -> Tensor:
     def single(item: Any) -> Tensor:
-        return torch.as_tensor(
-            item.copy() if isinstance(item, np.ndarray) else item
-        ).cpu()  # torch takes neither read-only nor flipped arrays
+        # a copy, because torch takes neither read-only nor flipped arrays
+        return torch.as_tensor(item.copy() if isinstance(item, np.ndarray) else item).cpu()
 
     try:
         return torch.stack([single(item) for item in value]) if isinstance(value, list | tuple) else single(value)

@@ -63,8 +63,10 @@ def best_batch_size(classifier: at.Classifier, inputs: torch.Tensor, images: int
     return min(sizes, key=lambda size: statistics.median(times[size]))
 
 
-def prepared(spec: str, regions: int, device: str) -> tuple[at.Classifier, torch.Tensor, torch.Tensor]:
+def prepared(spec: str, regions: int | None, device: str) -> tuple[at.Classifier, torch.Tensor, torch.Tensor]:
     classifier = at.load_classifier(spec, device=device, pretrained=False)
+    if regions is None:
+        regions = 49 if classifier.preprocessing.size[0] <= 64 else 25
     image = at.load_image(at.demo_image_path())
     square = torch.nn.functional.interpolate(image[None], size=(224, 224), mode="bilinear", antialias=True)[0].clamp(0, 1)
     side = round(regions**0.5)
@@ -97,10 +99,8 @@ def model_clock(classifier: at.Classifier) -> Iterator[list[float]]:
 
 
 def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[str]:
-    classifier, image, labels = prepared(spec, regions or 49, device)
-    if regions is None:
-        regions = 49 if classifier.preprocessing.size[0] <= 64 else 25
-        classifier, image, labels = prepared(spec, regions, device)
+    classifier, image, labels = prepared(spec, regions, device)
+    regions = int(labels.max()) + 1
     inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
     chosen = classifier.batch_size
     best = best_batch_size(classifier, inputs, 512 if classifier.preprocessing.size[0] < 64 else 64)

@@ -264,3 +264,17 @@ def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Clas
 def test_names_of_many_equal_stems() -> None:
     paths = [Path("a/x.png"), Path("a/x.jpg"), Path("b/x.png"), Path("b/x.jpg"), Path("b/x.gif")]
     assert cli.distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]
+
+
+def test_a_run_that_dies_before_its_figure_leaves_none_of_other_settings(
+    run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run("explain", photo, *FAST, "--out", out)
+    before = (out / "cat.png").read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(cli, "plot_explanations", lambda explanations: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("explain", photo, *FAST, "--fill", "white", "--out", out)
+    assert run("explain", photo, *FAST, "--fill", "white", "--out", out)[0] == 0
+    assert (out / "cat.png").read_bytes() != before
