@@ -7,8 +7,9 @@
 'cat'
 """
 
+from attribution.baselines import METHOD_PRESETS, METHODS, attribute
 from attribution.classifier import Classifier
-from attribution.errors import UserError
+from attribution.errors import NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.image import FILLS, demo_image_path, load_image, make_fill
@@ -23,18 +24,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FILLS",
+    "METHODS",
+    "METHOD_PRESETS",
     "PRESETS",
     "REGIONS",
     "SEARCHES",
     "Classifier",
     "Explanation",
     "MaskedInputs",
+    "NotApplicable",
     "Preset",
     "Regions",
     "ScoreWeights",
     "Scores",
     "SubmodularObjective",
     "UserError",
+    "attribute",
     "demo_image_path",
     "explain",
     "from_masks",

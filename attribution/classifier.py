@@ -83,14 +83,27 @@ class Preprocessing:
             return wanted_height, max(1, wanted_height * width // height)
         return max(1, wanted_width * height // width), wanted_width
 
+    def to_image(self, maps: Tensor, height: int, width: int) -> Tensor:
+        """Maps over the model input [n, h, w] -> over the image [n, H, W], bilinear; zero where the input does not reach."""
+        resized = self._resized_size(height, width)
+        maps = F.pad(maps, [-side for side in self._padding(*resized)])
+        if resized != (height, width):
+            maps = F.interpolate(maps[:, None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+        return maps
+
     def _centred(self, images: Tensor) -> Tensor:
         """Crop or zero-pad to the centre; after the subtraction of the mean, zero is the mean colour."""
+        padding = self._padding(images.shape[-2], images.shape[-1])
+        return F.pad(images, padding) if any(padding) else images
+
+    def _padding(self, height: int, width: int) -> list[int]:
+        """(left, right, top, bottom) pixels that a resized image lacks; negative where it is cropped."""
         padding = []
-        for have, want in zip(images.shape[:-3:-1], self.size[::-1], strict=True):
+        for have, want in zip((width, height), self.size[::-1], strict=True):
             missing = want - have
             before = missing // 2 if missing > 0 else -round(-missing / 2)  # torchvision's CenterCrop rounds half to even
             padding += [before, missing - before]
-        return F.pad(images, padding) if any(padding) else images
+        return padding
 
 
 class Classifier:

@@ -118,12 +118,12 @@ def explain(
         classifier.batch_size = own_batch_size
 
     settings = {
-        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **_plain(options)},
+        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(options)},
         "search": search if isinstance(search, str) else getattr(search, "__name__", type(search).__name__),
-        "search_options": _plain({**({"pending": p} if search == "bidirectional" else {}), **searching}),
+        "search_options": plain_settings({**({"pending": p} if search == "bidirectional" else {}), **searching}),
         "weights": vars(weights),
-        "objective_options": _plain(scoring),
-        "fill": fill if isinstance(fill, str) else _plain({"fill": fill})["fill"],
+        "objective_options": plain_settings(scoring),
+        "fill": fill if isinstance(fill, str) else plain_settings({"fill": fill})["fill"],
         "target": target,
         "preset": preset,
         "seed": seed,
@@ -143,7 +143,7 @@ def explain(
             "model": classifier.name,
             "weights_digest": classifier.weights_digest,
             "device": str(classifier.device),
-            "settings": _plain(settings),
+            "settings": plain_settings(settings),
             "versions": versions(),
             "seconds": round(time.perf_counter() - started, 3),
         },
@@ -159,11 +159,22 @@ def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_siz
 
 def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
     """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
+    return prefix_scores(classifier.probabilities, masked, order, target)
+
+
+def prefix_scores(score: Callable[[Tensor], Tensor], masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Score of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each.
+
+    Args:
+        score: inputs [n, 3, h, w] -> [n, C], such as ``classifier.probabilities`` or ``classifier.logits``.
+        masked: R regions.
+        order: int64 [R], region ids, most important first.
+        target: class index.
+    """
     size = len(order)
     shown = torch.zeros(size + 1, size, dtype=torch.bool)
     shown[:, order] = torch.ones(size + 1, size).tril(-1).bool()
-    shown = shown.to(classifier.device)
-    both = torch.cat([classifier.probabilities(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
+    both = torch.cat([score(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
     insertion, deletion = both.cpu().split(size + 1)
     return insertion, deletion
 
@@ -171,7 +182,18 @@ def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Te
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in ("vision-attribution", "torch", "torchvision", "timm", "numpy", "scikit-image", "opencv-contrib-python-headless"):
+    for package in (
+        "vision-attribution",
+        "torch",
+        "torchvision",
+        "timm",
+        "captum",
+        "numpy",
+        "scipy",
+        "scikit-image",
+        "scikit-learn",
+        "opencv-contrib-python-headless",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -226,14 +248,14 @@ def _complete(order: Tensor, size: int) -> Tensor:
     return torch.cat([order, missing.nonzero()[:, 0]])
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON can hold them; arrays and objects by what they are."""
     return {key: _plain_value(value) for key, value in values.items()}
 
 
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return _plain({str(k): v for k, v in value.items()})
+        return plain_settings({str(k): v for k, v in value.items()})
     if isinstance(value, tuple | list):
         return [_plain_value(v) for v in value]
     if isinstance(value, np.integer | np.floating):

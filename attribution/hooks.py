@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,3 +40,106 @@ def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Collect (module, output) at every call of the given modules, in the order in which the calls end.
+
+    What follows gets a copy, so that an in-place activation does not change what was recorded; gradients flow through it.
+    """
+    calls: list[tuple[nn.Module, Tensor]] = []
+
+    def remember(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):
+            return None
+        calls.append((module, output))
+        return output.clone()
+
+    handles = [module.register_forward_hook(remember) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: int = 1) -> Iterator[None]:
+    """Replace what a module returns by ``edit`` of it; in every n-th call where it is called n times a pass, so in the last of them."""
+    calls = 0
+
+    def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return edit(output) if calls % every == 0 else output
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run the block with other forward functions on some modules; hooks on them still work."""
+    before = {module: vars(module).get("forward") for module in replacements}
+    for module, forward in replacements.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = own
+
+
+@contextmanager
+def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], probe: Callable[[], Any]) -> Iterator[None]:
+    """Run the block with modules of the given parameter-free kinds replaced by copies that are called once a pass, not in place.
+
+    Methods that keep state on a module (DeepLift, LRP) are wrong where one is called several times, as torchvision's residual
+    blocks call their ReLU. The first call of a pass goes to the first copy, and so on; ``probe`` runs one pass to count them.
+    """
+    places = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items() if isinstance(child, kinds)]
+    counts: Counter[nn.Module] = Counter()
+    handles = [child.register_forward_pre_hook(lambda m, _args: counts.update([m])) for child in {child for _, _, child in places}]
+    try:
+        probe()
+    finally:
+        for handle in handles:
+            handle.remove()
+    copies = {child: _PerCall(child, max(1, counts[child])) for _, _, child in places}
+
+    def restart(_module: nn.Module, _args: Any) -> None:
+        for each in copies.values():
+            each.calls = 0
+
+    handle = module.register_forward_pre_hook(restart)
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = copies[child]
+        yield
+    finally:
+        handle.remove()
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
+class _PerCall(nn.Module):
+    """Copies of one module, each called once a pass."""
+
+    def __init__(self, original: nn.Module, count: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(original) for _ in range(count))
+        for each in self.copies:
+            if hasattr(each, "inplace"):
+                each.inplace = False  # type: ignore[assignment]
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.copies[self.calls - 1](x)

@@ -1,0 +1,56 @@
+"""Judge explanations: one protocol, the same function for every method, no number without an interval.
+
+>>> import evaluation as ev
+>>> settings = ev.make_settings({"data": "photos", "methods": ["bidirectional", "grad_cam", "random"]})
+>>> summary = ev.summarise(ev.run_benchmark(settings, "out/benchmark"))  # doctest: +SKIP
+"""
+
+from evaluation.benchmark import run_benchmark
+from evaluation.data import ImageDataset, Sample, load_dataset, load_recipe, open_dataset
+from evaluation.fidelity import infidelity, mu_fidelity, sensitivity
+from evaluation.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
+from evaluation.metrics import METRICS, Metric
+from evaluation.perturbation import PROTOCOLS, Curves, Protocol, perturbation_curves, random_order_curves, road
+from evaluation.results import Results
+from evaluation.settings import BenchmarkSettings, MethodSpec, make_settings, read_settings
+from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, sign_flip, significance_groups, wilcoxon
+from evaluation.summary import Summary, summarise, summary_csv
+
+__all__ = [
+    "METRICS",
+    "PROTOCOLS",
+    "BenchmarkSettings",
+    "Curves",
+    "ImageDataset",
+    "MethodSpec",
+    "Metric",
+    "Protocol",
+    "Results",
+    "Sample",
+    "Summary",
+    "bootstrap_interval",
+    "box_mask",
+    "chance_level",
+    "energy_pointing_game",
+    "holm",
+    "infidelity",
+    "load_dataset",
+    "load_recipe",
+    "make_settings",
+    "mu_fidelity",
+    "open_dataset",
+    "pairwise_tests",
+    "perturbation_curves",
+    "pointing_game",
+    "random_order_curves",
+    "read_settings",
+    "relevance_rank_accuracy",
+    "road",
+    "run_benchmark",
+    "sensitivity",
+    "sign_flip",
+    "significance_groups",
+    "summarise",
+    "summary_csv",
+    "wilcoxon",
+]

@@ -1,39 +1,65 @@
-"""Labelled images from a recipe: files a user has -> Sample(id, image, label).
+"""Labelled images: a recipe, a folder or a list of the files a user has -> Sample(id, image, label, mask, group).
 
 A recipe (``datasets/NAME.toml`` in the checkout, ``evaluation/recipes`` in an installed package) says what the data set is,
-under which licence, how to get it and in which layouts it is commonly stored. Nothing is downloaded and nothing is executed.
+under which licence, how to get it and in which layouts it is commonly stored. Nothing is downloaded and nothing is executed, and
+no image is opened before its sample is read.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import os
+import re
 import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
-from attribution.errors import UserError
+from attribution.errors import UserError, describe
 from attribution.image import IMAGE_SUFFIXES, load_image
+from evaluation.localization import box_mask
+
+LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
+_BOX = ("x0", "y0", "x1", "y1")
+_COLUMNS = ("path", "label", "mask", *_BOX, "group")
+_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a slip of the pen, and names up to it would fill the memory
+_PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
+
+
+PHOTOS = "photos"
+_PHOTO_FILES = (
+    *(("skimage.data", name) for name in ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")),
+    *(("sklearn.datasets.images", name) for name in ("china.jpg", "flower.jpg")),
+)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image.
+    """One image and what is known of it.
 
     Attributes:
         id: name of the image inside its data set, stable across machines ("test/cat/0007.jpg").
         image: float32 [3, H, W], RGB in [0, 1].
-        label: index into the data set's class names.
+        label: index into the data set's class names; None where it is not known.
+        mask: bool [H, W], True on the object; None where there is none.
+        group: what belongs together for resampling, such as the video or patient that the image is from; None where not given.
     """
 
     id: str
     image: Tensor
-    label: int
+    label: int | None
+    mask: Tensor | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +79,36 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Labelled images, read one at a time.
+    """Images read one at a time.
 
     Attributes:
-        name: name of the recipe.
-        class_names: names by label.
-        ids, labels: per sample.
+        name: name of the recipe, folder or list.
+        class_names: names by label; empty where nothing is labelled and no names were given.
+        ids, labels: per sample; ids are unique, a label is None where it is not known.
         read: the image of sample i in a form that ``load_image`` takes.
+        read_mask: the mask of sample i as a bool [H, W] tensor or array, as an image file whose pixels other than black are inside,
+            as boxes that ``box_mask`` takes, or None.
+        groups: per sample, or None.
+        places: where each sample is written down ("list.csv line 7"), named when it cannot be read.
     """
 
     name: str
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int | None, ...]
     read: Callable[[int], Any]
+    read_mask: Callable[[int], Any] | None = None
+    groups: tuple[str | None, ...] | None = None
+    places: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("labels", "groups", "places"):
+            values = getattr(self, field)
+            if values is not None and len(values) != len(self.ids):
+                raise UserError(f"{self.name} has {len(self.ids)} ids and {len(values)} {field}: give one for each")
+        if len(set(self.ids)) < len(self.ids):
+            twice = Counter(self.ids).most_common(1)[0][0]
+            raise UserError(f"{self.name} has the id {twice!r} more than once: give each sample its own")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,10 +116,91 @@ class ImageDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return Sample(self.ids[index], load_image(self.read(index)), self.labels[index])
+        try:
+            image = load_image(self.read(index))
+            mask = None if self.read_mask is None else _mask_of(image, self.read_mask(index))
+        except UserError as error:
+            raise error if self.places is None else UserError(f"{self.places[index]}: {error}") from None
+        return Sample(self.ids[index], image, self.labels[index], mask, None if self.groups is None else self.groups[index])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+    def choose(self, count: int | None, seed: int = 0, labels_only: bool = False) -> tuple[int, ...]:
+        """Indices of a reproducible random sample without replacement.
+
+        Args:
+            count: how many; None or more than there are gives all. The sample is the start of one permutation of the data set, so
+                a larger count extends a smaller one, and the order is that of the permutation.
+            seed: of the permutation.
+            labels_only: pass over samples without a label; the others keep their order.
+
+        Raises:
+            UserError: count below 1, a seed out of range, or no labelled sample where labels are needed.
+        """
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
+            raise UserError(f"{count!r} samples requested: expected a whole number of at least 1, or None for all")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed is {seed}: expected 0 to 2**63 - 1")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        if labels_only:
+            order = [index for index in order if self.labels[index] is not None]
+            if not order:
+                raise UserError(f"{self.name} has no labels: expected one folder a class, or a list with a column 'label'")
+        return tuple(order[:count])
+
+
+def open_dataset(
+    source: str | Path, *, root: str | Path | None = None, split: str = "test", class_names: Sequence[str] | None = None
+) -> ImageDataset:
+    """Open images that a user has: a recipe's data set, a folder or a list of files.
+
+    Args:
+        source: one of
+
+            - "photos", a few photos that scikit-image and scikit-learn bring along, without labels;
+            - the name of a recipe, together with root (see ``load_dataset``);
+            - a folder with one subfolder a class (images at any depth below it; subfolders without images do not count), or a
+              flat folder of images, which have no labels; names that begin with a dot are passed over;
+            - a list, .csv, .tsv or .txt (UTF-8), with a header that names its columns: path, and if wanted label, mask (an image
+              file, inside where it is not black), x0 y0 x1 y1 (a box in pixels, see ``box_mask``) and group. A .txt list may
+              do without the header: "path label", or "path", on each line. Relative paths start at the list's folder, empty
+              fields mean "not known", a label is a class name or an index.
+        root, split: of a recipe.
+        class_names: C names that labels are indices into, such as those of the classifier; matched exactly, then regardless of
+            case. Without them: the recipe's; the sorted folder names; the sorted names in the list, or "class 0", "class 1" ...
+            up to the largest index in it.
+
+    Returns:
+        the samples; those of a folder ordered by class and file name, those of a list in its own order.
+
+    Raises:
+        UserError: nothing of that name, no images, classes that class_names lack, or a list that cannot be understood (with
+            the number of the line). Missing and damaged images are reported when their sample is read.
+    """
+    names = _checked_names(class_names)
+    if root is not None:
+        return _in_terms_of(load_dataset(str(source), root, split), names)
+    if str(source) == PHOTOS:
+        return _photos(names)
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, names)
+    if path.is_file():
+        return _open_list(path, names)
+    if str(source) in _recipes():
+        raise UserError(f"the data set {str(source)!r} needs root: the folder where its images lie")
+    raise UserError(f"{source}: no such folder or list, and no data set of that name (known: {', '.join(sorted(_recipes()))})")
+
+
+def _photos(class_names: tuple[str, ...] | None) -> ImageDataset:
+    """Photos inside installed packages: enough to try a benchmark without any data."""
+    found = [Path(str(files(package) / name)) for package, name in _PHOTO_FILES]
+    there = [path for path in found if path.is_file()]
+    if not there:
+        raise UserError("scikit-image and scikit-learn have lost their photos: reinstall them, or name your own images")
+    ids = tuple(path.name for path in there)
+    return ImageDataset(PHOTOS, class_names or (), ids, tuple(None for _ in ids), lambda index: there[index])
 
 
 def load_recipe(name: str) -> Recipe:
@@ -86,7 +209,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: no such recipe.
     """
-    recipes = {path.name.removesuffix(".toml"): path for path in _recipe_folder().iterdir() if path.name.endswith(".toml")}
+    recipes = _recipes()
     if name not in recipes:
         raise UserError(f"unknown data set {name!r}: expected one of {', '.join(sorted(recipes))}")
     fields = tomllib.loads(recipes[name].read_text(encoding="utf-8"))
@@ -120,15 +243,14 @@ def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDatas
     raise UserError(f"no {recipe.title} {split} images below {root}: looked for {tried}; obtain them with: {recipe.obtain}")
 
 
-def _recipe_folder() -> Any:
+def _recipes() -> dict[str, Any]:
     installed = files("evaluation") / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "datasets"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "datasets"
+    return {path.name.removesuffix(".toml"): path for path in folder.iterdir() if path.name.endswith(".toml")}
 
 
 def _from_folder(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    members = [(file.relative_to(path).as_posix(), file) for file in found]
-    return _by_class_folder(recipe, split, path, members, lambda file: file)
+    return _from_recipe(recipe, split, path, _image_files(path), lambda file: file)
 
 
 def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
@@ -145,21 +267,49 @@ def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) ->
             file.seek(entry.offset_data)
             return file.read(entry.size)
 
-    return _by_class_folder(recipe, split, path, members, read)
+    return _from_recipe(recipe, split, path, members, read)
 
 
-def _by_class_folder(recipe: Recipe, split: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]) -> ImageDataset:
-    indices = {class_name: index for index, class_name in enumerate(recipe.classes)}
-    unknown = sorted({name.split("/")[0] for name, _ in members} - indices.keys())
-    if unknown:
-        raise UserError(f"{path} has folders that are no class of {recipe.title}: {', '.join(unknown[:5])}")
+def _from_recipe(recipe: Recipe, split: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]) -> ImageDataset:
     if not members:
         raise UserError(f"{path} holds no images: expected one folder a class ({', '.join(recipe.classes)})")
+    dataset = _by_class_folder(recipe.name, recipe.classes, recipe.title, path, members, read)
+    return replace(dataset, ids=tuple(f"{split}/{name}" for name in dataset.ids))
+
+
+def _open_folder(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
+    members, name = _image_files(path), path.resolve().name
+    loose = [member for member, _ in members if "/" not in member]
+    if not members:
+        raise UserError(f"{path} holds no images: expected one folder a class, or images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if len(loose) == len(members):
+        return ImageDataset(name, class_names or (), tuple(loose), (None,) * len(loose), lambda index: members[index][1])
+    if loose:
+        raise UserError(f"{path} has images ({', '.join(loose[:3])}) beside folders of images: expected one folder a class, or images only")
+    classes = class_names or tuple(sorted({member.split("/")[0] for member, _ in members}))
+    return _by_class_folder(name, classes, "class_names", path, members, lambda file: file)
+
+
+def _image_files(path: Path) -> list[tuple[str, Path]]:
+    """(name below the folder, file) of its images, sorted."""
+    found = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    hidden = [any(part.startswith(".") for part in name.parts) for name, _ in found]
+    return [(name.as_posix(), file) for (name, file), skip in zip(found, hidden, strict=True) if not skip and not file.is_dir()]
+
+
+def _by_class_folder(
+    name: str, classes: tuple[str, ...], title: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]
+) -> ImageDataset:
+    folders = sorted({member.split("/")[0] for member, _ in members})
+    indices = {folder: _index_of_name(folder, classes) for folder in folders}
+    unknown = [folder for folder, index in indices.items() if index is None]
+    if unknown:
+        raise UserError(f"{path} has folders that are no class of {title}: {', '.join(unknown[:5])} (expected {_some(classes)})")
     return ImageDataset(
-        name=recipe.name,
-        class_names=recipe.classes,
-        ids=tuple(f"{split}/{name}" for name, _ in members),
-        labels=tuple(indices[name.split("/")[0]] for name, _ in members),
+        name=name,
+        class_names=classes,
+        ids=tuple(member for member, _ in members),
+        labels=tuple(indices[member.split("/")[0]] for member, _ in members),
         read=lambda index: read(members[index][1]),
     )
 
@@ -175,6 +325,219 @@ def _from_torchvision(recipe: Recipe, layout: dict[str, str], path: Path, split:
     data: np.ndarray = loaded.data
     ids = tuple(f"{split}/{index:05d}" for index in range(len(data)))
     return ImageDataset(recipe.name, recipe.classes, ids, tuple(int(label) for label in loaded.targets), lambda index: data[index])
+
+
+class _Row(NamedTuple):
+    """One line of a list: where it stands, and its fields by column, empty ones left out."""
+
+    place: str
+    fields: dict[str, str]
+
+
+def _open_list(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
+    rows = _list_rows(path)
+    if not rows:
+        raise UserError(f"{path} lists no images: expected a header 'path,label' and one line an image")
+    ids = _list_ids(path, rows)
+    classes, labels = _list_labels(rows, class_names)
+    masks = [_list_mask(path, row) for row in rows]
+    groups = tuple(row.fields.get("group") for row in rows)
+    return ImageDataset(
+        name=path.stem,
+        class_names=classes,
+        ids=ids,
+        labels=labels,
+        read=lambda index: path.parent / ids[index],
+        read_mask=(lambda index: masks[index]) if any(mask is not None for mask in masks) else None,
+        groups=groups if any(groups) else None,
+        places=tuple(row.place for row in rows),
+    )
+
+
+def _list_rows(path: Path) -> list[_Row]:
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        raise UserError(f"{path} is not a list of images: expected {', '.join(sorted(LIST_SUFFIXES))}, or a folder")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): save it as a UTF-8 list of images") from None
+    suffix, first = path.suffix.lower(), text.lstrip().partition("\n")[0].rstrip()
+    has_header = "path" in re.split(r"[,\s]+", first.lower()) and not _PATH_AND_LABEL.fullmatch(first)
+    if suffix == ".txt" and not has_header:
+        return _bare_rows(path, text)
+    tabs = suffix == ".tsv" or (suffix == ".txt" and "\t" in first)
+    return _table_rows(path, text, "\t" if tabs else ",")
+
+
+def _bare_rows(path: Path, text: str) -> list[_Row]:
+    """Lines "path label" or "path"; a path ends with the suffix of an image and may hold spaces, as may the name of a class."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        place, line = f"{path.name} line {number}", line.strip()
+        found = _PATH_AND_LABEL.fullmatch(line)
+        if line and not found:
+            raise UserError(f"{place}: {line!r} is not 'path label' with the path of an image: use a header 'path,label' for other names")
+        if found:
+            rows.append(_Row(place, {name: value for name, value in zip(("path", "label"), found.groups(), strict=True) if value}))
+    return rows
+
+
+def _table_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    rows: list[_Row] = []
+    while True:
+        place = f"{path.name} line {reader.line_num + 1}"
+        try:
+            values = [value.strip() for value in next(reader)]
+        except StopIteration:
+            return rows
+        except csv.Error as error:
+            raise UserError(f"{place}: not a row of a table ({error}): quote fields that hold a {delimiter!r} or a quote") from None
+        if not any(values):
+            continue
+        if not columns:
+            columns = _checked_columns(place, [value.lower() for value in values])
+            continue
+        if len(values) != len(columns):
+            raise UserError(f"{place}: {len(values)} fields, but the header has {len(columns)} columns ({', '.join(columns)})")
+        rows.append(_Row(place, {name: value for name, value in zip(columns, values, strict=True) if value}))
+
+
+def _checked_columns(place: str, columns: list[str]) -> list[str]:
+    unknown = [name for name in columns if name not in _COLUMNS]
+    if "path" not in columns:
+        raise UserError(f"{place}: no column 'path' among {', '.join(map(repr, columns[:5]))}: expected a header such as 'path,label'")
+    if unknown:
+        raise UserError(f"{place}: unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(_COLUMNS)}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: name each once")
+    if 0 < sum(name in columns for name in _BOX) < 4:
+        raise UserError(f"{place}: a box takes the four columns {', '.join(_BOX)}")
+    return columns
+
+
+def _list_ids(path: Path, rows: list[_Row]) -> tuple[str, ...]:
+    """The paths as they are written, checked to be different files."""
+    seen: dict[str, str] = {}
+    ids = []
+    for row in rows:
+        if "path" not in row.fields:
+            raise UserError(f"{row.place}: the path is empty")
+        name = Path(row.fields["path"]).as_posix()
+        file = os.path.normpath(path.parent / name)
+        if file in seen:
+            raise UserError(f"{row.place}: {name} is already in {seen[file]}: list each image once")
+        seen[file] = row.place
+        ids.append(name)
+    return tuple(ids)
+
+
+def _list_labels(rows: list[_Row], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+    """The class names and the label of each row."""
+    labelled = [(row.place, row.fields["label"]) for row in rows if "label" in row.fields]
+    if class_names is None:
+        class_names = _names_in_list(labelled)
+    indices = {}
+    for place, label in labelled:
+        if label not in indices:
+            try:
+                indices[label] = _label_index(label, class_names)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+    return class_names, tuple(indices[row.fields["label"]] if "label" in row.fields else None for row in rows)
+
+
+def _names_in_list(labelled: list[tuple[str, str]]) -> tuple[str, ...]:
+    numbers = [(place, label) for place, label in labelled if re.fullmatch(r"-?[0-9]+", label)]
+    if numbers and len(numbers) < len(labelled):
+        place, name = next(entry for entry in labelled if entry not in numbers)
+        raise UserError(f"{place}: the label {name!r} is a name, but {numbers[0][0]} has the index {numbers[0][1]}: give class_names")
+    if not numbers:
+        return tuple(sorted({label for _, label in labelled}))
+    for place, label in numbers:
+        if not _INDEX.fullmatch(label):
+            raise UserError(f"{place}: class index {label} is out of range: expected 0 to 99999")
+    return tuple(f"class {index}" for index in range(1 + max(int(label) for _, label in numbers)))
+
+
+def _list_mask(path: Path, row: _Row) -> Path | tuple[float, ...] | None:
+    corners = [row.fields[name] for name in _BOX if name in row.fields]
+    if not corners:
+        return path.parent / row.fields["mask"] if "mask" in row.fields else None
+    if "mask" in row.fields:
+        raise UserError(f"{row.place}: a mask and a box are given: leave one empty")
+    try:
+        x0, y0, x1, y1 = map(float, corners)
+    except ValueError:
+        raise UserError(f"{row.place}: the box is {', '.join(corners)}: expected the four numbers {', '.join(_BOX)}") from None
+    if not (x0 < x1 and y0 < y1):
+        raise UserError(f"{row.place}: the box {', '.join(corners)} is empty or reversed: expected x0 < x1 and y0 < y1")
+    return x0, y0, x1, y1
+
+
+def _mask_of(image: Tensor, source: Any) -> Tensor | None:
+    """The mask that ``ImageDataset.read_mask`` gave for this image: bool [H, W] or None."""
+    height, width = image.shape[1:]
+    if source is None:
+        return None
+    if isinstance(source, str | Path):
+        mask, name = load_image(source).amax(dim=0) > 0, f"the mask {source}"
+        with Image.open(source) as picture:
+            if picture.has_transparency_data:
+                raise UserError(f"{name} has transparency, which is neither inside nor outside: save it without an alpha channel")
+    elif getattr(source, "dtype", None) in (torch.bool, np.dtype(bool)):
+        mask, name = source if isinstance(source, Tensor) else torch.from_numpy(source.copy()), "the mask"
+    else:
+        return box_mask(source, height, width)
+    if mask.shape != (height, width):
+        raise UserError(f"{name} is {describe(mask)}, the image {width}x{height}: expected bool [{height}, {width}], the image's own size")
+    return mask
+
+
+def _in_terms_of(dataset: ImageDataset, class_names: tuple[str, ...] | None) -> ImageDataset:
+    """The same samples with labels that are indices into other class names."""
+    if class_names is None or class_names == dataset.class_names:
+        return dataset
+    indices = [_index_of_name(name, class_names) for name in dataset.class_names]
+    used = {label for label in dataset.labels if label is not None}
+    unknown = [dataset.class_names[label] for label in sorted(used) if indices[label] is None]
+    if unknown:
+        raise UserError(f"{dataset.name} has classes that class_names lack: {', '.join(unknown[:5])} (expected {_some(class_names)})")
+    labels = tuple(None if label is None else indices[label] for label in dataset.labels)
+    return replace(dataset, class_names=class_names, labels=labels)
+
+
+def _checked_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if class_names is None:
+        return None
+    names = () if isinstance(class_names, str) else tuple(class_names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"class_names is {class_names!r}: expected a sequence of names")
+    return names
+
+
+def _label_index(label: str, class_names: tuple[str, ...]) -> int:
+    """The class of a name or, where no class has that name, of an index."""
+    index = _index_of_name(label, class_names)
+    if index is None and _INDEX.fullmatch(label) and int(label) < len(class_names):
+        index = int(label)
+    if index is None:
+        raise UserError(f"no class {label!r}: expected an index below {len(class_names)}, or one of {_some(class_names)}")
+    return index
+
+
+def _index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
+    """The class of that name, exact or else regardless of case; None where there is none."""
+    exact = [index for index, other in enumerate(class_names) if other == name]
+    found = exact or [index for index, other in enumerate(class_names) if other.lower() == name.lower()]
+    if len(found) > 1:
+        raise UserError(f"the class name {name!r} stands for classes {found}: give the index, or names that differ")
+    return found[0] if found else None
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" ... ({len(names)} classes)")
 
 
 LAYOUTS: dict[str, Callable[[Recipe, dict[str, str], Path, str], ImageDataset]] = {

@@ -131,3 +131,85 @@ def gain_map(labels: Tensor, order: list[int], insertion: list[float], deletion:
         for x in range(labels.shape[1]):
             result[y, x] = (values[int(labels[y, x])] - low) / high if high > 0 else 0.0
     return result
+
+
+def grad_cam(activation: Tensor, gradient: Tensor) -> np.ndarray:
+    """Channel weights are mean gradients; the weighted sum, cut at zero. [C, h, w] twice -> [h, w], as below."""
+    a, g = activation.double().numpy(), gradient.double().numpy()
+    result = np.zeros(a.shape[1:])
+    for c in range(len(a)):
+        total = sum(g[c, y, x] for y in range(a.shape[1]) for x in range(a.shape[2]))
+        result += total / (a.shape[1] * a.shape[2]) * a[c]
+    return np.maximum(result, 0)
+
+
+def grad_cam_plus_plus(activation: Tensor, gradient: Tensor, spatial_mean: bool = False, weight_mean: bool = False) -> np.ndarray:
+    """alpha = g^2 / (2 g^2 + g^3 S), zero where g is; w = sum of alpha relu(g)."""
+    a, g = activation.double().numpy(), gradient.double().numpy()
+    result = np.zeros(a.shape[1:])
+    for c in range(len(a)):
+        spatial = a[c].mean() if spatial_mean else a[c].sum()
+        weight = 0.0
+        for value in g[c].flatten():
+            if value > 0:
+                weight += value**2 / (2 * value**2 + value**3 * spatial) * value
+        result += (weight / g[c].size if weight_mean else weight) * a[c]
+    return np.maximum(result, 0)
+
+
+def layer_cam(activation: Tensor, gradient: Tensor) -> np.ndarray:
+    a, g = activation.double().numpy(), gradient.double().numpy()
+    result = np.zeros(a.shape[1:])
+    for y in range(a.shape[1]):
+        for x in range(a.shape[2]):
+            result[y, x] = sum(max(g[c, y, x], 0) * a[c, y, x] for c in range(len(a)))
+    return np.maximum(result, 0)
+
+
+def score_cam(activation: Tensor, score: Callable[[Tensor], float], inputs: Tensor, baseline: Tensor) -> np.ndarray:
+    """A forward pass for each channel: its map at the size of the input, scaled to [0, 1], blends inputs [1, 3, H, W] and baseline."""
+    result = np.zeros(activation.shape[1:])
+    for channel in activation:
+        large = torch.nn.functional.interpolate(channel[None, None], size=inputs.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+        low, high = float(large.min()), float(large.max())
+        if high > low:
+            mask = (large - low) / (high - low)
+            result += score(mask * inputs + (1 - mask) * baseline) * channel.double().numpy()
+    return np.maximum(result, 0)
+
+
+def ablation_cam(activation: Tensor, score_without: Callable[[int | None], float]) -> np.ndarray:
+    """``score_without(c)`` is the score when channel c is zero, of the untouched network for None."""
+    full = score_without(None)
+    result = np.zeros(activation.shape[1:])
+    for c in range(len(activation)):
+        result += (full - score_without(c)) / full * activation[c].double().numpy()
+    return np.maximum(result, 0)
+
+
+def hsic_indices(masks: Tensor, scores: Tensor) -> np.ndarray:
+    """trace(K H L H) / n for each feature, every kernel entry in a double loop."""
+    n, d = masks.shape
+    m, y = masks.double().numpy(), scores.double().numpy()
+    width = float(np.median(y))
+    centre = np.eye(n) - np.ones((n, n)) / n
+    output = np.zeros((n, n))
+    for a in range(n):
+        for b in range(n):
+            output[a, b] = math.exp(-((y[a] - y[b]) ** 2) / (2 * width**2))
+    result = np.zeros(d)
+    for i in range(d):
+        kernel = np.zeros((n, n))
+        for a in range(n):
+            for b in range(n):
+                kernel[a, b] = 1 + (0.5 - (m[a, i] - m[b, i]) ** 2)
+        result[i] = float(np.trace(kernel @ centre @ output @ centre)) / n
+    return result
+
+
+def jansen_indices(first: list[float], swapped: list[list[float]]) -> list[float]:
+    """Total-order indices from y_A and the y_Ci of each feature (Jansen, 1999); sample variance of y_A."""
+    n = len(first)
+    mean = sum(first) / n
+    variance = sum((value - mean) ** 2 for value in first) / (n - 1)
+    return [sum((a - b) ** 2 for a, b in zip(first, row, strict=True)) / (2 * n * variance) for row in swapped]

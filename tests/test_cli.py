@@ -15,27 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 import attribution as at
-from attribution import cli
+from attribution.cli import explain as explaining
 
 FAST = ["--regions", "grid", "--region-count", "9"]
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["attribution", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run_command: Run) -> Run:
+    return run_command
 
 
 @pytest.fixture
@@ -121,8 +109,8 @@ def test_finished_images_are_kept(run: Run, photo: Path, tmp_path: Path, monkeyp
     run(*arguments)
     before = {f.name: f.read_bytes() for f in out.iterdir()}
     calls: list[object] = []
-    original = cli.explain_image
-    monkeypatch.setattr(cli, "explain_image", lambda *a, **k: calls.append(a) or original(*a, **k))
+    original = explaining.explain_image
+    monkeypatch.setattr(explaining, "explain_image", lambda *a, **k: calls.append(a) or original(*a, **k))
     assert run(*arguments)[0] == 0
     assert (calls, {f.name: f.read_bytes() for f in out.iterdir()}) == ([], before)
     for change in (["--fill", "white"], ["--overwrite"], ["--target", "dog"]):
@@ -138,14 +126,14 @@ def test_finished_images_are_kept(run: Run, photo: Path, tmp_path: Path, monkeyp
 def test_interruption_keeps_what_is_finished(run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = photo.parent / "dog.png"
     second.write_bytes(photo.read_bytes())
-    original = cli.explain_image
+    original = explaining.explain_image
 
     def interrupted(path: Path, *arguments: object, **options: object) -> at.Explanation:
         if path == second:
             raise KeyboardInterrupt
         return original(path, *arguments, **options)
 
-    monkeypatch.setattr(cli, "explain_image", interrupted)
+    monkeypatch.setattr(explaining, "explain_image", interrupted)
     code, _, err = run("explain", photo.parent, *FAST, "--out", tmp_path / "out")
     assert code == 130
     assert "finished images are kept" in err
@@ -263,7 +251,7 @@ def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Clas
 
 def test_names_of_many_equal_stems() -> None:
     paths = [Path("a/x.png"), Path("a/x.jpg"), Path("b/x.png"), Path("b/x.jpg"), Path("b/x.gif")]
-    assert cli.distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]
+    assert explaining.distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]
 
 
 def test_a_run_that_dies_before_its_figure_leaves_none_of_other_settings(
@@ -273,7 +261,7 @@ def test_a_run_that_dies_before_its_figure_leaves_none_of_other_settings(
     run("explain", photo, *FAST, "--out", out)
     before = (out / "cat.png").read_bytes()
     with monkeypatch.context() as broken:
-        broken.setattr(cli, "plot_explanations", lambda explanations: 1 / 0)
+        broken.setattr(explaining, "plot_explanations", lambda explanations: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("explain", photo, *FAST, "--fill", "white", "--out", out)
     assert run("explain", photo, *FAST, "--fill", "white", "--out", out)[0] == 0

@@ -1,4 +1,4 @@
-"""The command ``attribution``: what a person types, composed from the library."""
+"""The command ``attribution explain``: which regions a decision rests on, for images and folders, resumable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 from attribution import __version__
 from attribution.classifier import Classifier
+from attribution.cli.progress import Bar
 from attribution.errors import UserError
 from attribution.explain import explain as explain_image
 from attribution.explanation import Explanation
@@ -38,29 +38,7 @@ DEMO_MODELS = ("zoo:cnn", "zoo:vit")
 DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
 SHARES = (0.5, 0.8, 0.95)
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-def _show_version(value: bool) -> None:
-    if value:
-        typer.echo(f"attribution {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
-) -> None:
-    """Explain, judge and debug image classifiers by submodular region selection."""
-
-
-@app.command()
 def explain(
     images: Annotated[
         list[Path] | None, typer.Argument(help="Image files and folders of images. None: the demo, a photo of a cat.", show_default=False)
@@ -205,7 +183,7 @@ class Job:
             kept = None if self.overwrite else _kept(base, key)
             if kept is None:
                 fresh = True
-                with _bar(f"{prefix}{self.path.name} {classifier.name}") as progress:
+                with Bar(f"{prefix}{self.path.name} {classifier.name}", "region") as progress:
                     kept = explain_image(self.path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=self.path.name, key=key)
                 kept.save(base.with_name(base.name + ".npz"))
@@ -395,47 +373,5 @@ def _kept(base: Path, key: str) -> Explanation | None:
     return explanation if explanation.provenance.get("key") == key else None
 
 
-class _bar:
-    """A progress bar over the regions placed, on a terminal; gone when done."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar = tqdm(desc=self._title, total=1, unit="region", leave=False, disable=None, file=sys.stderr)
-
-        def update(done: int, total: int) -> None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(name).name)
-
-
-def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can mend, 130 when interrupted."""
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        code = 130
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # the parser's own errors have it, wherever typer keeps their class
-            raise
-        if error.format_message():  # empty when there was no command and the help was shown
-            typer.echo(f"error: {error.format_message()} (see attribution --help)", err=True)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,309 @@
+"""Methods that see only scores: they hide parts of the image behind the fill and watch the target.
+
+They work on any callable. ``output`` is what is watched, "probability" or "logit"; what is drawn depends on the seed alone.
+Methods on regions cut the image as ``make_regions`` does and give every pixel of a region the region's value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import captum.attr
+import torch
+import torch.nn.functional as F
+from captum._utils.models.linear_model import SkLearnLasso, SkLearnRidge
+from captum.attr._core.lime import get_exp_kernel_similarity_function
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from attribution.baselines.task import Output, Task, seeded
+from attribution.classifier import even_chunks
+from attribution.errors import UserError
+from attribution.regions import make_regions
+
+RegionOptions = Mapping[str, Any] | None
+
+
+def occlusion(
+    task: Task,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    overlap: Literal["mean", "sum"] = "mean",
+    output: Output = "logit",
+) -> Tensor:
+    """Drop of the score when a sliding square shows the fill (Zeiler & Fergus, ECCV 2014; Captum), signed.
+
+    Args:
+        task: what is explained.
+        window: side of the square in pixels of the model input; default 1/7 of the short side.
+        stride: its step; default half the window.
+        overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique, Rao et al.).
+        output: see the module.
+    """
+    height, width = task.size
+    window = max(1, round(min(height, width) / 7)) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= window <= min(height, width) or not 1 <= stride <= window:
+        raise UserError(
+            f"occlusion window {window} and stride {stride}: expected 1 <= stride <= window <= {min(height, width)}, "
+            "the input's short side in pixels"
+        )
+    found = captum.attr.Occlusion(task.scores(output)).attribute(
+        task.inputs,
+        sliding_window_shapes=(3, window, window),
+        strides=(3, stride, stride),
+        baselines=task.baseline,
+        target=task.target,
+        perturbations_per_eval=task.classifier.batch_size,
+    )[0, 0]
+    return found * _covering_windows(task.size, window, stride).to(found) if overlap == "sum" else found
+
+
+def feature_ablation(task: Task, *, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit") -> Tensor:
+    """Drop of the score when one region shows the fill (Captum), signed."""
+    return _on_regions(task, captum.attr.FeatureAblation, regions, region_options, output, {})
+
+
+def shapley_value_sampling(
+    task: Task, *, samples: int = 25, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
+) -> Tensor:
+    """Shapley values of the regions from random orders (Strumbelj & Kononenko, JMLR 2010; Captum), signed; samples x R images."""
+    return _on_regions(task, captum.attr.ShapleyValueSampling, regions, region_options, output, {"n_samples": samples})
+
+
+def kernel_shap(
+    task: Task, *, samples: int = 500, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
+) -> Tensor:
+    """Shapley values of the regions by weighted regression (Lundberg & Lee, NeurIPS 2017, theorem 2; Captum), signed."""
+    return _on_regions(task, captum.attr.KernelShap, regions, region_options, output, {"n_samples": samples})
+
+
+def lime(
+    task: Task,
+    *,
+    samples: int = 500,
+    regions: Any = "slico",
+    region_options: RegionOptions = None,
+    model: Literal["ridge", "lasso"] = "ridge",
+    alpha: float = 1.0,
+    distance: Literal["cosine", "euclidean"] = "cosine",
+    kernel_width: float = 0.25,
+    output: Output = "probability",
+) -> Tensor:
+    """Coefficients of a local linear model over shown and hidden regions (Ribeiro et al., KDD 2016; Captum), signed.
+
+    Args:
+        task: what is explained.
+        samples: random subsets of regions.
+        regions, region_options: see ``make_regions``.
+        model, alpha: the linear model and the weight of its penalty.
+        distance, kernel_width: weight of a sample, exp(-d^2 / (2 width^2)), d to the whole image over the regions.
+        output: see the module.
+    """
+    models = {"ridge": SkLearnRidge, "lasso": SkLearnLasso}
+    if model not in models or distance not in ("cosine", "euclidean") or kernel_width <= 0 or alpha < 0:
+        raise UserError(
+            f"lime model={model!r}, distance={distance!r}, kernel_width={kernel_width}, alpha={alpha}: expected ridge or lasso, "
+            "cosine or euclidean, a positive width and an alpha of at least 0"
+        )
+    made = {
+        "interpretable_model": models[model](alpha=alpha),
+        "similarity_func": get_exp_kernel_similarity_function(distance, kernel_width=kernel_width),
+    }
+    return _on_regions(task, lambda forward: captum.attr.Lime(forward, **made), regions, region_options, output, {"n_samples": samples})
+
+
+def rise(
+    task: Task,
+    *,
+    samples: int = 1000,
+    grid: int = 7,
+    keep: float = 0.5,
+    normalisation: Literal["expected", "observed"] = "expected",
+    output: Output = "probability",
+) -> Tensor:
+    """RISE (Petsiuk et al., BMVC 2018, equation 6): the average of random smooth masks, weighted by the score they leave.
+
+    Args:
+        task: what is explained.
+        samples: N masks.
+        grid: s, cells a side of the coarse masks.
+        keep: p, probability that a cell is shown.
+        normalisation: "expected" divides by N p (the paper), "observed" by the sum of the masks at each pixel (xplique).
+        output: see the module.
+    """
+    _positive(samples=samples)
+    _check_grid(task, grid)
+    if not 0 < keep < 1:
+        raise UserError(f"keep is {keep}: expected a probability between 0 and 1")
+    height, width = task.size
+    cell = (math.ceil(height / grid), math.ceil(width / grid))
+    generator = torch.Generator().manual_seed(task.seed)
+    cells = (torch.rand(samples, 1, grid, grid, generator=generator) < keep).float()
+    shifts = torch.stack([torch.randint(0, side, (samples,), generator=generator) for side in cell], dim=1)
+    score, device = task.score_of(output), task.inputs.device
+    weighted, shown = torch.zeros(task.size, dtype=torch.float64), torch.zeros(task.size, dtype=torch.float64)
+    for chunk in even_chunks(torch.arange(samples), task.classifier.batch_size):
+        large = F.interpolate(
+            cells[chunk].to(device), size=((grid + 1) * cell[0], (grid + 1) * cell[1]), mode="bilinear", align_corners=False
+        )
+        masks = torch.stack([m[:, y : y + height, x : x + width] for m, (y, x) in zip(large, shifts[chunk].tolist(), strict=True)])
+        scores = score(task.blend(masks))
+        weighted += torch.einsum("n,nhw->hw", scores.double(), masks[:, 0].double()).cpu()
+        shown += masks[:, 0].double().sum(dim=0).cpu()
+    return (weighted / (samples * keep) if normalisation == "expected" else weighted / (shown + 1e-4)).float()
+
+
+def hsic(
+    task: Task, *, samples: int = 500, grid: int = 8, design: Literal["sobol", "latin_hypercube"] = "sobol", output: Output = "probability"
+) -> Tensor:
+    """Dependence of the score on each cell being shown (HSIC attribution; Novello et al., NeurIPS 2022, section 3).
+
+    HSIC_i = sum(Kc_i o Lc) / n over binary masks, K = 1.5 where two masks agree in cell i and 0.5 where not, L a Gaussian kernel
+    of the scores whose width is their median.
+
+    Args:
+        task: what is explained.
+        samples: n masks, all the images forwarded.
+        grid: cells a side.
+        design: rounded Sobol' points, or a Latin hypercube (the paper).
+        output: see the module.
+    """
+    _positive(samples=samples, least=2)
+    _check_grid(task, grid)
+    dimensions = grid * grid
+    if design == "sobol":
+        points = SobolEngine(dimensions, scramble=True, seed=task.seed).draw(samples)
+    elif design == "latin_hypercube":
+        generator = torch.Generator().manual_seed(task.seed)
+        ranks = torch.rand(samples, dimensions, generator=generator).argsort(dim=0)
+        points = (ranks + torch.rand(samples, dimensions, generator=generator)) / samples
+    else:
+        raise UserError(f"design={design!r}: expected 'sobol' or 'latin_hypercube'")
+    masks = (points >= 0.5).float().to(task.inputs)
+    scores = task.masked_chunks(masks.view(-1, 1, grid, grid), output)
+    return _enlarged(task, hsic_indices(masks, scores).view(grid, grid))
+
+
+def hsic_indices(masks: Tensor, scores: Tensor) -> Tensor:
+    """HSIC of each of d binary features with the scores: [n, d] in {0, 1}, [n] -> float32 [d]."""
+    masks, scores = masks.double(), scores.double()
+    count = len(scores)
+    width = scores.quantile(0.5)
+    distances = scores[:, None] - scores
+    if width == 0:
+        width = distances.abs().mean()
+    if width == 0:
+        return torch.zeros(masks.shape[1])  # the score never changes
+    kernel = (-distances.square() / (2 * width.square())).exp()
+    kernel = kernel - kernel.mean(dim=0, keepdim=True)
+    kernel = kernel - kernel.mean(dim=1, keepdim=True)
+    # K_ab = 0.5 + [m_a = m_b] = 1.5 - m_a - m_b + 2 m_a m_b; after centring only the product term is left
+    centred = masks - masks.mean(dim=0)
+    return (2 * torch.einsum("ad,ab,bd->d", centred, kernel, centred) / count).float()
+
+
+def sobol(
+    task: Task,
+    *,
+    designs: int = 32,
+    grid: int = 8,
+    perturbation: Literal["inpainting", "blurring", "amplitude"] = "inpainting",
+    output: Output = "probability",
+) -> Tensor:
+    """Total-order Sobol' index of each cell (Fel et al., NeurIPS 2021), Jansen's estimator; designs x (grid^2 + 1) images.
+
+    ST_i = sum_k (y_A[k] - y_Ci[k])^2 / (2 n Var(y_A)), masks in [0, 1] from scrambled Sobol' points.
+
+    Args:
+        task: what is explained.
+        designs: n; a power of two keeps the points balanced.
+        grid: cells a side.
+        perturbation: a mask m blends with the fill, with a blurred image, or scales the input by m - 0.5.
+        output: see the module.
+    """
+    _positive(designs=designs, least=2)
+    _check_grid(task, grid)
+    if perturbation not in ("inpainting", "blurring", "amplitude"):
+        raise UserError(f"perturbation={perturbation!r}: expected inpainting, blurring or amplitude")
+    dimensions = grid * grid
+    points = SobolEngine(2 * dimensions, scramble=True, seed=task.seed).draw(designs)
+    masks = sobol_design(points).to(task.inputs)
+    score, behind = task.score_of(output), task.baseline
+    if perturbation == "blurring":
+        side = 2 * min(5, (min(task.size) - 1) // 2) + 1
+        behind = gaussian_blur(task.inputs, [side, side], [3.0, 3.0])
+    parts = []
+    for chunk in even_chunks(masks, task.classifier.batch_size):
+        large = F.interpolate(chunk.view(-1, 1, grid, grid), size=task.size, mode="nearest-exact")
+        parts.append(score(task.inputs * (large - 0.5) if perturbation == "amplitude" else behind + large * (task.inputs - behind)))
+    return _enlarged(task, jansen_indices(torch.cat(parts), designs).view(grid, grid))
+
+
+def sobol_design(points: Tensor) -> Tensor:
+    """Rows A, C_1 ... C_d of Jansen's design from points [n, 2d]: C_i is A with column i of B -> [n (d + 1), d]."""
+    first, second = points.chunk(2, dim=1)
+    dimensions = first.shape[1]
+    columns = torch.eye(dimensions, dtype=torch.bool)
+    swapped = torch.where(columns[:, None], second[None], first[None])
+    return torch.cat([first[None], swapped]).flatten(0, 1)
+
+
+def jansen_indices(scores: Tensor, designs: int) -> Tensor:
+    """Total-order indices from scores of a ``sobol_design``: [n (d + 1)] -> float32 [d]; zeros where the score never changes."""
+    rows = scores.double().view(-1, designs)
+    variance = rows[0].var() if designs > 1 else rows[0].new_zeros(())
+    if variance <= (1e-6 * rows[0].abs().max()).square():  # rounding of float32 scores
+        return torch.zeros(len(rows) - 1)
+    return ((rows[1:] - rows[0]).square().sum(dim=1) / (2 * designs * variance)).float()
+
+
+def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOptions, output: Output, options: dict[str, Any]) -> Tensor:
+    """A Captum method over the vector of regions: 1 shown, 0 hidden; the value of a region goes to each of its pixels."""
+    if "n_samples" in options:
+        _positive(samples=options["n_samples"])
+    cut = make_regions(task.image, regions, **(region_options or {}))
+    if cut.count == 1 and method is captum.attr.KernelShap:  # whose distribution over sizes of proper subsets is empty
+        method, options = captum.attr.FeatureAblation, {}
+    explained = method(task.subsets_model(cut.labels, output))
+    shown = torch.ones(1, cut.count, device=task.inputs.device)
+    with seeded(task.seed):
+        values = explained.attribute(
+            shown,
+            baselines=torch.zeros_like(shown),
+            target=task.target,
+            perturbations_per_eval=task.classifier.batch_size,
+            **options,
+        )
+    return values[0].detach().float().cpu()[cut.labels]
+
+
+def _covering_windows(size: tuple[int, int], window: int, stride: int) -> Tensor:
+    """How many windows cover each pixel, the last one of a row or column cut at the border as Captum does."""
+    counts = []
+    for side in size:
+        steps = 1 + math.ceil(max(0, side - window) / stride)
+        covered = torch.zeros(side)
+        for step in range(steps):
+            covered[step * stride : step * stride + window] += 1
+        counts.append(covered)
+    return counts[0][:, None] * counts[1]
+
+
+def _enlarged(task: Task, values: Tensor) -> Tensor:
+    return F.interpolate(values[None, None].float(), size=task.size, mode="bicubic", align_corners=False)[0, 0]
+
+
+def _positive(least: int = 1, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+
+
+def _check_grid(task: Task, grid: int) -> None:
+    if isinstance(grid, bool) or not isinstance(grid, int) or not 1 <= grid <= min(task.size):
+        raise UserError(f"grid is {grid!r}: expected 1 to {min(task.size)} cells a side, the input's short side in pixels")

@@ -1,0 +1,162 @@
+"""Backward rules in the place of gradients: layer-wise relevance propagation as autograd functions.
+
+Two forms are used. In the relevance form the "gradient" that flows back is the relevance itself; in the gradient x input form
+it is relevance divided by the activation, so that the ordinary gradient is the z-rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPSILON = 1e-9
+
+
+def positive_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by the alpha-beta rule with alpha = 1 (relevance form); the bias takes none."""
+    return _PositiveLinear.apply(x, weight, bias)
+
+
+def shared_product(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product whose factors get half of the relevance each by the z-rule (relevance form)."""
+    return _SharedProduct.apply(a, b)
+
+
+def residual(a: Tensor, b: Tensor) -> Tensor:
+    """A sum by the z-rule, each branch scaled so that their totals are |a| / (|a| + |b|) of what arrives (relevance form)."""
+    return _Residual.apply(a, b)
+
+
+def unchanged(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function that relevance passes unchanged (relevance form)."""
+    return _Unchanged.apply(x, function)
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by a factor."""
+    return x * factor + (x * (1 - factor)).detach()
+
+
+def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+    """Layer normalisation whose deviation is a constant in the backward pass (gradient x input form)."""
+    dimensions = tuple(range(-len(module.normalized_shape), 0))
+    centred = x - x.mean(dim=dimensions, keepdim=True)
+    deviation = (x.var(dim=dimensions, unbiased=False, keepdim=True) + module.eps).sqrt().detach()
+    y = centred / deviation
+    if module.weight is not None:
+        y = y * module.weight
+    return y if module.bias is None else y + module.bias
+
+
+def ratio_slope(x: Tensor, module: nn.Module) -> Tensor:
+    """An elementwise function f whose slope in the backward pass is f(x) / x (gradient x input form)."""
+    with torch.no_grad():
+        slope = type(module).forward(module, x.clone()) / torch.where(x == 0, 1, x)
+    return x * slope
+
+
+def gamma_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: float) -> Tensor:
+    """A linear layer by the gamma rule (gradient x input form)."""
+    return _Gamma.apply(x, weight, bias, gamma, F.linear)
+
+
+def gamma_convolution(x: Tensor, module: nn.Conv2d, gamma: float) -> Tensor:
+    """A convolution by the gamma rule (gradient x input form)."""
+
+    def convolve(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return module._conv_forward(value, weight, bias)
+
+    return _Gamma.apply(x, module.weight, module.bias, gamma, convolve)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, 0 where the denominator is."""
+    safe = denominator + torch.where(denominator >= 0, _EPSILON, -_EPSILON)
+    return torch.where(denominator == 0, 0, numerator / safe)
+
+
+class _PositiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        up, down = weight.clamp(min=0), weight.clamp(max=0)
+        positive, negative = x.clamp(min=0), x.clamp(max=0)
+        share = _ratio(relevance[0], F.linear(positive, up) + F.linear(negative, down))
+        return positive * (share @ up) + negative * (share @ down), None, None
+
+
+class _SharedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        product = a @ b
+        ctx.save_for_backward(a, b, product)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, product = ctx.saved_tensors
+        share = _ratio(relevance[0], product)
+        return a * (share @ b.transpose(-2, -1)) / 2, b * (a.transpose(-2, -1) @ share) / 2
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        share = _ratio(relevance[0], a + b)
+        first, second = a * share, b * share
+        total, both = relevance[0].sum(), first.sum().abs() + second.sum().abs()
+        scaled = [part * _ratio(_ratio(part.sum().abs(), both) * total, part.sum()) for part in (first, second)]
+        return scaled[0], scaled[1]
+
+
+class _Unchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor, None]:
+        return relevance[0], None
+
+
+class _Gamma(torch.autograd.Function):
+    """zennit's generalised gamma rule: where the output is positive, positive contributions count 1 + gamma times, else negative ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: float, run: Callable[..., Tensor]) -> Tensor:
+        y = run(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, y)
+        ctx.gamma, ctx.run = gamma, run
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, weight, bias, y = ctx.saved_tensors
+        gamma, run = ctx.gamma, ctx.run
+        more_up, more_down = weight + gamma * weight.clamp(min=0), weight + gamma * weight.clamp(max=0)
+        result = torch.zeros_like(x)
+        for sign, first, second in ((1, more_up, more_down), (-1, more_down, more_up)):
+            shifted = None if bias is None else bias + gamma * (bias.clamp(min=0) if sign > 0 else bias.clamp(max=0))
+            with torch.enable_grad():
+                positive = x.clamp(min=0).detach().requires_grad_()
+                negative = x.clamp(max=0).detach().requires_grad_()
+                z = run(positive, first, shifted) + run(negative, second, None)
+                share = torch.where(y * sign > 0, _ratio(gradient[0] * y, z.detach()), 0)
+                parts = torch.autograd.grad(z, (positive, negative), share)
+            result += torch.where(x > 0, parts[0], torch.where(x < 0, parts[1], 0))
+        return result, None, None, None, None

@@ -1,0 +1,317 @@
+"""The benchmark: samples x methods x metrics for some models, every number kept the moment it is known.
+
+Explanations are stored once, so that new metrics judge them without explaining again. Records are appended one by one under a key
+that holds everything a number depends on, so that a run that was killed continues where it stopped and ends with the same tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from attribution import __version__
+from attribution.baselines import attribute
+from attribution.classifier import Classifier
+from attribution.errors import NotApplicable, UserError
+from attribution.explain import explain
+from attribution.explanation import Explanation
+from attribution.files import whole_file
+from attribution.image import limit_size
+from attribution.loading import load_classifier
+from attribution.regions import Regions, make_regions
+from evaluation.data import ImageDataset, Sample, open_dataset
+from evaluation.metrics import METRICS, Case, Measure
+from evaluation.perturbation import Curves, Protocol
+from evaluation.records import RecordLog, open_log
+from evaluation.results import Explained, Failure, Results, Score
+from evaluation.settings import BenchmarkSettings, MethodSpec
+from evaluation.statistics import is_saturated
+
+Progress = Callable[[int, int, str], None]
+
+
+def run_benchmark(settings: BenchmarkSettings, out: str | Path, progress: Progress | None = None) -> Results:
+    """Measure what the folder does not hold yet, and return everything.
+
+    Args:
+        settings: what is measured.
+        out: folder of ``records.jsonl``, explanations and curves; one process at a time.
+        progress: called with (explanations judged, all of them, what is judged now).
+
+    Raises:
+        UserError: settings that cannot be run at all, or a full disk. Failing samples are recorded and returned instead.
+    """
+    with open_log(Path(out) / "records.jsonl") as log:
+        return _Run(settings, Path(out), log, progress).run()
+
+
+class _Run:
+    def __init__(self, settings: BenchmarkSettings, out: Path, log: RecordLog, progress: Progress | None) -> None:
+        self.settings, self.out, self.log, self.progress = settings, out, log, progress
+        self.scores: list[Score] = []
+        self.explained: list[Explained] = []
+        self.failures: list[Failure] = []
+        self.refused: set[tuple[str, str]] = set()
+        self.done = 0
+
+    def run(self) -> Results:
+        settings = self.settings
+        models: dict[str, dict[str, Any]] = {}
+        samples: dict[str, tuple[str, ...]] = {}
+        for model, name in zip(settings.models, settings.model_names, strict=True):
+            classifier = model if isinstance(model, Classifier) else self._load(model)
+            size, names, digest = classifier.preprocessing.size, classifier.class_names, classifier.weights_digest
+            models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names)}
+            dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=names)
+            identity = digest_of([name, digest, repr(classifier.preprocessing), list(names), __version__])
+            chosen = list(self._choose(classifier, dataset))
+            samples[name] = tuple(dataset.ids[index] for index, _ in chosen)
+            for index, sample in chosen:
+                self._judge_sample(classifier, identity, name, dataset.ids[index], sample, len(chosen))
+        return Results(settings, models, samples, tuple(self.scores), tuple(self.explained), tuple(self.failures), self.out)
+
+    def _load(self, name: str) -> Classifier:
+        settings = self.settings
+        return load_classifier(name, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
+
+    def _choose(self, classifier: Classifier, dataset: ImageDataset) -> Iterator[tuple[int, Sample | UserError]]:
+        """Indices with their samples, or with what is wrong with them."""
+        settings, found = self.settings, 0
+        for index in dataset.choose(None, settings.seed, labels_only=settings.target == "label" or settings.only != "all"):
+            if found == settings.samples:
+                return
+            sample: Sample | UserError
+            try:
+                sample = dataset[index]
+                if settings.only != "all":
+                    right = int(classifier.logits(classifier.inputs(sample.image))[0].argmax()) == sample.label
+                    if right != (settings.only == "correct"):
+                        continue
+            except UserError as error:
+                sample = error
+            found += 1
+            yield index, sample
+        if not found:
+            raise UserError(f"{settings.data} has no image that {classifier.name} gets {settings.only}: use only = 'all'")
+
+    def _judge_sample(self, classifier: Classifier, identity: str, model: str, name: str, sample: Sample | UserError, count: int) -> None:
+        total = self.settings.run_count() * count * len(self.settings.models)
+        judged: _Judged | None = None
+        reason = str(sample)
+        if not isinstance(sample, UserError):
+            try:
+                judged = _Judged.prepare(classifier, identity, model, sample, self.settings)
+            except UserError as error:
+                reason = str(error)
+        for spec in self.settings.methods:
+            for seed in self.settings.seeds_of(spec):
+                self._report(self.done, total, f"{model} {name} {spec.label}")
+                if judged is None:
+                    self._fail(Failure(model, name, spec.label, seed, reason))
+                elif (model, spec.label) not in self.refused:
+                    self._judge(judged, spec, seed)
+                self.done += 1
+        self._report(self.done, total, f"{model} {name}")
+
+    def _judge(self, judged: _Judged, spec: MethodSpec, seed: int) -> None:
+        """One explanation under every measure; what fails is recorded and the others go on."""
+        key = judged.key(spec, seed)
+        folder = Path(slug(judged.model)) / slug(spec.label)
+        path = self.out / "explanations" / folder / f"{key}.npz"
+        try:
+            record = self._explanation(judged, spec, seed, key, path)
+        except NotApplicable as error:
+            self.refused.add((judged.model, spec.label))
+            self._fail(Failure(judged.model, "", spec.label, seed, str(error), refused=True))
+            return
+        except _Broken as error:
+            self._fail(Failure(judged.model, judged.sample.id, spec.label, seed, str(error)))
+            return
+        case: Case | None = None
+        curves: dict[str, Path] = {}
+        for measure, protocol in self.settings.measured():
+            metric = METRICS[measure.metric]
+            if metric.mask and judged.sample.mask is None:
+                self._fail(judged.failure(spec, seed, f"{measure.metric} needs to know where the object is: add a mask or box to the data"))
+                continue
+            curve_path = self.out / "curves" / folder / f"{judged.curve_key(key, protocol)}.npz"
+            score_key = judged.score_key(key, measure, protocol)
+            if score_key not in self.log or (metric.curve and not curve_path.exists()):
+                case = case or judged.case(Explanation.load(path), spec, seed)
+                try:
+                    self._measure(case, measure, protocol, judged.names(spec, seed), score_key, curve_path)
+                except _Broken as error:
+                    self._fail(judged.failure(spec, seed, f"{measure.label}: {error}"))
+                    continue
+            if metric.curve:
+                curves[measure.protocol] = curve_path
+            kept = self.log.records[score_key]
+            value = math.nan if kept["value"] is None else float(kept["value"])
+            self.scores.append(Score(judged.model, judged.sample.id, spec.label, seed, measure, value, kept["area"]))
+        found = {name: record[name] for name in ("evaluations", "confidence", "constant", "saturated")}
+        names = judged.names(spec, seed)
+        self.explained.append(Explained(**names, path=path, curves=curves, label=judged.sample.label, target=judged.target, **found))
+
+    def _explanation(self, judged: _Judged, spec: MethodSpec, seed: int, key: str, path: Path) -> dict[str, Any]:
+        """The record of an explanation, made and stored first where the folder has none."""
+        if key in self.log and path.exists():
+            return self.log.records[key]
+        started = time.perf_counter()
+        explanation = _computed(lambda: judged.explain(judged.image, spec, seed))
+        seconds = time.perf_counter() - started
+        values = explanation.pixel_map if explanation.pixel_map is not None else explanation.heatmap
+        if not bool(values.isfinite().all()):
+            raise _Broken(f"{int((~values.isfinite()).sum())} values of the map are not finite")
+        explanation.save(path)
+        record = {
+            **judged.names(spec, seed),
+            "evaluations": explanation.evaluations,
+            "confidence": explanation.confidence,
+            "constant": bool(values.max() == values.min()),
+            "saturated": bool(is_saturated(np.array([explanation.confidence]))[0]),
+            "seconds": round(seconds, 3),
+        }
+        self.log.append(key, record)
+        return record
+
+    def _measure(self, case: Case, measure: Measure, protocol: Protocol, names: dict[str, Any], key: str, curve_path: Path) -> None:
+        metric = METRICS[measure.metric]
+        found = _computed(lambda: metric.function(case, protocol))
+        if metric.curve and not curve_path.exists():
+            _save_curves(case.curve(protocol), curve_path)
+        values = {"value": _finite(found.value), "area": _finite(found.area)}
+        self.log.append(key, {**names, "metric": measure.metric, "protocol": measure.protocol, **values})
+
+    def _fail(self, failure: Failure) -> None:
+        """Keep a failure; the same one again is not written twice."""
+        record = dict(vars(failure))
+        key = "failure-" + digest_of(list(record.values()))
+        if key not in self.log:
+            self.log.append(key, record)
+        self.failures.append(failure)
+
+    def _report(self, done: int, total: int, what: str) -> None:
+        if self.progress is not None:
+            self.progress(done, total, what)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One sample under one model: what every method and metric is given."""
+
+    classifier: Classifier
+    settings: BenchmarkSettings
+    identity: str
+    model: str
+    sample: Sample
+    image: Tensor
+    regions: Regions
+    target: int
+
+    @classmethod
+    def prepare(cls, classifier: Classifier, identity: str, model: str, sample: Sample, settings: BenchmarkSettings) -> _Judged:
+        image = limit_size(sample.image, settings.max_side)
+        if sample.mask is not None and sample.mask.shape != image.shape[1:]:
+            resized = F.interpolate(sample.mask[None, None].float(), size=tuple(image.shape[1:]), mode="nearest-exact")
+            sample = replace(sample, mask=resized[0, 0] > 0.5)
+        predicted = int(classifier.logits(classifier.inputs(image))[0].argmax())
+        target = predicted if settings.target == "predicted" or sample.label is None else sample.label
+        regions = make_regions(image, settings.regions, **settings.region_options)
+        return cls(classifier, settings, identity, model, sample, image, regions, target)
+
+    @property
+    def partition(self) -> str:
+        """Digest of the shared regions."""
+        return hashlib.sha256(self.regions.labels.numpy().tobytes()).hexdigest()[:16]
+
+    def key(self, spec: MethodSpec, seed: int) -> str:
+        """Everything that the explanation depends on."""
+        content = hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
+        own = [spec.method, spec.preset, spec.plain_options(), self.settings.explained_fill_settings()]
+        return digest_of([self.identity, content, self.target, *own, seed if spec.stochastic else 0, self.partition if spec.cuts else ""])
+
+    def curve_key(self, key: str, protocol: Protocol) -> str:
+        """Everything that a curve depends on."""
+        shared = self.partition if protocol.steps == "regions" else ""
+        return digest_of([key, protocol.settings(), shared, self.settings.seed])
+
+    def score_key(self, key: str, measure: Measure, protocol: Protocol) -> str:
+        """Everything that a number depends on."""
+        if METRICS[measure.metric].curve:
+            return digest_of([self.curve_key(key, protocol), measure.metric])
+        mask = None if self.sample.mask is None else hashlib.sha256(self.sample.mask.numpy().tobytes()).hexdigest()
+        return digest_of([key, measure.metric, protocol.output, self.settings.seed, mask if METRICS[measure.metric].mask else None])
+
+    def names(self, spec: MethodSpec, seed: int) -> dict[str, Any]:
+        return {"model": self.model, "sample": self.sample.id, "method": spec.label, "seed": seed}
+
+    def failure(self, spec: MethodSpec, seed: int, reason: str) -> Failure:
+        return Failure(self.model, self.sample.id, spec.label, seed, reason)
+
+    def explain(self, image: Tensor, spec: MethodSpec, seed: int) -> Explanation:
+        """By the search or the method, on the shared regions where it cuts the image and does not say how."""
+        options = {"fill": self.settings.explained_fill, "preset": spec.preset, "seed": seed, "max_side": None, **spec.options}
+        if spec.cuts:
+            options["regions"] = self.regions
+        if spec.is_search:
+            return explain(image, self.classifier, self.target, search=spec.method, **options)
+        return attribute(image, self.classifier, spec.method, self.target, **options)
+
+    def case(self, explanation: Explanation, spec: MethodSpec, seed: int) -> Case:
+        def again(image: Tensor) -> Tensor:
+            found = self.explain(image, spec, seed)
+            return found.pixel_map if found.pixel_map is not None else found.heatmap
+
+        return Case(self.classifier, explanation, self.target, self.regions, again, self.sample.mask, self.settings.seed)
+
+
+class _Broken(Exception):
+    """One explanation or measurement failed; the run goes on."""
+
+
+def _computed(compute: Callable[[], Any]) -> Any:
+    """What a model or method makes of an image. Its failures are results of the benchmark; those of writing files are not."""
+    try:
+        return compute()
+    except NotApplicable:
+        raise
+    except UserError as error:
+        raise _Broken(str(error)) from None
+    except (RuntimeError, ArithmeticError) as error:  # out of memory, a singular system, a module that trips over an image
+        reason = str(error).splitlines()[0][:200] if str(error) else "no message"
+        raise _Broken(f"{type(error).__name__}: {reason}") from error
+
+
+def _save_curves(curves: Curves, path: Path) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            insertion_area=curves.insertion_area.numpy(),
+            insertion=curves.insertion.numpy(),
+            deletion_area=curves.deletion_area.numpy(),
+            deletion=curves.deletion.numpy(),
+        )
+
+
+def digest_of(values: Any) -> str:
+    """16 hexadecimal digits of sha256 over values as JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

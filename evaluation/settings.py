@@ -1,0 +1,276 @@
+"""What a benchmark measures: methods, metrics and protocol, from Python, the command line or a TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from attribution.baselines import METHOD_PRESETS, METHODS
+from attribution.classifier import Classifier
+from attribution.errors import UserError
+from attribution.explain import plain_settings
+from attribution.image import MAX_SIDE
+from attribution.objective import ScoreWeights
+from attribution.presets import PRESETS
+from attribution.regions import REGIONS, Regions
+from attribution.search import SEARCHES
+from evaluation.metrics import METRICS, Measure, expand_metrics
+from evaluation.perturbation import PROTOCOLS, Protocol
+
+DEFAULT_METHODS = (
+    "bidirectional",
+    "saliency",
+    "input_x_gradient",
+    "integrated_gradients",
+    "smooth_grad",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "layer_cam",
+    "occlusion",
+    "kernel_shap",
+    "lime",
+    "rise",
+    "hsic",
+    "transformer_attribution",
+    "grad_eclip",
+    "random",
+    "center_prior",
+    "edge_filter",
+)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as the benchmark runs it.
+
+    Attributes:
+        label: what tables call it; unique within a benchmark.
+        method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
+        preset: key of ``METHOD_PRESETS`` (or ``PRESETS`` for a search), or None.
+        options: of the method (or of ``explain``).
+    """
+
+    label: str
+    method: str
+    preset: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS and self.method not in SEARCHES:
+            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
+        known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
+        if self.preset is not None and self.preset not in known:
+            raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it is a region search of ours rather than a method of ``METHODS``."""
+        return self.method in SEARCHES
+
+    @property
+    def family(self) -> str:
+        """Such as "gradient"; "region search" for a search."""
+        return "region search" if self.is_search else METHODS[self.method].family
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its result depends on the seed."""
+        return self.method == "stochastic_greedy" or (not self.is_search and METHODS[self.method].stochastic)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it works on the regions that all methods share: it cuts the image, and neither options nor preset say how."""
+        if self.is_search:
+            return "regions" not in self.options
+        preset = METHOD_PRESETS[self.preset].get(self.method, {}) if self.preset else {}
+        return "regions" in METHODS[self.method].options and "regions" not in {**preset, **self.options}
+
+    def plain_options(self) -> dict[str, Any]:
+        """The options as JSON, arrays by their digest."""
+        return {name: _plain_option(value) for name, value in sorted(self.options.items())}
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any]) -> MethodSpec:
+        """ "rise", "rise@lima" (with a preset), or a table with method, label, preset and options."""
+        if isinstance(value, str):
+            method, _, preset = value.partition("@")
+            return cls(value, method, preset or None)
+        table = dict(value)
+        unknown = set(table) - {"method", "label", "preset", "options"}
+        if unknown or not isinstance(table.get("method"), str):
+            raise UserError(f"a method {table!r}: expected a name, or a table with method, label, preset and options")
+        options = dict(table.get("options", {}))
+        if isinstance(options.get("weights"), dict):
+            named = {f.name: options["weights"].get(f.name, 0.0) for f in fields(ScoreWeights)}
+            if set(options["weights"]) - set(named):
+                raise UserError(f"weights {options['weights']!r}: expected some of {', '.join(named)}")
+            options["weights"] = ScoreWeights(**named)
+        return cls(str(table.get("label", table["method"])), table["method"], table.get("preset"), options)
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured; every field may stand in a TOML file under its name.
+
+    Attributes:
+        data: recipe name, image folder, or list of paths and labels (see ``open_dataset``).
+        models: names that ``load_classifier`` takes, or classifiers.
+        methods: names, "name@preset", or tables (see ``MethodSpec.parse``).
+        metrics: keys of ``METRICS``.
+        fills, steps: each curve metric is measured for every fill under every step rule ("regions", "pixels").
+        pixel_steps: number of pixel steps.
+        output: "probability" or "logit" of the target.
+        protocol: a key of ``PROTOCOLS`` instead of fills, steps and output.
+        regions, region_options: the partition of region steps, shared by all methods and by the search.
+        method_fill: what hides pixels while methods and searches work; the first fill that is not imputed, by default.
+        samples: so many images, the first of a seeded permutation; all by default.
+        only: "all", "correct" or "wrong": which images by the model's own prediction.
+        target: "predicted" or "label".
+        seed: of the choice of images, the methods and the metrics.
+        seeds: stochastic methods run with so many seeds; tables take the first, the others give the spread.
+        root, split: of a recipe.
+        checkpoint, device, batch_size, max_side: see ``load_classifier`` and ``explain``.
+    """
+
+    data: str
+    models: tuple[str | Classifier, ...] = ("zoo:cnn",)
+    methods: tuple[MethodSpec, ...] = tuple(MethodSpec.parse(name) for name in DEFAULT_METHODS)
+    metrics: tuple[str, ...] = tuple(name for name, metric in METRICS.items() if metric.default)
+    fills: tuple[str, ...] = ("black",)
+    steps: tuple[str, ...] = ("regions",)
+    pixel_steps: int = 50
+    output: Literal["probability", "logit"] = "probability"
+    protocol: str | None = None
+    regions: str = "slico"
+    region_options: Mapping[str, Any] = field(default_factory=dict)
+    method_fill: str | None = None
+    samples: int | None = None
+    only: Literal["all", "correct", "wrong"] = "all"
+    target: Literal["predicted", "label"] = "predicted"
+    seed: int = 0
+    seeds: int = 1
+    root: str | None = None
+    split: str = "test"
+    checkpoint: str | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    max_side: int = MAX_SIDE
+
+    def __post_init__(self) -> None:
+        for name in ("models", "methods", "fills", "steps"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: name at least one")
+        object.__setattr__(self, "metrics", expand_metrics(self.metrics))
+        labels = [spec.label for spec in self.methods]
+        repeated = {label for label in labels if labels.count(label) > 1}
+        if repeated:
+            raise UserError(f"method {sorted(repeated)[0]!r} was named twice: give each a label of its own")
+        if len(set(self.model_names)) < len(self.models):
+            raise UserError(f"a model was named twice among {', '.join(self.model_names)}: give each once, under a name of its own")
+        for name, allowed in (("only", ("all", "correct", "wrong")), ("target", ("predicted", "label"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise UserError(f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+        if self.regions not in REGIONS:
+            raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
+        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+        self.protocols  # noqa: B018  a wrong fill or step rule fails here
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What tables call the models."""
+        return tuple(model.name if isinstance(model, Classifier) else model for model in self.models)
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """Of the curves, in the order of the tables."""
+        if self.protocol is not None:
+            return (PROTOCOLS[self.protocol],)
+        return tuple(Protocol(steps, self.pixel_steps, fill, self.output) for steps in self.steps for fill in self.fills)  # type: ignore[arg-type]
+
+    @property
+    def explained_fill(self) -> Any:
+        """What hides pixels while methods and searches work."""
+        if self.method_fill is not None:
+            return self.method_fill
+        fixed = [protocol.fill for protocol in self.protocols if protocol.fill != "linear"]
+        return fixed[0] if fixed else "black"
+
+    def measured(self) -> tuple[tuple[Measure, Protocol], ...]:
+        """The columns of the tables, each with its protocol (for a metric without a curve, the one whose output it takes)."""
+        found = []
+        for name in self.metrics:
+            metric = METRICS[name]
+            used = self.protocols if metric.curve else self.protocols[:1]
+            found += [(Measure(name, protocol.label() if metric.curve else "", metric.direction), protocol) for protocol in used]
+        return tuple(found)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON, without what changes no number (device, batch size) and without the place of the data."""
+        left_out = ("device", "batch_size", "root", "methods", "models", "data", "checkpoint")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        methods = [{"label": m.label, "method": m.method, "preset": m.preset, "options": m.plain_options()} for m in self.methods]
+        return plain_settings({**values, "models": self.model_names, "data": Path(self.data).name, "methods": methods, "method_fill": self.explained_fill})
+
+    def explained_fill_settings(self) -> Any:
+        """The fill of the methods as JSON, an image by the digest of its pixels."""
+        return Protocol(fill=self.explained_fill).settings()["fill"]
+
+    def seeds_of(self, spec: MethodSpec) -> range:
+        """The seeds that a method runs with."""
+        return range(self.seed, self.seed + (self.seeds if spec.stochastic else 1))
+
+    def run_count(self) -> int:
+        """Explanations of one image under one model."""
+        return sum(len(self.seeds_of(spec)) for spec in self.methods)
+
+
+def read_settings(path: Path, overrides: Mapping[str, Any]) -> BenchmarkSettings:
+    """Settings from a TOML file; overrides win.
+
+    Raises:
+        UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} cannot be read as TOML ({error})") from None
+    return make_settings({**table, **overrides}, str(path))
+
+
+def make_settings(values: Mapping[str, Any], source: str = "the benchmark") -> BenchmarkSettings:
+    """Settings from plain values: lists, and methods by name or as tables."""
+    known = {f.name for f in fields(BenchmarkSettings)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{source} has unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+    if "data" not in values:
+        raise UserError(f"{source} names no data: give a recipe name, an image folder, or a list of paths and labels")
+    made = dict(values)
+    for name in ("models", "metrics", "fills", "steps", "methods"):
+        if name in made:
+            made[name] = tuple([made[name]] if isinstance(made[name], str) else made[name])
+    if "methods" in made:
+        made["methods"] = tuple(m if isinstance(m, MethodSpec) else MethodSpec.parse(m) for m in made["methods"])
+    return BenchmarkSettings(**made)
+
+
+def _plain_option(value: Any) -> Any:
+    if isinstance(value, ScoreWeights):
+        return dict(vars(value))
+    if isinstance(value, Regions):
+        value = value.labels
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+    return plain_settings({"value": value})["value"]
