@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -139,15 +140,20 @@ def explain(
         insertion_scores=insertion,
         deletion_scores=deletion,
         evaluations=objective.evaluations,
-        provenance={
-            "model": classifier.name,
-            "weights_digest": classifier.weights_digest,
-            "device": str(classifier.device),
-            "settings": plain_settings(settings),
-            "versions": versions(),
-            "seconds": round(time.perf_counter() - started, 3),
-        },
+        provenance=provenance(classifier, settings, started),
     )
+
+
+def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
+    """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
+    return {
+        "model": classifier.name,
+        "weights_digest": classifier.weights_digest,
+        "device": str(classifier.device),
+        "settings": plain_settings(settings),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
 
 
 def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
@@ -181,6 +187,11 @@ def prefix_scores(score: Callable[[Tensor], Tensor], masked: MaskedInputs, order
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in (
         "vision-attribution",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -26,6 +27,16 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Run the block, then remove the hooks, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     """Collect (module, first positional input) at every call of the given modules, in the order of the calls."""
     calls: list[tuple[nn.Module, Tensor]] = []
@@ -35,11 +46,8 @@ def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module
             calls.append((module, args[0]))
 
     handles = [module.register_forward_pre_hook(remember) for module in modules]
-    try:
+    with removed_after(handles):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -57,11 +65,8 @@ def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Modul
         return output.clone()
 
     handles = [module.register_forward_hook(remember) for module in modules]
-    try:
+    with removed_after(handles):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -107,11 +112,8 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
     places = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items() if isinstance(child, kinds)]
     counts: Counter[nn.Module] = Counter()
     handles = [child.register_forward_pre_hook(lambda m, _args: counts.update([m])) for child in {child for _, _, child in places}]
-    try:
+    with removed_after(handles):
         probe()
-    finally:
-        for handle in handles:
-            handle.remove()
     copies = {child: _PerCall(child, max(1, counts[child])) for _, _, child in places}
 
     def restart(_module: nn.Module, _args: Any) -> None:

@@ -11,9 +11,11 @@ from evaluation.fidelity import infidelity, mu_fidelity, sensitivity
 from evaluation.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
 from evaluation.metrics import METRICS, Metric
 from evaluation.perturbation import PROTOCOLS, Curves, Protocol, perturbation_curves, random_order_curves, road
+from evaluation.ranking import significance_groups
+from evaluation.report import write_report
 from evaluation.results import Results
 from evaluation.settings import BenchmarkSettings, MethodSpec, make_settings, read_settings
-from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, sign_flip, significance_groups, wilcoxon
+from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, sign_flip, wilcoxon
 from evaluation.summary import Summary, summarise, summary_csv
 
 __all__ = [
@@ -53,4 +55,5 @@ __all__ = [
     "summarise",
     "summary_csv",
     "wilcoxon",
+    "write_report",
 ]

@@ -35,7 +35,7 @@ from evaluation.perturbation import Curves, Protocol
 from evaluation.records import RecordLog, open_log
 from evaluation.results import Explained, Failure, Results, Score
 from evaluation.settings import BenchmarkSettings, MethodSpec
-from evaluation.statistics import is_saturated
+from evaluation.validity import is_saturated
 
 Progress = Callable[[int, int, str], None]
 
@@ -238,7 +238,10 @@ class _Judged:
         """Everything that the explanation depends on."""
         content = hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
         own = [spec.method, spec.preset, spec.plain_options(), self.settings.explained_fill_settings()]
-        return digest_of([self.identity, content, self.target, *own, seed if spec.stochastic else 0, self.partition if spec.cuts else ""])
+        return digest_of([self.identity, content, self.target, *own, self._drawn(spec, seed), self.partition if spec.cuts else ""])
+
+    def _drawn(self, spec: MethodSpec, seed: int) -> int:
+        return sample_seed(seed, self.sample.id) if spec.stochastic else 0
 
     def curve_key(self, key: str, protocol: Protocol) -> str:
         """Everything that a curve depends on."""
@@ -260,7 +263,13 @@ class _Judged:
 
     def explain(self, image: Tensor, spec: MethodSpec, seed: int) -> Explanation:
         """By the search or the method, on the shared regions where it cuts the image and does not say how."""
-        options = {"fill": self.settings.explained_fill, "preset": spec.preset, "seed": seed, "max_side": None, **spec.options}
+        options = {
+            "fill": self.settings.explained_fill,
+            "preset": spec.preset,
+            "seed": sample_seed(seed, self.sample.id),
+            "max_side": None,
+            **spec.options,
+        }
         if spec.cuts:
             options["regions"] = self.regions
         if spec.is_search:
@@ -301,6 +310,11 @@ def _save_curves(curves: Curves, path: Path) -> None:
             deletion_area=curves.deletion_area.numpy(),
             deletion=curves.deletion.numpy(),
         )
+
+
+def sample_seed(seed: int, sample: str) -> int:
+    """The seed of a stochastic method on one image: images draw independently, as if each had been explained on its own."""
+    return int(digest_of([seed, sample]), 16) % 2**31
 
 
 def digest_of(values: Any) -> str:

@@ -7,10 +7,6 @@ no image is opened before its sample is read.
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-import re
 import tarfile
 import tomllib
 from collections import Counter
@@ -18,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +24,6 @@ from torch import Tensor
 from attribution.errors import UserError, describe
 from attribution.image import IMAGE_SUFFIXES, load_image
 from evaluation.localization import box_mask
-
-LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
-_BOX = ("x0", "y0", "x1", "y1")
-_COLUMNS = ("path", "label", "mask", *_BOX, "group")
-_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a slip of the pen, and names up to it would fill the memory
-_PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
-
 
 PHOTOS = "photos"
 _PHOTO_FILES = (
@@ -187,7 +176,9 @@ def open_dataset(
     if path.is_dir():
         return _open_folder(path, names)
     if path.is_file():
-        return _open_list(path, names)
+        from evaluation.lists import open_list
+
+        return open_list(path, names)
     if str(source) in _recipes():
         raise UserError(f"the data set {str(source)!r} needs root: the folder where its images lie")
     raise UserError(f"{source}: no such folder or list, and no data set of that name (known: {', '.join(sorted(_recipes()))})")
@@ -301,10 +292,10 @@ def _by_class_folder(
     name: str, classes: tuple[str, ...], title: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]
 ) -> ImageDataset:
     folders = sorted({member.split("/")[0] for member, _ in members})
-    indices = {folder: _index_of_name(folder, classes) for folder in folders}
+    indices = {folder: index_of_name(folder, classes) for folder in folders}
     unknown = [folder for folder, index in indices.items() if index is None]
     if unknown:
-        raise UserError(f"{path} has folders that are no class of {title}: {', '.join(unknown[:5])} (expected {_some(classes)})")
+        raise UserError(f"{path} has folders that are no class of {title}: {', '.join(unknown[:5])} (expected {some_names(classes)})")
     return ImageDataset(
         name=name,
         class_names=classes,
@@ -325,155 +316,6 @@ def _from_torchvision(recipe: Recipe, layout: dict[str, str], path: Path, split:
     data: np.ndarray = loaded.data
     ids = tuple(f"{split}/{index:05d}" for index in range(len(data)))
     return ImageDataset(recipe.name, recipe.classes, ids, tuple(int(label) for label in loaded.targets), lambda index: data[index])
-
-
-class _Row(NamedTuple):
-    """One line of a list: where it stands, and its fields by column, empty ones left out."""
-
-    place: str
-    fields: dict[str, str]
-
-
-def _open_list(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
-    rows = _list_rows(path)
-    if not rows:
-        raise UserError(f"{path} lists no images: expected a header 'path,label' and one line an image")
-    ids = _list_ids(path, rows)
-    classes, labels = _list_labels(rows, class_names)
-    masks = [_list_mask(path, row) for row in rows]
-    groups = tuple(row.fields.get("group") for row in rows)
-    return ImageDataset(
-        name=path.stem,
-        class_names=classes,
-        ids=ids,
-        labels=labels,
-        read=lambda index: path.parent / ids[index],
-        read_mask=(lambda index: masks[index]) if any(mask is not None for mask in masks) else None,
-        groups=groups if any(groups) else None,
-        places=tuple(row.place for row in rows),
-    )
-
-
-def _list_rows(path: Path) -> list[_Row]:
-    if path.suffix.lower() not in LIST_SUFFIXES:
-        raise UserError(f"{path} is not a list of images: expected {', '.join(sorted(LIST_SUFFIXES))}, or a folder")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): save it as a UTF-8 list of images") from None
-    suffix, first = path.suffix.lower(), text.lstrip().partition("\n")[0].rstrip()
-    has_header = "path" in re.split(r"[,\s]+", first.lower()) and not _PATH_AND_LABEL.fullmatch(first)
-    if suffix == ".txt" and not has_header:
-        return _bare_rows(path, text)
-    tabs = suffix == ".tsv" or (suffix == ".txt" and "\t" in first)
-    return _table_rows(path, text, "\t" if tabs else ",")
-
-
-def _bare_rows(path: Path, text: str) -> list[_Row]:
-    """Lines "path label" or "path"; a path ends with the suffix of an image and may hold spaces, as may the name of a class."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        place, line = f"{path.name} line {number}", line.strip()
-        found = _PATH_AND_LABEL.fullmatch(line)
-        if line and not found:
-            raise UserError(f"{place}: {line!r} is not 'path label' with the path of an image: use a header 'path,label' for other names")
-        if found:
-            rows.append(_Row(place, {name: value for name, value in zip(("path", "label"), found.groups(), strict=True) if value}))
-    return rows
-
-
-def _table_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: list[str] = []
-    rows: list[_Row] = []
-    while True:
-        place = f"{path.name} line {reader.line_num + 1}"
-        try:
-            values = [value.strip() for value in next(reader)]
-        except StopIteration:
-            return rows
-        except csv.Error as error:
-            raise UserError(f"{place}: not a row of a table ({error}): quote fields that hold a {delimiter!r} or a quote") from None
-        if not any(values):
-            continue
-        if not columns:
-            columns = _checked_columns(place, [value.lower() for value in values])
-            continue
-        if len(values) != len(columns):
-            raise UserError(f"{place}: {len(values)} fields, but the header has {len(columns)} columns ({', '.join(columns)})")
-        rows.append(_Row(place, {name: value for name, value in zip(columns, values, strict=True) if value}))
-
-
-def _checked_columns(place: str, columns: list[str]) -> list[str]:
-    unknown = [name for name in columns if name not in _COLUMNS]
-    if "path" not in columns:
-        raise UserError(f"{place}: no column 'path' among {', '.join(map(repr, columns[:5]))}: expected a header such as 'path,label'")
-    if unknown:
-        raise UserError(f"{place}: unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(_COLUMNS)}")
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: name each once")
-    if 0 < sum(name in columns for name in _BOX) < 4:
-        raise UserError(f"{place}: a box takes the four columns {', '.join(_BOX)}")
-    return columns
-
-
-def _list_ids(path: Path, rows: list[_Row]) -> tuple[str, ...]:
-    """The paths as they are written, checked to be different files."""
-    seen: dict[str, str] = {}
-    ids = []
-    for row in rows:
-        if "path" not in row.fields:
-            raise UserError(f"{row.place}: the path is empty")
-        name = Path(row.fields["path"]).as_posix()
-        file = os.path.normpath(path.parent / name)
-        if file in seen:
-            raise UserError(f"{row.place}: {name} is already in {seen[file]}: list each image once")
-        seen[file] = row.place
-        ids.append(name)
-    return tuple(ids)
-
-
-def _list_labels(rows: list[_Row], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    """The class names and the label of each row."""
-    labelled = [(row.place, row.fields["label"]) for row in rows if "label" in row.fields]
-    if class_names is None:
-        class_names = _names_in_list(labelled)
-    indices = {}
-    for place, label in labelled:
-        if label not in indices:
-            try:
-                indices[label] = _label_index(label, class_names)
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
-    return class_names, tuple(indices[row.fields["label"]] if "label" in row.fields else None for row in rows)
-
-
-def _names_in_list(labelled: list[tuple[str, str]]) -> tuple[str, ...]:
-    numbers = [(place, label) for place, label in labelled if re.fullmatch(r"-?[0-9]+", label)]
-    if numbers and len(numbers) < len(labelled):
-        place, name = next(entry for entry in labelled if entry not in numbers)
-        raise UserError(f"{place}: the label {name!r} is a name, but {numbers[0][0]} has the index {numbers[0][1]}: give class_names")
-    if not numbers:
-        return tuple(sorted({label for _, label in labelled}))
-    for place, label in numbers:
-        if not _INDEX.fullmatch(label):
-            raise UserError(f"{place}: class index {label} is out of range: expected 0 to 99999")
-    return tuple(f"class {index}" for index in range(1 + max(int(label) for _, label in numbers)))
-
-
-def _list_mask(path: Path, row: _Row) -> Path | tuple[float, ...] | None:
-    corners = [row.fields[name] for name in _BOX if name in row.fields]
-    if not corners:
-        return path.parent / row.fields["mask"] if "mask" in row.fields else None
-    if "mask" in row.fields:
-        raise UserError(f"{row.place}: a mask and a box are given: leave one empty")
-    try:
-        x0, y0, x1, y1 = map(float, corners)
-    except ValueError:
-        raise UserError(f"{row.place}: the box is {', '.join(corners)}: expected the four numbers {', '.join(_BOX)}") from None
-    if not (x0 < x1 and y0 < y1):
-        raise UserError(f"{row.place}: the box {', '.join(corners)} is empty or reversed: expected x0 < x1 and y0 < y1")
-    return x0, y0, x1, y1
 
 
 def _mask_of(image: Tensor, source: Any) -> Tensor | None:
@@ -499,11 +341,11 @@ def _in_terms_of(dataset: ImageDataset, class_names: tuple[str, ...] | None) -> 
     """The same samples with labels that are indices into other class names."""
     if class_names is None or class_names == dataset.class_names:
         return dataset
-    indices = [_index_of_name(name, class_names) for name in dataset.class_names]
+    indices = [index_of_name(name, class_names) for name in dataset.class_names]
     used = {label for label in dataset.labels if label is not None}
     unknown = [dataset.class_names[label] for label in sorted(used) if indices[label] is None]
     if unknown:
-        raise UserError(f"{dataset.name} has classes that class_names lack: {', '.join(unknown[:5])} (expected {_some(class_names)})")
+        raise UserError(f"{dataset.name} has classes that class_names lack: {', '.join(unknown[:5])} (expected {some_names(class_names)})")
     labels = tuple(None if label is None else indices[label] for label in dataset.labels)
     return replace(dataset, class_names=class_names, labels=labels)
 
@@ -517,17 +359,7 @@ def _checked_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:
     return names
 
 
-def _label_index(label: str, class_names: tuple[str, ...]) -> int:
-    """The class of a name or, where no class has that name, of an index."""
-    index = _index_of_name(label, class_names)
-    if index is None and _INDEX.fullmatch(label) and int(label) < len(class_names):
-        index = int(label)
-    if index is None:
-        raise UserError(f"no class {label!r}: expected an index below {len(class_names)}, or one of {_some(class_names)}")
-    return index
-
-
-def _index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
+def index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
     """The class of that name, exact or else regardless of case; None where there is none."""
     exact = [index for index, other in enumerate(class_names) if other == name]
     found = exact or [index for index, other in enumerate(class_names) if other.lower() == name.lower()]
@@ -536,7 +368,8 @@ def _index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
     return found[0] if found else None
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
+def some_names(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, joined, and how many there are where that is not all."""
     return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" ... ({len(names)} classes)")
 
 

@@ -49,7 +49,7 @@ FAMILY_MARKERS = {"region search": "D", "gradient": "o", "cam": "s", "perturbati
 MOST_CURVES = 8  # methods in colour; more lines cannot be told apart
 MOST_DOTS = 150  # images drawn for one method
 _METRIC_NAMES = {"insertion_deletion": "insertion - deletion", "mu_fidelity": "muFidelity", "road": "ROAD"}
-THUMBNAIL = 112  # longest side in pixels
+THUMBNAIL = 96  # longest side in pixels, as wide as the page shows it
 _DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": PAPER,
@@ -152,7 +152,7 @@ def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None =
                 ax.plot([costs[method]] * 2, ends, color=colour, linewidth=1.3, transform=transform, solid_capstyle="butt")
                 ax.plot(
                     costs[method], interval.estimate, FAMILY_MARKERS[spec.family], color=colour, markeredgecolor=PAPER,
-                    markersize=10 if spec.is_search else 7, transform=transform, zorder=3, gid=method,
+                    markersize=9 if spec.is_search else 7, transform=transform, zorder=3, gid=method,
                 )  # fmt: skip
                 points.append((method, costs[method], interval, dodge, colour))
             if entries:  # shifted artists do not move the limits by themselves
@@ -304,8 +304,8 @@ def has_interval(interval: Interval) -> bool:
 
 
 def metric_name(metric: str) -> str:
-    """As readers see it: "insertion - deletion", "highest confidence 25 %"."""
-    return _METRIC_NAMES.get(metric) or re.sub(r" (\d+)$", r" \1 %", metric.replace("_", " "))
+    """As readers see it: "insertion - deletion", "highest confidence 25%"."""
+    return _METRIC_NAMES.get(metric) or re.sub(r" (\d+)$", r" \1%", metric.replace("_", " "))
 
 
 def _specs(summary: Summary) -> dict[str, MethodSpec]:

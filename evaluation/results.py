@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,19 @@ class Results:
     def failed(self) -> tuple[Failure, ...]:
         """Failures that are no refusals."""
         return tuple(failure for failure in self.failures if not failure.refused)
+
+    @cached_property
+    def scores_of(self) -> dict[tuple[str, Measure, str, int], list[Score]]:
+        """The scores by (model, measure, method, seed)."""
+        found: dict[tuple[str, Measure, str, int], list[Score]] = {}
+        for score in self.scores:
+            found.setdefault((score.model, score.measure, score.method, score.seed), []).append(score)
+        return found
+
+    @cached_property
+    def explained_of(self) -> dict[tuple[str, str, int], dict[str, Explained]]:
+        """The explanations by (model, method, seed), then by sample."""
+        found: dict[tuple[str, str, int], dict[str, Explained]] = {}
+        for each in self.explained:
+            found.setdefault((each.model, each.method, each.seed), {})[each.sample] = each
+        return found

@@ -221,7 +221,9 @@ class BenchmarkSettings:
         left_out = ("device", "batch_size", "root", "methods", "models", "data", "checkpoint")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         methods = [{"label": m.label, "method": m.method, "preset": m.preset, "options": m.plain_options()} for m in self.methods]
-        return plain_settings({**values, "models": self.model_names, "data": Path(self.data).name, "methods": methods, "method_fill": self.explained_fill})
+        return plain_settings(
+            {**values, "models": self.model_names, "data": Path(self.data).name, "methods": methods, "method_fill": self.explained_fill}
+        )
 
     def explained_fill_settings(self) -> Any:
         """The fill of the methods as JSON, an image by the digest of its pixels."""

@@ -1,4 +1,4 @@
-"""How sure a number is: intervals, paired tests, corrections for many tests, and methods that cannot be told apart.
+"""How sure a number is: intervals, paired tests, and corrections for many tests.
 
 Everything works on plain arrays of one value a sample. Values that are not finite are left out and never counted, so each result
 says how many samples it rests on. Every draw takes a seed; the global generator is never touched.
@@ -21,8 +21,6 @@ from attribution.errors import UserError, describe
 
 BCA_COUNT = 30  # values from which "auto" takes BCa: with fewer its acceleration is mostly noise
 EXACT_COUNT = 13  # pairs up to which all 2^N sign vectors are enumerated: 8192, fewer than the default resamples
-SATURATED = 0.999  # a probability above it leaves gradients and orders to rounding
-STABLE = 0.8  # rank correlation between seeds from which an order is called stable
 _CHUNK_VALUES = 2**22  # floats of resamples held at once, 32 MiB
 
 
@@ -66,44 +64,6 @@ class Comparison:
     count: int
 
 
-@dataclass(frozen=True)
-class SeedSpread:
-    """How much of the spread is the method's own randomness.
-
-    Attributes:
-        seed_sd: standard deviation over seeds (n - 1), averaged over samples.
-        image_sd: standard deviation over samples (n - 1) of the means over seeds; NaN for one sample.
-        rank_correlation: mean Spearman correlation between pairs of seeds; NaN where nothing varies.
-        seeds: number of seeds.
-        stable: whether rank_correlation is at least 0.8; False where it is NaN.
-    """
-
-    seed_sd: float
-    image_sd: float
-    rank_correlation: float
-    seeds: int
-    stable: bool
-
-
-@dataclass(frozen=True)
-class Validity:
-    """How many samples a result can rest on.
-
-    Attributes:
-        total: samples tried.
-        finite: of these, how many have a finite value.
-        constant_maps: how many have the same attribution everywhere, so that any order of theirs is arbitrary.
-        saturated: how many have a confidence above 0.999, where gradients vanish.
-        failed: how many raised an error.
-    """
-
-    total: int
-    finite: int
-    constant_maps: int
-    saturated: int
-    failed: int
-
-
 def bootstrap_interval(
     values: ArrayLike,
     *,
@@ -129,7 +89,7 @@ def bootstrap_interval(
     Raises:
         UserError: arrays of other shapes, or a setting out of range.
     """
-    checked = _vector(values, "values")
+    checked = vector(values, "values")
     return bootstrap_ratio(checked, np.ones_like(checked), groups=groups, resamples=resamples, level=level, method=method, seed=seed)
 
 
@@ -298,7 +258,7 @@ def pairwise_tests(
     """
     if test not in PAIRED_TESTS:
         raise UserError(f"unknown test {test!r}: expected one of {', '.join(PAIRED_TESTS)}")
-    arrays = {name: _vector(values, f"scores of {name}") for name, values in scores.items()}
+    arrays = {name: vector(values, f"scores of {name}") for name, values in scores.items()}
     pairs = list(combinations(arrays, 2))
     intervals, p_values = [], []
     for first, second in pairs:
@@ -309,131 +269,6 @@ def pairwise_tests(
         pair: Comparison(interval.estimate, interval.low, interval.high, p, float(adjusted), interval.count)
         for pair, interval, p, adjusted in zip(pairs, intervals, p_values, holm(p_values), strict=True)
     }
-
-
-def significance_groups(
-    estimates: Mapping[str, float], comparisons: Mapping[tuple[str, str], Comparison], level: float = 0.05
-) -> dict[str, tuple[str, ...]]:
-    """Compact letter display by insert and absorb (Piepho, 2004): methods that share a letter are not separated.
-
-    Args:
-        estimates: the methods, best first; only their order is used.
-        comparisons: of each two of them, in either order, as from ``pairwise_tests``.
-        level: two methods are separated where their adjusted p is below it; NaN does not separate.
-
-    Returns:
-        The letters of each method, "a" ... "z", "aa" ...; two methods have one in common if and only if they are not separated.
-        The first method has "a".
-
-    Raises:
-        UserError: two methods without a comparison.
-    """
-    names = list(estimates)
-    columns = [frozenset(range(len(names)))] if names else []
-    for first, second in combinations(range(len(names)), 2):
-        if _comparison(comparisons, names[first], names[second]).adjusted_p < level:
-            columns = _split(columns, first, second)
-    ordered = sorted(columns, key=sorted)
-    return {name: tuple(_letter(at) for at, column in enumerate(ordered) if place in column) for place, name in enumerate(names)}
-
-
-def ranks(estimates: Mapping[str, float], direction: Literal["higher", "lower"]) -> dict[str, float]:
-    """Rank of each method, 1 = best; equal estimates share the mean of their ranks, and NaN shares the last ones.
-
-    Args:
-        estimates: one number a method.
-        direction: which is better, "higher" or "lower".
-
-    Raises:
-        UserError: another direction.
-    """
-    if direction not in ("higher", "lower"):
-        raise UserError(f"direction is {direction!r}: expected 'higher' or 'lower'")
-    values = np.array(list(estimates.values()), dtype=np.float64)
-    known = ~np.isnan(values)
-    places = np.full(len(values), (known.sum() + 1 + len(values)) / 2)
-    places[known] = stats.rankdata(values[known] if direction == "lower" else -values[known])
-    return dict(zip(estimates, places.tolist(), strict=True))
-
-
-def rank_agreement(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b between two scores of the same methods: do two metrics rank them alike?
-
-    Args:
-        a, b: float [M], one a method; pairs with a NaN are left out.
-
-    Returns:
-        In [-1, 1], 1 for the same order; NaN for fewer than two pairs or where a or b is constant.
-
-    Raises:
-        UserError: arrays of other shapes.
-    """
-    first, second = _same_length(a, b, "a", "b")
-    known = ~(np.isnan(first) | np.isnan(second))
-    first, second = first[known], second[known]
-    if len(first) < 2 or (first == first[0]).all() or (second == second[0]).all():
-        return np.nan
-    return float(stats.kendalltau(first, second).statistic)
-
-
-def seed_spread(scores: ArrayLike, maps: ArrayLike | None = None) -> SeedSpread:
-    """What the seed of a stochastic method changes, next to what the image changes.
-
-    Args:
-        scores: float [S, N], S seeds of N samples; samples that are not finite under every seed are left out.
-        maps: [S, N, ...], the attributions: seeds are then compared by the ranks of the positions of each map, averaged over the
-            samples, instead of by the ranks of the samples.
-
-    Raises:
-        UserError: fewer than two seeds, or arrays of other shapes.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2 or len(values) < 2:
-        raise UserError(f"scores are {describe(values)}: expected float [S, N] with at least 2 seeds, one row a seed")
-    kept = np.isfinite(values).all(axis=0)
-    finite = values[:, kept]
-    compared = [finite]
-    if maps is not None:
-        attributions = np.asarray(maps)
-        if attributions.ndim < 3 or attributions.shape[:2] != values.shape:
-            raise UserError(f"maps are {describe(attributions)}: expected [{values.shape[0]}, {values.shape[1]}, P], a map of each score")
-        compared = [attributions[:, sample].reshape(len(values), -1) for sample in np.flatnonzero(kept)]
-    correlation = _mean([_seed_correlation(rows) for rows in compared])
-    return SeedSpread(
-        seed_sd=_mean(finite.std(axis=0, ddof=1)),
-        image_sd=float(finite.mean(axis=0).std(ddof=1)) if finite.shape[1] > 1 else np.nan,
-        rank_correlation=correlation,
-        seeds=len(values),
-        stable=correlation >= STABLE,
-    )
-
-
-def is_saturated(confidence: ArrayLike) -> np.ndarray:
-    """Which probabilities are above 0.999: float [N] in [0, 1] -> bool [N]. NaN is not."""
-    return _vector(confidence, "confidence") > SATURATED
-
-
-def count_validity(values: ArrayLike, constant: ArrayLike, saturated: ArrayLike, failed: ArrayLike) -> Validity:
-    """Count what weakens a result.
-
-    Args:
-        values: float [N], the score of each sample, NaN where there is none.
-        constant: bool [N], whether its map is constant.
-        saturated: bool [N], as from ``is_saturated``.
-        failed: bool [N], whether it raised an error.
-
-    Raises:
-        UserError: arrays of other shapes or types.
-    """
-    checked = _vector(values, "values")
-    counts = {}
-    for name, given in {"constant": constant, "saturated": saturated, "failed": failed}.items():
-        flags = np.asarray(given)
-        if flags.shape != checked.shape or (flags.dtype != np.bool_ and flags.size):
-            raise UserError(f"{name} is {describe(flags)}: expected bool [{len(checked)}], one for each value")
-        counts[name] = int(np.count_nonzero(flags))
-    finite = int(np.isfinite(checked).sum())
-    return Validity(len(checked), finite, counts["constant"], counts["saturated"], counts["failed"])
 
 
 def random_order_test(observed: float, null: ArrayLike) -> float:
@@ -449,14 +284,15 @@ def random_order_test(observed: float, null: ArrayLike) -> float:
     Raises:
         UserError: null of another shape.
     """
-    scores = _vector(null, "null")
+    scores = vector(null, "null")
     scores = scores[~np.isnan(scores)]
     if np.isnan(observed):
         return np.nan
     return (1 + int(np.count_nonzero(scores >= observed))) / (len(scores) + 1)
 
 
-def _vector(values: Any, name: str) -> np.ndarray:
+def vector(values: Any, name: str) -> np.ndarray:
+    """The values as float64 [N], one a sample; a UserError that names them for anything else."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -466,8 +302,9 @@ def _vector(values: Any, name: str) -> np.ndarray:
     return array
 
 
-def _same_length(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
-    first, second = _vector(a, name_a), _vector(b, name_b)
+def same_length(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two float64 [N] of the same samples; a UserError that names them where their lengths differ."""
+    first, second = vector(a, name_a), vector(b, name_b)
     if len(first) != len(second):
         raise UserError(f"{name_a} have {len(first)} values and {name_b} {len(second)}: give both on the same samples")
     return first, second
@@ -475,7 +312,7 @@ def _same_length(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[
 
 def _finite_pairs(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pairs of which both members are finite, and bool [N], which these are."""
-    first, second = _same_length(a, b, name_a, name_b)
+    first, second = same_length(a, b, name_a, name_b)
     kept = np.isfinite(first) & np.isfinite(second)
     return first[kept], second[kept], kept
 
@@ -556,54 +393,13 @@ def _random_bits(generator: np.random.Generator, rows: int, count: int) -> np.nd
 
 def _adjusted(p_values: ArrayLike, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Adjust those that are not NaN as one family."""
-    adjusted = _vector(p_values, "p-values").copy()
+    adjusted = vector(p_values, "p-values").copy()
     known = ~np.isnan(adjusted)
     if ((adjusted[known] < 0) | (adjusted[known] > 1)).any():
         raise UserError("p-values out of [0, 1]: expected probabilities, NaN where there is no test")
     if known.any():
         adjusted[known] = adjust(adjusted[known])
     return adjusted
-
-
-def _comparison(comparisons: Mapping[tuple[str, str], Comparison], first: str, second: str) -> Comparison:
-    for pair in ((first, second), (second, first)):
-        if pair in comparisons:
-            return comparisons[pair]
-    raise UserError(f"no comparison of {first} and {second}: give one for each two methods, as pairwise_tests does")
-
-
-def _split(columns: list[frozenset[int]], first: int, second: int) -> list[frozenset[int]]:
-    """Part two methods: duplicate each column that holds both, without one of them each; absorb columns that another contains."""
-    apart = [column for column in columns if not {first, second} <= column]
-    halves = [column - {gone} for column in columns if {first, second} <= column for gone in (first, second)]
-    # no column contains another before, so only a half can be absorbed, and only by a column that was not split
-    return apart + [half for half in halves if not any(half <= column for column in apart)]
-
-
-def _letter(index: int) -> str:
-    """0 -> a, 25 -> z, 26 -> aa, as columns of a spreadsheet are named."""
-    letters = ""
-    index += 1
-    while index:
-        index, rest = divmod(index - 1, 26)
-        letters = chr(ord("a") + rest) + letters
-    return letters
-
-
-def _seed_correlation(rows: np.ndarray) -> float:
-    """Mean Spearman correlation of each two rows of [S, P]; pairs with a constant row are left out."""
-    if rows.shape[1] < 2:
-        return np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):  # a constant row has no correlation: NaN, left out below
-        correlations = np.corrcoef(stats.rankdata(rows, axis=1))
-    return _mean(correlations[np.triu_indices(len(rows), 1)])
-
-
-def _mean(values: ArrayLike) -> float:
-    """Mean of those that are not NaN; NaN without any."""
-    array = np.asarray(values, dtype=np.float64)
-    known = array[~np.isnan(array)]
-    return float(known.mean()) if len(known) else np.nan
 
 
 PAIRED_TESTS: dict[str, Callable[[np.ndarray, np.ndarray, int], float]] = {

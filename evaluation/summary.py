@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -12,21 +13,11 @@ import numpy as np
 
 from attribution.explanation import Explanation
 from evaluation.metrics import Measure
+from evaluation.ranking import rank_agreement, ranks, significance_groups
 from evaluation.results import Explained, Failure, Results
-from evaluation.statistics import (
-    STABLE,
-    Comparison,
-    Interval,
-    SeedSpread,
-    Validity,
-    bootstrap_interval,
-    count_validity,
-    pairwise_tests,
-    rank_agreement,
-    ranks,
-    seed_spread,
-    significance_groups,
-)
+from evaluation.settings import MethodSpec
+from evaluation.statistics import Comparison, Interval, bootstrap_interval, holm, pairwise_tests, wilcoxon
+from evaluation.validity import STABLE, SeedSpread, Validity, count_validity, seed_spread
 
 SIGNIFICANCE = 0.05
 AXIS = np.linspace(0, 1, 101)  # share of the image on which curves of different steps are averaged
@@ -34,6 +25,10 @@ _CSV_COLUMNS = (
     *("model", "metric", "protocol", "direction", "rank", "method", "mean", "low", "high", "level", "interval", "group"),
     *("images", "missing", "failed", "constant_maps", "saturated", "area", "evaluations"),
     *("seeds", "seed_sd", "image_sd", "seed_rank_correlation"),
+)
+_COMPARISON_COLUMNS = (
+    *("model", "metric", "protocol", "first", "second", "images", "difference", "low", "high"),
+    *("sign_flip_p", "sign_flip_holm", "wilcoxon_p", "wilcoxon_holm"),
 )
 _SEED_MAPS = 20  # samples whose maps are compared between seeds
 
@@ -89,7 +84,7 @@ class MeanCurve:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Kendall's tau-b between the rankings of all methods by one metric under two protocols on one model."""
+    """Kendall's tau-b between the rankings of the methods by one metric under two protocols on one model, controls left out."""
 
     model: str
     metric: str
@@ -125,17 +120,20 @@ class Summary:
         return tuple(e for e in self.entries if e.model == model and e.measure == measure)
 
     def methods(self, model: str) -> tuple[str, ...]:
-        """The methods that ran on a model, best first by the first measure."""
-        return tuple(e.method for e in self.column(model, self.measures[0]))
+        """The methods that ran on a model, best first by the first measure, then those without a value there."""
+        ranked = [e.method for e in self.column(model, self.measures[0])]
+        return tuple(dict.fromkeys([*ranked, *(cost.method for cost in self.costs if cost.model == model)]))
 
     @property
     def measures(self) -> tuple[Measure, ...]:
         """The columns."""
         return tuple(measure for measure, _ in self.results.settings.measured())
 
-    def separation(self, model: str, measure: Measure) -> tuple[str, tuple[str, ...]]:
-        """The best method under a measure, and the methods that it cannot be told apart from."""
+    def separation(self, model: str, measure: Measure) -> tuple[str, tuple[str, ...]] | None:
+        """The best method under a measure, and those it cannot be told apart from; None where its mean has no interval."""
         column = self.column(model, measure)
+        if not column or not np.isfinite(column[0].interval.low):
+            return None
         best = column[0]
         return best.method, tuple(e.method for e in column[1:] if set(e.group) & set(best.group))
 
@@ -145,11 +143,12 @@ def score_matrix(results: Results, model: str, measure: Measure, seed: int | Non
     seed = results.settings.seed if seed is None else seed
     positions = {sample: index for index, sample in enumerate(results.samples[model])}
     found: dict[str, np.ndarray] = {}
-    for score in results.scores:
-        if score.model == model and score.measure == measure and score.seed == seed:
-            found.setdefault(score.method, np.full(len(positions), np.nan))[positions[score.sample]] = score.value
-    order = [spec.label for spec in results.settings.methods]
-    return {method: found[method] for method in order if method in found}
+    for spec in results.settings.methods:
+        scores = results.scores_of.get((model, measure, spec.label, seed), [])
+        if scores:
+            found[spec.label] = np.full(len(positions), np.nan)
+            found[spec.label][[positions[score.sample] for score in scores]] = [score.value for score in scores]
+    return found
 
 
 def summarise(results: Results) -> Summary:
@@ -157,12 +156,13 @@ def summarise(results: Results) -> Summary:
     entries: list[Entry] = []
     comparisons: dict[tuple[str, Measure], Mapping[tuple[str, str], Comparison]] = {}
     for model in results.models:
+        stability = {spec.label: _map_correlation(results, model, spec) for spec in results.settings.methods}
         for measure, _ in results.settings.measured():
             scores = score_matrix(results, model, measure)
             if scores:
                 tests = pairwise_tests(scores, seed=results.settings.seed)
                 comparisons[model, measure] = tests
-                entries += _column(results, model, measure, scores, tests)
+                entries += _column(results, model, measure, scores, tests, stability)
     return Summary(
         results,
         tuple(entries),
@@ -188,7 +188,7 @@ def summary_csv(summary: Summary) -> str:
         writer.writerow(
             [
                 e.model, e.measure.metric, e.measure.protocol, e.measure.direction, _number(e.rank), e.method,
-                _number(e.interval.estimate), _number(e.interval.low), _number(e.interval.high), e.interval.level, e.interval.method,
+                *_interval_fields(e.interval),
                 " ".join(e.group), v.finite, v.total - v.finite, v.failed, v.constant_maps, v.saturated,
                 "" if e.area is None else _number(e.area), _number(costs[e.model, e.method]), *spread,
             ]
@@ -196,12 +196,39 @@ def summary_csv(summary: Summary) -> str:
     return buffer.getvalue()
 
 
+def comparisons_csv(summary: Summary) -> str:
+    """Every paired test as CSV text: mean difference with its interval, sign-flip and Wilcoxon p, raw and Holm-corrected."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COMPARISON_COLUMNS)
+    for (model, measure), tests in summary.comparisons.items():
+        scores = score_matrix(summary.results, model, measure)
+        signed_ranks = [wilcoxon(scores[a], scores[b]) for a, b in tests]
+        for ((a, b), test), p, adjusted in zip(tests.items(), signed_ranks, holm(np.array(signed_ranks)), strict=True):
+            numbers = (test.difference, test.low, test.high, test.p, test.adjusted_p, p, adjusted)
+            fields = [_number(value) if np.isfinite(value) else "" for value in numbers]
+            writer.writerow([model, measure.metric, measure.protocol, a, b, test.count, *fields])
+    return buffer.getvalue()
+
+
+def _interval_fields(interval: Interval) -> list[object]:
+    """Mean, ends, level and method; all empty where there is no interval, for no score stands without one."""
+    if not np.isfinite(interval.low):
+        return [""] * 5
+    return [*map(_number, (interval.estimate, interval.low, interval.high)), interval.level, interval.method]
+
+
 def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
 def _column(
-    results: Results, model: str, measure: Measure, scores: dict[str, np.ndarray], tests: Mapping[tuple[str, str], Comparison]
+    results: Results,
+    model: str,
+    measure: Measure,
+    scores: dict[str, np.ndarray],
+    tests: Mapping[tuple[str, str], Comparison],
+    stability: Mapping[str, float],
 ) -> list[Entry]:
     seed = results.settings.seed
     intervals = {method: bootstrap_interval(values, seed=seed) for method, values in scores.items()}
@@ -219,18 +246,14 @@ def _column(
             groups[method],
             _validity(results, model, method, scores[method]),
             _mean_area(results, model, measure, method),
-            _spread(results, model, measure, method),
+            _spread(results, model, measure, method, stability[method]),
         )
         for method in ordered
     ]
 
 
-def _explained(results: Results, model: str, method: str, seed: int) -> dict[str, Explained]:
-    return {e.sample: e for e in results.explained if e.model == model and e.method == method and e.seed == seed}
-
-
 def _validity(results: Results, model: str, method: str, values: np.ndarray) -> Validity:
-    found = _explained(results, model, method, results.settings.seed)
+    found = results.explained_of.get((model, method, results.settings.seed), {})
     samples = results.samples[model]
     constant = np.array([sample in found and found[sample].constant for sample in samples])
     saturated = np.array([sample in found and found[sample].saturated for sample in samples])
@@ -239,29 +262,32 @@ def _validity(results: Results, model: str, method: str, values: np.ndarray) -> 
 
 
 def _mean_area(results: Results, model: str, measure: Measure, method: str) -> float | None:
-    wanted = (model, measure, method, results.settings.seed)
-    areas = [s.area for s in results.scores if (s.model, s.measure, s.method, s.seed) == wanted and s.area is not None]
+    scores = results.scores_of.get((model, measure, method, results.settings.seed), [])
+    areas = [score.area for score in scores if score.area is not None]
     return float(np.mean(areas)) if areas else None
 
 
-def _spread(results: Results, model: str, measure: Measure, method: str) -> SeedSpread | None:
+def _spread(results: Results, model: str, measure: Measure, method: str, stability: float) -> SeedSpread | None:
     spec = next(spec for spec in results.settings.methods if spec.label == method)
-    seeds = results.settings.seeds_of(spec)
-    if len(seeds) < 2:
+    by_seed = [score_matrix(results, model, measure, seed).get(method) for seed in results.settings.seeds_of(spec)]
+    scores = [values for values in by_seed if values is not None]
+    if len(scores) < 2 or not np.isfinite(np.stack(scores)).all(axis=0).any():
         return None
-    scores = np.stack([score_matrix(results, model, measure, seed)[method] for seed in seeds])
-    if not np.isfinite(scores).all(axis=0).any():
-        return None
-    by_seed = [_explained(results, model, method, seed) for seed in seeds]
+    return replace(seed_spread(np.stack(scores)), rank_correlation=stability, stable=stability >= STABLE)
+
+
+def _map_correlation(results: Results, model: str, spec: MethodSpec) -> float:
+    """Mean rank correlation of a method's maps between its seeds; NaN with one seed."""
+    by_seed = [results.explained_of.get((model, spec.label, seed), {}) for seed in results.settings.seeds_of(spec)]
     samples = [sample for sample in results.samples[model] if all(sample in found for found in by_seed)][:_SEED_MAPS]
-    correlations = []
+    if len(by_seed) < 2:
+        return math.nan
+    found = []
     for sample in samples:
-        maps = np.stack([_map_of(found[sample]).ravel()[None] for found in by_seed])
-        column = scores[:, [results.samples[model].index(sample)]]
-        correlations.append(seed_spread(column, maps).rank_correlation)
-    finite = [value for value in correlations if np.isfinite(value)]
-    correlation = float(np.mean(finite)) if finite else float("nan")
-    return replace(seed_spread(scores), rank_correlation=correlation, stable=correlation >= STABLE)
+        maps = np.stack([_map_of(explained[sample]).ravel()[None] for explained in by_seed])
+        found.append(seed_spread(np.zeros((len(by_seed), 1)), maps).rank_correlation)
+    finite = [value for value in found if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _map_of(explained: Explained) -> np.ndarray:
@@ -274,7 +300,7 @@ def _costs(results: Results) -> list[Cost]:
     found = []
     for model in results.models:
         for spec in results.settings.methods:
-            explained = _explained(results, model, spec.label, results.settings.seed)
+            explained = results.explained_of.get((model, spec.label, results.settings.seed), {})
             if explained:
                 found.append(Cost(model, spec.label, spec.family, float(np.mean([e.evaluations for e in explained.values()]))))
     return found
@@ -284,7 +310,7 @@ def _mean_curves(results: Results) -> list[MeanCurve]:
     found = []
     for model in results.models:
         for spec in results.settings.methods:
-            explained = _explained(results, model, spec.label, results.settings.seed).values()
+            explained = results.explained_of.get((model, spec.label, results.settings.seed), {}).values()
             for protocol in [p.label() for p in results.settings.protocols]:
                 paths = [e.curves[protocol] for e in explained if protocol in e.curves]
                 if not paths:
@@ -311,12 +337,13 @@ def _band(curves: np.ndarray, seed: int, resamples: int = 1000) -> tuple[np.ndar
 def _agreements(results: Results, entries: Sequence[Entry]) -> list[Agreement]:
     found = []
     labels = [protocol.label() for protocol in results.settings.protocols]
+    controls = {spec.label for spec in results.settings.methods if spec.family == "control"}  # last under any protocol, they raise tau
     for model in results.models:
         metrics = dict.fromkeys(e.measure.metric for e in entries if e.model == model and e.measure.protocol)
         for metric in metrics:
             means: dict[str, dict[str, float]] = {label: {} for label in labels}
             for e in entries:
-                if e.model == model and e.measure.metric == metric:
+                if e.model == model and e.measure.metric == metric and e.method not in controls:
                     means[e.measure.protocol][e.method] = e.interval.estimate
             for first, second in combinations(labels, 2):
                 shared = [method for method in means[first] if method in means[second]]

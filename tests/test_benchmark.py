@@ -59,7 +59,9 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
         explanations = {
             "bidirectional": at.explain(image, classifier, target, regions=regions),
             "input_x_gradient": at.attribute(image, classifier, "input_x_gradient", target, fill="black"),
-            "rise": at.attribute(image, classifier, "rise", target, fill="black", samples=20, grid=3),
+            "rise": at.attribute(
+                image, classifier, "rise", target, fill="black", seed=benchmark.sample_seed(0, sample), samples=20, grid=3
+            ),
         }
         for method, explanation in explanations.items():
             for protocol in chosen.protocols:
@@ -419,3 +421,13 @@ def test_a_library_call_and_a_command_give_one_table(tmp_path: Path, run_command
     assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
     code, out, err = run_command("benchmark", "--list")
     assert code == 0 and all(name in out for name in [*at.METHODS, *ev.METRICS, *ev.PROTOCOLS])
+
+
+def test_images_draw_independently(tmp_path: Path) -> None:
+    """Two equal images under two names: the null control differs, and again under another seed."""
+    data = image_folder(tmp_path / "data", 1)
+    (data / "1.png").write_bytes((data / "0.png").read_bytes())
+    found = numbers(ev.run_benchmark(settings(data, methods=["random", "saliency"], metrics=["insertion"], seeds=2), tmp_path / "out"))
+    random_scores = {value for (_, _, method, _, _), value in found.items() if method == "random"}
+    assert len(random_scores) == 4
+    assert len({value for (_, _, method, _, _), value in found.items() if method == "saliency"}) == 1

@@ -27,7 +27,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_what_the_demo_needs_and_no_datasets_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("attribution/py.typed", "evaluation/py.typed", "evaluation/recipes/cifar10.toml", "attribution/cli/explain.py"):
+    for name in (
+        "attribution/py.typed",
+        "evaluation/py.typed",
+        "evaluation/recipes/cifar10.toml",
+        "evaluation/templates/report.html.j2",
+        "attribution/cli/explain.py",
+    ):
         assert name in names
     for model in ("cnn", "vit"):
         assert f"attribution/assets/{model}.safetensors" in names

@@ -46,10 +46,10 @@ def test_command(command: str, checkout: Path) -> None:
         command += f" VENV={Path(sys.executable).parents[1]} --assume-old=pyproject.toml --assume-old=constraints.txt"
     result = subprocess.run(command, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    if "--help" not in command:
+    if "--help" not in command and "--list" not in command:
         out = re.search(r"--out (\S+)", command)
         folder = checkout / (out[1] if out else "out/demo" if command.startswith("make") else "out")
-        assert list(folder.glob("*.png")), result.stdout
+        assert list(folder.rglob("*.png")), result.stdout
 
 
 @pytest.mark.readme

@@ -13,6 +13,7 @@ from scipy import stats
 
 import evaluation.statistics as es
 from attribution.errors import UserError
+from evaluation import ranking, validity
 from evaluation.statistics import Comparison, Interval
 
 NAN = math.nan
@@ -320,14 +321,14 @@ def test_pairwise_tests_compare_every_two_methods(test: str) -> None:
     adjusted = es.holm([c.p for c in compared.values()])
     assert [c.adjusted_p for c in compared.values()] == adjusted.tolist()
     assert compared["good", "same"].adjusted_p > 0.05 > compared["good", "bad"].adjusted_p
-    assert es.significance_groups(dict.fromkeys(scores, 0.0), compared) == {"good": ("a",), "same": ("a",), "bad": ("b",)}
+    assert ranking.significance_groups(dict.fromkeys(scores, 0.0), compared) == {"good": ("a",), "same": ("a",), "bad": ("b",)}
 
 
 def test_pairwise_tests_without_common_samples() -> None:
     compared = es.pairwise_tests({"a": [1.0, NAN], "b": [NAN, 1.0], "c": [0.5, 0.25]})
     assert np.isnan([compared["a", "b"].p, compared["a", "b"].adjusted_p, compared["a", "b"].difference]).all()
     assert compared["a", "b"].count == 0 and compared["a", "c"].p == 1
-    assert es.significance_groups({"a": 1, "b": 1, "c": 0}, compared) == {"a": ("a",), "b": ("a",), "c": ("a",)}
+    assert ranking.significance_groups({"a": 1, "b": 1, "c": 0}, compared) == {"a": ("a",), "b": ("a",), "c": ("a",)}
     assert es.pairwise_tests({"a": [1.0, 2.0]}) == {}
 
 
@@ -349,26 +350,26 @@ LETTERS: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("names", "separated", "letters"), LETTERS)
 def test_letters_by_hand(names: str, separated: str, letters: str) -> None:
     compared = separations(list(names), {frozenset(pair) for pair in separated.split()})
-    assert es.significance_groups(dict.fromkeys(names, 0.0), compared) == {
+    assert ranking.significance_groups(dict.fromkeys(names, 0.0), compared) == {
         name: tuple(word) for name, word in zip(names, letters.split(), strict=True)
     }
 
 
 def test_letters_read_pairs_in_either_order_and_a_level() -> None:
     compared = {("b", "a"): Comparison(0, 0, 0, 0.01, 0.02, 5)}
-    assert es.significance_groups({"a": 2, "b": 1}, compared) == {"a": ("a",), "b": ("b",)}
-    assert es.significance_groups({"a": 2, "b": 1}, compared, level=0.02) == {"a": ("a",), "b": ("a",)}
-    assert es.significance_groups({"b": 2, "a": 1}, compared) == {"b": ("a",), "a": ("b",)}
-    assert es.significance_groups({}, {}) == {}
+    assert ranking.significance_groups({"a": 2, "b": 1}, compared) == {"a": ("a",), "b": ("b",)}
+    assert ranking.significance_groups({"a": 2, "b": 1}, compared, level=0.02) == {"a": ("a",), "b": ("a",)}
+    assert ranking.significance_groups({"b": 2, "a": 1}, compared) == {"b": ("a",), "a": ("b",)}
+    assert ranking.significance_groups({}, {}) == {}
 
 
 def test_letters_after_z() -> None:
     names = [f"method {k}" for k in range(30)]
     everything = {frozenset(pair) for pair in itertools.combinations(names, 2)}
-    groups = es.significance_groups(dict.fromkeys(names, 0.0), separations(names, everything))
+    groups = ranking.significance_groups(dict.fromkeys(names, 0.0), separations(names, everything))
     assert [groups[name] for name in (names[0], names[25], names[26], names[29])] == [("a",), ("z",), ("aa",), ("ad",)]
     assert len(set(groups.values())) == 30
-    assert [es._letter(k) for k in (51, 52, 701, 702)] == ["az", "ba", "zz", "aaa"]
+    assert [ranking._letter(k) for k in (51, 52, 701, 702)] == ["az", "ba", "zz", "aaa"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -377,7 +378,7 @@ def test_letters_are_shared_if_and_only_if_not_separated(data: st.DataObject, si
     names = [f"m{k}" for k in range(size)]
     pairs = [frozenset(pair) for pair in itertools.combinations(names, 2)]
     separated = {pair for pair in pairs if data.draw(st.booleans())}
-    groups = es.significance_groups(dict.fromkeys(names, 0.0), separations(names, separated))
+    groups = ranking.significance_groups(dict.fromkeys(names, 0.0), separations(names, separated))
     assert list(groups) == names
     assert groups[names[0]][0] == "a"
     for first, second in itertools.combinations(names, 2):
@@ -388,10 +389,10 @@ def test_letters_are_shared_if_and_only_if_not_separated(data: st.DataObject, si
 
 def test_ranks() -> None:
     estimates = {"w": 0.5, "x": NAN, "y": 0.9, "z": 0.5}
-    assert es.ranks(estimates, "higher") == {"w": 2.5, "x": 4, "y": 1, "z": 2.5}
-    assert es.ranks(estimates, "lower") == {"w": 1.5, "x": 4, "y": 3, "z": 1.5}
-    assert es.ranks({"x": NAN, "y": -math.inf, "z": NAN}, "higher") == {"x": 2.5, "y": 1, "z": 2.5}
-    assert es.ranks({}, "lower") == {}
+    assert ranking.ranks(estimates, "higher") == {"w": 2.5, "x": 4, "y": 1, "z": 2.5}
+    assert ranking.ranks(estimates, "lower") == {"w": 1.5, "x": 4, "y": 3, "z": 1.5}
+    assert ranking.ranks({"x": NAN, "y": -math.inf, "z": NAN}, "higher") == {"x": 2.5, "y": 1, "z": 2.5}
+    assert ranking.ranks({}, "lower") == {}
 
 
 @settings(max_examples=60, deadline=None)
@@ -405,15 +406,15 @@ def test_rank_agreement_equals_counting_pairs(pairs: list[tuple[int, int]]) -> N
     total = math.comb(len(pairs), 2)
     first, second = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
     wanted = concordant / math.sqrt((total - ties_a) * (total - ties_b)) if ties_a < total and ties_b < total else NAN
-    assert es.rank_agreement(first, second) == pytest.approx(wanted, nan_ok=True)
-    assert es.rank_agreement([*first, NAN, 9], [*second, 9, NAN]) == pytest.approx(wanted, nan_ok=True)
+    assert ranking.rank_agreement(first, second) == pytest.approx(wanted, nan_ok=True)
+    assert ranking.rank_agreement([*first, NAN, 9], [*second, 9, NAN]) == pytest.approx(wanted, nan_ok=True)
 
 
 # seeds, validity, random orders
 
 
 def test_seed_spread_by_hand() -> None:
-    spread = es.seed_spread([[1.0, 2.0, 3.0, NAN], [3.0, 2.0, 7.0, 1.0]])
+    spread = validity.seed_spread([[1.0, 2.0, 3.0, NAN], [3.0, 2.0, 7.0, 1.0]])
     assert spread.seed_sd == pytest.approx((math.sqrt(2) + 0 + math.sqrt(8)) / 3)
     assert spread.image_sd == pytest.approx(np.std([2, 2, 5], ddof=1))
     assert spread.rank_correlation == pytest.approx(0.5)  # ranks 1 2 3 against 2 1 3
@@ -426,37 +427,37 @@ def test_seed_spread_of_maps_equals_scipy_on_each_pair() -> None:
     maps = generator.random((5, 6, 7)) + 0.2 * generator.random((4, 5, 6, 7))
     pairs = list(itertools.combinations(range(4), 2))
     wanted = [stats.spearmanr(maps[r, n].ravel(), maps[s, n].ravel()).statistic for n in range(5) for r, s in pairs]
-    spread = es.seed_spread(scores, maps)
+    spread = validity.seed_spread(scores, maps)
     assert spread.rank_correlation == pytest.approx(np.mean(wanted))
     assert spread.stable
-    assert es.seed_spread(scores, maps.reshape(4, 5, 42)) == spread
+    assert validity.seed_spread(scores, maps.reshape(4, 5, 42)) == spread
     maps[:, 0] = 1.0  # a constant map has no correlation and is left out
-    assert es.seed_spread(scores, maps).rank_correlation == pytest.approx(np.mean(wanted[6:]))
+    assert validity.seed_spread(scores, maps).rank_correlation == pytest.approx(np.mean(wanted[6:]))
     scores[0, 1] = NAN  # so is a sample without a score under every seed
-    assert es.seed_spread(scores, maps).rank_correlation == pytest.approx(np.mean(wanted[12:]))
+    assert validity.seed_spread(scores, maps).rank_correlation == pytest.approx(np.mean(wanted[12:]))
 
 
 def test_seed_spread_of_scores_equals_scipy() -> None:
     scores = np.random.default_rng(18).random((3, 30))
     wanted = np.mean([stats.spearmanr(scores[r], scores[s]).statistic for r, s in itertools.combinations(range(3), 2)])
-    assert es.seed_spread(scores).rank_correlation == pytest.approx(wanted)
+    assert validity.seed_spread(scores).rank_correlation == pytest.approx(wanted)
 
 
 def test_seed_spread_where_nothing_varies() -> None:
-    flat = es.seed_spread(np.full((3, 4), 0.5))
+    flat = validity.seed_spread(np.full((3, 4), 0.5))
     assert (flat.seed_sd, flat.image_sd, flat.stable) == (0, 0, False) and np.isnan(flat.rank_correlation)
-    single = es.seed_spread([[1.0], [2.0]])
+    single = validity.seed_spread([[1.0], [2.0]])
     assert single.seed_sd == pytest.approx(math.sqrt(0.5)) and np.isnan([single.image_sd, single.rank_correlation]).all()
-    none = es.seed_spread([[NAN], [2.0]])
+    none = validity.seed_spread([[NAN], [2.0]])
     assert np.isnan([none.seed_sd, none.image_sd, none.rank_correlation]).all()
 
 
 def test_validity_counts() -> None:
-    saturated = es.is_saturated([0.999, 0.9991, 1.0, NAN])
+    saturated = validity.is_saturated([0.999, 0.9991, 1.0, NAN])
     assert saturated.tolist() == [False, True, True, False]
-    counted = es.count_validity([1.0, NAN, math.inf, 0.0], [True, False, True, True], saturated, [False, True, False, False])
-    assert counted == es.Validity(total=4, finite=2, constant_maps=3, saturated=2, failed=1)
-    assert es.count_validity([], [], [], []) == es.Validity(0, 0, 0, 0, 0)
+    counted = validity.count_validity([1.0, NAN, math.inf, 0.0], [True, False, True, True], saturated, [False, True, False, False])
+    assert counted == validity.Validity(total=4, finite=2, constant_maps=3, saturated=2, failed=1)
+    assert validity.count_validity([], [], [], []) == validity.Validity(0, 0, 0, 0, 0)
 
 
 def test_random_order_test_by_hand() -> None:
@@ -485,13 +486,13 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: es.benjamini_hochberg([-0.5]), r"p-values out of \[0, 1\]"),
     (lambda: es.pairwise_tests({"a": [1], "b": [1]}, test="t"), "unknown test 't': expected one of sign_flip, wilcoxon"),  # type: ignore[arg-type]
     (lambda: es.pairwise_tests({"a": [1], "b": [1, 2]}), "scores of a have 1 values and scores of b 2"),
-    (lambda: es.significance_groups({"a": 1, "b": 0}, {}), "no comparison of a and b"),
-    (lambda: es.ranks({"a": 1}, "up"), "direction is 'up'"),  # type: ignore[arg-type]
-    (lambda: es.seed_spread([[1.0, 2.0]]), r"scores are float64 \[1, 2\]: expected float \[S, N\] with at least 2 seeds"),
-    (lambda: es.seed_spread([1.0, 2.0]), r"scores are float64 \[2\]"),
-    (lambda: es.seed_spread(np.zeros((2, 3)), np.zeros((2, 4, 5))), r"maps are float64 \[2, 4, 5\]: expected \[2, 3, P\]"),
-    (lambda: es.count_validity([1.0], [True, False], [True], [True]), r"constant is bool \[2\]: expected bool \[1\]"),
-    (lambda: es.count_validity([1.0], [True], [0.9], [True]), "saturated is float64"),
+    (lambda: ranking.significance_groups({"a": 1, "b": 0}, {}), "no comparison of a and b"),
+    (lambda: ranking.ranks({"a": 1}, "up"), "direction is 'up'"),  # type: ignore[arg-type]
+    (lambda: validity.seed_spread([[1.0, 2.0]]), r"scores are float64 \[1, 2\]: expected float \[S, N\] with at least 2 seeds"),
+    (lambda: validity.seed_spread([1.0, 2.0]), r"scores are float64 \[2\]"),
+    (lambda: validity.seed_spread(np.zeros((2, 3)), np.zeros((2, 4, 5))), r"maps are float64 \[2, 4, 5\]: expected \[2, 3, P\]"),
+    (lambda: validity.count_validity([1.0], [True, False], [True], [True]), r"constant is bool \[2\]: expected bool \[1\]"),
+    (lambda: validity.count_validity([1.0], [True], [0.9], [True]), "saturated is float64"),
 ]
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import attribution as at
 import evaluation as ev
 from evaluation.metrics import Measure
 from evaluation.results import Explained, Failure, Results, Score
 from evaluation.statistics import bootstrap_interval, holm, sign_flip
-from evaluation.summary import AXIS, score_matrix
+from evaluation.summary import AXIS, comparisons_csv, score_matrix
 
 INSERTION = Measure("insertion", "regions, black, p", "higher")
 DELETION = Measure("deletion", "regions, black, p", "lower")
@@ -116,8 +118,8 @@ def test_mean_curves_lie_in_their_bands(tmp_path: Path, scores: dict[str, np.nda
 
 
 def test_agreement_of_rankings_between_protocols(tmp_path: Path) -> None:
-    """Three methods, ranked alike under one fill and reversed under another: Kendall's tau is 1 and -1."""
-    methods = {"saliency": 0.1, "grad_cam": 0.2, "random": 0.3}
+    """Three methods, ranked alike under one fill and reversed under another: tau is 1 and -1. The control does not count."""
+    methods = {"saliency": 0.1, "grad_cam": 0.2, "layer_cam": 0.3, "random": 0.25}
     settings = ev.make_settings(
         {"data": "photos", "models": ["m"], "methods": list(methods), "metrics": ["insertion"], "fills": ["black", "white", "mean"]}
     )
@@ -134,3 +136,44 @@ def test_score_matrix_keeps_the_images_in_order(tmp_path: Path) -> None:
     results = synthetic(tmp_path, {"random": np.array([0.3, 0.1, 0.2])})
     missing = replace(results, scores=results.scores[2:])
     assert np.array_equal(score_matrix(missing, "m", INSERTION)["random"], [np.nan, 0.1, 0.2], equal_nan=True)
+
+
+def test_no_mean_stands_without_an_interval(tmp_path: Path) -> None:
+    summary = ev.summarise(synthetic(tmp_path, {"random": np.array([0.3]), "saliency": np.array([0.2])}))
+    rows = list(csv.DictReader(io.StringIO(ev.summary_csv(summary))))
+    assert all(row["mean"] == row["low"] == row["high"] == "" for row in rows)
+    assert summary.separation("m", INSERTION) is None
+
+
+def test_seeds_that_disagree_are_told(tmp_path: Path) -> None:
+    """The maps of seed 1 are those of seed 0 plus a constant, or reversed: their rank correlation is 1 and -1."""
+    settings = ev.make_settings({"data": "photos", "models": ["m"], "methods": ["rise", "hsic"], "metrics": ["insertion"], "seeds": 2})
+    image, samples = torch.rand(3, 4, 4), ("0", "1", "2")
+    scores, explained = [], []
+    for method, sign in (("rise", 1), ("hsic", -1)):
+        for index, sample in enumerate(samples):
+            for seed in (0, 1):
+                values = torch.arange(16.0).view(4, 4) * (1 if seed == 0 else sign) + seed
+                path = tmp_path / f"{method}{sample}{seed}.npz"
+                at.Explanation(image, 0, ("a", "b"), torch.tensor([0.5, 0.5]), pixel_map=values).save(path)
+                scores.append(Score("m", sample, method, seed, INSERTION, index + 0.1 * seed, None))
+                explained.append(Explained("m", sample, method, seed, path, {}, 7, 0.5, False, False, 0, 0))
+    results = Results(settings, {"m": {}}, {"m": samples}, tuple(scores), tuple(explained), (), tmp_path)
+    spread = {e.method: e.spread for e in ev.summarise(results).entries}
+    assert (spread["rise"].rank_correlation, spread["rise"].stable) == (pytest.approx(1), True)
+    assert (spread["hsic"].rank_correlation, spread["hsic"].stable) == (pytest.approx(-1), False)
+    assert spread["rise"].seed_sd == pytest.approx(0.1 / np.sqrt(2))
+    assert spread["rise"].image_sd == pytest.approx(1)
+
+
+def test_every_pair_is_compared_by_both_tests(tmp_path: Path, scores: dict[str, np.ndarray]) -> None:
+    summary = ev.summarise(synthetic(tmp_path, scores))
+    rows = [row for row in csv.DictReader(io.StringIO(comparisons_csv(summary))) if row["metric"] == "insertion"]
+    assert len(rows) == 6
+    raw = [ev.wilcoxon(scores[row["first"]], scores[row["second"]]) for row in rows]
+    for row, p, adjusted in zip(rows, raw, holm(raw), strict=True):
+        first, second = scores[row["first"]], scores[row["second"]]
+        assert float(row["difference"]) == pytest.approx((first - second).mean(), abs=1e-5)
+        assert float(row["low"]) <= float(row["difference"]) <= float(row["high"])
+        assert float(row["sign_flip_p"]) == pytest.approx(sign_flip(first, second), rel=1e-4)
+        assert (float(row["wilcoxon_p"]), float(row["wilcoxon_holm"])) == (pytest.approx(p, rel=1e-4), pytest.approx(adjusted, rel=1e-4))

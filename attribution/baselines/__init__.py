@@ -21,7 +21,7 @@ from attribution.baselines.presets import METHOD_PRESETS
 from attribution.baselines.task import Task
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.explain import classifier_fill, plain_settings, versions
+from attribution.explain import classifier_fill, provenance
 from attribution.explanation import Explanation
 from attribution.hooks import evaluation_mode
 from attribution.image import MAX_SIDE, Fill, ImageSource, limit_size, load_image
@@ -121,6 +121,15 @@ def attribute(
         pixel_map = run_method(chosen, task, settings)
     finally:
         classifier.batch_size = own_batch_size
+    made = {
+        "method": method,
+        "preset": preset,
+        "options": settings,
+        "fill": fill,
+        "target": target,
+        "seed": seed,
+        "max_side": max_side,
+    }
     return Explanation(
         image=loaded,
         target=wanted,
@@ -128,24 +137,7 @@ def attribute(
         probabilities=probabilities,
         pixel_map=pixel_map,
         evaluations=task.evaluations,
-        provenance={
-            "model": classifier.name,
-            "weights_digest": classifier.weights_digest,
-            "device": str(classifier.device),
-            "settings": plain_settings(
-                {
-                    "method": method,
-                    "preset": preset,
-                    "options": settings,
-                    "fill": fill,
-                    "target": target,
-                    "seed": seed,
-                    "max_side": max_side,
-                }
-            ),
-            "versions": versions(),
-            "seconds": round(time.perf_counter() - started, 3),
-        },
+        provenance=provenance(classifier, made, started),
     )
 
 

@@ -14,7 +14,7 @@ from attribution.baselines.attention import reads_class_token
 from attribution.baselines.task import Task
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import evaluation_mode
+from attribution.hooks import evaluation_mode, removed_after
 
 _MOST_PREFIX_TOKENS = 16
 _NONLINEAR = (
@@ -149,12 +149,8 @@ def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.M
     counts: Counter[nn.Module] = Counter()
     modules = [m for m in task.module.modules() if isinstance(m, kinds)]
     handles = [m.register_forward_pre_hook(lambda module, _args: counts.update([module])) for m in modules]
-    try:
-        with torch.no_grad(), evaluation_mode(task.module):
-            task.module(task.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles), torch.no_grad(), evaluation_mode(task.module):
+        task.module(task.inputs)
     return counts
 
 
@@ -170,12 +166,8 @@ def _record(task: Task) -> list[_Call]:
             calls.append(_Call(names[module], module, inputs, first, first is output))
 
     handles = [module.register_forward_hook(remember) for module in names]
-    try:
-        with torch.no_grad(), evaluation_mode(task.module):
-            task.module(task.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles), torch.no_grad(), evaluation_mode(task.module):
+        task.module(task.inputs)
     return calls
 
 

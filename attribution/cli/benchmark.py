@@ -110,9 +110,10 @@ def benchmark(
     - `attribution benchmark settings.toml --out out/mine`
     """
     from evaluation.benchmark import run_benchmark
-    from evaluation.report import print_summary, write_report
+    from evaluation.report import write_report
     from evaluation.settings import make_settings, read_settings
     from evaluation.summary import summarise
+    from evaluation.terminal import print_summary
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if list_names:

@@ -1,0 +1,154 @@
+"""Benchmark results in plain language: the sentences, names and numbers that the page and the terminal share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.figures import metric_name
+from evaluation.metrics import Measure
+from evaluation.statistics import EXACT_COUNT, Interval
+from evaluation.summary import SIGNIFICANCE, Entry, Summary
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+LETTERS = f"letters: methods that share one are not told apart (paired sign-flip test, Holm over all pairs, {SIGNIFICANCE:.0%})"
+
+
+def conclusions(summary: Summary, model: str) -> list[str]:
+    """One plain sentence for each leader under the first protocol, one on all columns, and one where the images are too few."""
+    head = _head_measures(summary, model)
+    if not head:
+        return [f"{counted(len(summary.results.samples[model]), 'image')}: no mean has an interval, so nothing is concluded."]
+    leaders: dict[str, list[tuple[Measure, str]]] = {}
+    for measure in head:
+        decided = summary.separation(model, measure)
+        if decided is not None:
+            best, others = decided
+            leaders.setdefault(best, []).append((measure, _separated(others, len(summary.column(model, measure)) - 1)))
+    found = []
+    families = {spec.label: spec.family for spec in summary.results.settings.methods}
+    under = f"Under protocol ({head[0].protocol}), " if head[0].protocol else ""
+    for leader, led in leaders.items():
+        name = f"{leader} (a control)" if families[leader] == "control" else leader
+        clauses = {clause for _, clause in led}
+        if len(clauses) == 1:
+            sentence = f"{name} leads {_listed(metric_name(m.metric) for m, _ in led)}, {clauses.pop()}."
+        else:
+            sentence = f"{name} leads {_listed(f'{metric_name(m.metric)} ({clause})' for m, clause in led)}."
+        found.append(under + sentence)
+    firsts = _firsts(summary, model)
+    columns = sum(firsts.values())
+    if len(firsts) == 1 and columns > len(head):
+        found.append(f"{next(iter(firsts))} leads all {columns} columns.")
+    elif columns > len(head):
+        found.append(f"Of all {columns} columns, {_listed(f'{name} leads {count}' for name, count in firsts.items())}.")
+    least = _least_p(summary, model, head[0])
+    if least >= SIGNIFICANCE:
+        images, methods = len(summary.results.samples[model]), len(summary.column(model, head[0]))
+        found.append(
+            f"{counted(images, 'image')} cannot separate any two of {methods} methods: the least p that the test can give "
+            f"after Holm's correction is {least:.2g}. Use more images."
+        )
+    return found
+
+
+def dependence(summary: Summary, model: str) -> list[str]:
+    """How much the ranking depends on the fill and on the steps: least and median tau where only that was changed."""
+    protocols = {p.label(): p.settings() for p in summary.results.settings.protocols}
+    by_change: dict[str, list[Any]] = {}
+    for agreement in summary.agreements:
+        if agreement.model == model and math.isfinite(agreement.tau):
+            a, b = protocols[agreement.first], protocols[agreement.second]
+            changed = {"steps" if key == "count" else key for key in a if a[key] != b[key]}
+            by_change.setdefault(" and ".join(sorted(changed)), []).append(agreement)
+    found = []
+    for change, agreements in by_change.items():
+        taus = [a.tau for a in agreements]
+        median, worst = float(np.median(taus)), min(agreements, key=lambda a: a.tau)
+        depends = "hardly depends" if median >= 0.8 else "depends somewhat" if median >= 0.5 else "depends strongly"
+        that = "these are" if " and " in change else "that is"
+        found.append(
+            f"The ranking {depends} on the {change}: where only {that} changed, Kendall's tau has median {median:.2f} and "
+            f"least {worst.tau:.2f} ({metric_name(worst.metric)}; {worst.first} against {worst.second})."
+        )
+    return found
+
+
+def refusals(summary: Summary, model: str) -> list[dict[str, str]]:
+    """Methods that were left out for a model, each once with its reason."""
+    found = {(f.model, f.method): f.reason for f in summary.refused if f.model == model}
+    return [{"model": model, "method": method, "reason": reason} for (_, method), reason in found.items()]
+
+
+def by_protocol(measures: Sequence[Measure]) -> list[tuple[str, list[Measure]]]:
+    """Measures grouped by protocol, those without a curve last."""
+    found: dict[str, list[Measure]] = {}
+    for measure in measures:
+        found.setdefault(measure.protocol, []).append(measure)
+    return sorted(found.items(), key=lambda group: group[0] == "")
+
+
+def writer(column: Sequence[Entry]) -> Callable[[float], str]:
+    """Three decimals where they suit the column, three digits elsewhere."""
+    largest = max((abs(e.interval.estimate) for e in column if math.isfinite(e.interval.estimate)), default=0)
+    return (lambda value: f"{value:z.3f}") if largest == 0 or 0.02 <= largest < 1000 else (lambda value: f"{value:.3g}")
+
+
+def written(interval: Interval, write: Callable[[float], str]) -> str:
+    """The ends of an interval in brackets."""
+    return f"[{write(interval.low)}, {write(interval.high)}]"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def explained_class(summary: Summary) -> str:
+    """Which class of each image the maps explain."""
+    return "the class that the model predicts" if summary.results.settings.target == "predicted" else "the label of the image"
+
+
+def _head_measures(summary: Summary, model: str) -> list[Measure]:
+    """Insertion and deletion under the first protocol; the first measure that has a mean where these were not measured."""
+    decided = [m for m in summary.measures if summary.separation(model, m) is not None]
+    first = summary.results.settings.protocols[0].label()
+    return [m for m in decided if m.metric in ("insertion", "deletion") and m.protocol == first] or decided[:1]
+
+
+def _firsts(summary: Summary, model: str) -> dict[str, int]:
+    """How many columns each method leads, most first."""
+    found: dict[str, int] = {}
+    for measure in summary.measures:
+        decided = summary.separation(model, measure)
+        if decided is not None:
+            found[decided[0]] = found.get(decided[0], 0) + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _separated(others: Sequence[str], all_others: int) -> str:
+    if all_others == 0:
+        return "the only method"
+    if not others:
+        return "separated from every other method"
+    if len(others) == all_others:
+        return "not separated from any other method"
+    if len(others) <= 4:
+        return f"separated from every other method except {_listed(others)}"
+    return f"separated from {all_others - len(others)} of {all_others} other methods"
+
+
+def _least_p(summary: Summary, model: str, measure: Measure) -> float:
+    """The least p after correction that the sign-flip test could give with so many images and methods."""
+    comparisons = summary.comparisons[model, measure].values()
+    count = max((c.count for c in comparisons), default=0)
+    single = 2 / 2**count if count <= EXACT_COUNT else 1e-4
+    return min(1.0, single * len(comparisons)) if count else 0.0
+
+
+def _listed(names: Iterable[str]) -> str:
+    *firsts, last = names
+    return f"{', '.join(firsts)} and {last}" if firsts else last
