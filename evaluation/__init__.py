@@ -6,7 +6,8 @@
 """
 
 from evaluation.benchmark import run_benchmark
-from evaluation.data import ImageDataset, Sample, load_dataset, load_recipe, open_dataset
+from evaluation.data import load_dataset, load_recipe, open_dataset
+from evaluation.dataset import ImageDataset, Sample
 from evaluation.fidelity import infidelity, mu_fidelity, sensitivity
 from evaluation.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
 from evaluation.metrics import METRICS, Metric

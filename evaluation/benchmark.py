@@ -29,7 +29,8 @@ from attribution.files import whole_file
 from attribution.image import limit_size
 from attribution.loading import load_classifier
 from attribution.regions import Regions, make_regions
-from evaluation.data import ImageDataset, Sample, open_dataset
+from evaluation.data import open_dataset
+from evaluation.dataset import ImageDataset, Sample
 from evaluation.metrics import METRICS, Case, Measure
 from evaluation.perturbation import Curves, Protocol
 from evaluation.records import RecordLog, open_log

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from attribution.errors import UserError
 from attribution.image import IMAGE_SUFFIXES
-from evaluation.data import ImageDataset, index_of_name, some_names
+from evaluation.dataset import ImageDataset, index_of_name, some_names
 
 LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _BOX = ("x0", "y0", "x1", "y1")

@@ -14,7 +14,8 @@ from PIL import Image
 
 import attribution as at
 from attribution import zoo
-from evaluation.data import LAYOUTS, ImageDataset, load_dataset, load_recipe
+from evaluation.data import LAYOUTS, load_dataset, load_recipe
+from evaluation.dataset import ImageDataset
 
 CLASSES = load_recipe("cifar10").classes
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 2, 32, 32, 3)).astype(np.uint8)

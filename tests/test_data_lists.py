@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import attribution as at
-from evaluation.data import ImageDataset, load_recipe, open_dataset
+from evaluation.data import load_recipe, open_dataset
+from evaluation.dataset import ImageDataset
 from evaluation.localization import box_mask
 
 HEIGHT, WIDTH = 6, 8

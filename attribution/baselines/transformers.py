@@ -46,7 +46,8 @@ def transformer_attribution(task: Task, *, variant: Literal["generic", "lrp"] = 
     Args:
         task: what is explained.
         variant: "generic" takes R = A, the attention itself (Chefer et al., ICCV 2021, equation 5); "lrp" takes the relevance of the
-            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13).
+            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13); where the
+            head reads the mean of the tokens, each gets an equal share.
         output: "logit" or "probability".
     """
     if variant not in ("generic", "lrp"):
@@ -67,7 +68,7 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
     """relu(sum_d g_d v_id s_i) in the last block (Zhao et al., Grad-ECLIP, ICML 2024).
 
     g is the gradient at the class token's attention output, v the values, s the cosine between the class token's query and the
-    keys, scaled to [0, 1].
+    keys, scaled to [0, 1]. A distillation token, where there is one, does not count.
 
     Args:
         task: what is explained.
