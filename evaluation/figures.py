@@ -255,7 +255,10 @@ def plot_ranks(summary: Summary, model: str) -> Figure:
 
 
 def thumbnail(explanation: Explanation) -> Image.Image:
-    """The map over the gray photo, in the colours of ``attribution.plotting.draw_heatmap``, its longer side at most ``THUMBNAIL``."""
+    """The map over the gray photo, in the colours of ``attribution.plotting.draw_heatmap``, its longer side at most ``THUMBNAIL``.
+
+    A map without negative values runs from its least to its largest: RISE's would else be bright all over.
+    """
     signed = explanation.pixel_map if explanation.order is None else None
     values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
     values = np.where(np.isfinite(values), values, 0.0)
@@ -263,7 +266,7 @@ def thumbnail(explanation: Explanation) -> Image.Image:
     pixels = (0.25 + 0.75 * gray)[:, :, None].repeat(3, axis=2)
     top = float(np.abs(values).max())
     if top > 0 and np.ptp(values) > 0:
-        name, low, alpha = ("RdBu_r", -top, 0.65) if values.min() < 0 else ("inferno", 0.0, 0.6)
+        name, low, alpha = ("RdBu_r", -top, 0.65) if values.min() < 0 else ("inferno", float(values.min()), 0.6)
         colours = matplotlib.colormaps[name]((values - low) / (top - low))[:, :, :3]
         pixels = (1 - alpha) * pixels + alpha * colours
     return _small(pixels)

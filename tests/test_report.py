@@ -392,6 +392,10 @@ def test_a_thumbnail_shows_the_map(tmp_path: Path) -> None:
     assert signed[2, 3, 0] > signed[2, 3, 2] and signed[5, 5, 2] > signed[5, 5, 0]  # red for, blue against
     constant = np.asarray(thumbnail(replace(plain, pixel_map=torch.ones(16, 16))))
     assert (constant == constant[0, 0]).all() and constant[0, 0].tolist() == [159, 159, 159]  # gray 0.25 + 0.75 / 2
+    spot = torch.zeros(16, 16)
+    spot[2, 3] = 1
+    raised = np.asarray(thumbnail(replace(plain, pixel_map=spot + 9))).astype(int)
+    assert (raised == pixels).all()  # an offset, such as RISE's, changes nothing
     large = replace(plain, image=torch.rand(3, 300, 200), pixel_map=torch.rand(300, 200))
     assert thumbnail(large).size == (64, 96)
 
