@@ -112,6 +112,11 @@ class Explanation:
         top = positive.max()
         return positive / top if top > 0 else positive
 
+    @property
+    def values(self) -> Tensor:
+        """float32 [H, W], what evaluators judge: the map of an attribution method, signed or not; the heatmap of a search."""
+        return self.heatmap if self.pixel_map is None else self.pixel_map
+
     def to_pixels(self, convention: Literal["gain", "rank"] = "gain") -> Tensor:
         """The order as a map of pixels, float32 [H, W] in [0, 1], written by region id (black pixels included).
 

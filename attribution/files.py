@@ -46,6 +46,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path} ({error.strerror or error}): choose another name") from None
 
 
+def slug(name: str) -> str:
+    """A name as part of a path: letters, digits, dots, underscores and hyphens stay, everything else becomes a hyphen."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

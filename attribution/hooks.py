@@ -79,11 +79,8 @@ def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: i
         calls += 1
         return edit(output) if calls % every == 0 else output
 
-    handle = module.register_forward_hook(replace)
-    try:
+    with removed_after([module.register_forward_hook(replace)]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

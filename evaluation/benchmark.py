@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.files import whole_file
+from attribution.files import slug, whole_file
 from attribution.image import limit_size
 from attribution.loading import load_classifier
 from attribution.regions import Regions, make_regions
@@ -170,7 +171,7 @@ class _Run:
         started = time.perf_counter()
         explanation = _computed(lambda: judged.explain(judged.image, spec, seed))
         seconds = time.perf_counter() - started
-        values = explanation.pixel_map if explanation.pixel_map is not None else explanation.heatmap
+        values = explanation.values
         if not bool(values.isfinite().all()):
             raise _Broken(f"{int((~values.isfinite()).sum())} values of the map are not finite")
         explanation.save(path)
@@ -230,16 +231,20 @@ class _Judged:
         regions = make_regions(image, settings.regions, **settings.region_options)
         return cls(classifier, settings, identity, model, sample, image, regions, target)
 
-    @property
+    @cached_property
+    def content(self) -> str:
+        """Digest of the pixels."""
+        return hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
+
+    @cached_property
     def partition(self) -> str:
         """Digest of the shared regions."""
         return hashlib.sha256(self.regions.labels.numpy().tobytes()).hexdigest()[:16]
 
     def key(self, spec: MethodSpec, seed: int) -> str:
         """Everything that the explanation depends on."""
-        content = hashlib.sha256(self.image.numpy().tobytes()).hexdigest()
-        own = [spec.method, spec.preset, spec.plain_options(), self.settings.explained_fill_settings()]
-        return digest_of([self.identity, content, self.target, *own, self._drawn(spec, seed), self.partition if spec.cuts else ""])
+        own = [spec.method, spec.preset, spec.plain_options(), self.settings.explained_fill_settings]
+        return digest_of([self.identity, self.content, self.target, *own, self._drawn(spec, seed), self.partition if spec.cuts else ""])
 
     def _drawn(self, spec: MethodSpec, seed: int) -> int:
         return sample_seed(seed, self.sample.id) if spec.stochastic else 0
@@ -279,8 +284,7 @@ class _Judged:
 
     def case(self, explanation: Explanation, spec: MethodSpec, seed: int) -> Case:
         def again(image: Tensor) -> Tensor:
-            found = self.explain(image, spec, seed)
-            return found.pixel_map if found.pixel_map is not None else found.heatmap
+            return self.explain(image, spec, seed).values
 
         return Case(self.classifier, explanation, self.target, self.regions, again, self.sample.mask, self.settings.seed)
 
@@ -321,11 +325,6 @@ def sample_seed(seed: int, sample: str) -> int:
 def digest_of(values: Any) -> str:
     """16 hexadecimal digits of sha256 over values as JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def slug(name: str) -> str:
-    """A name as part of a path."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
 
 
 def _finite(value: float | None) -> float | None:

@@ -41,10 +41,7 @@ def attribution_values(explanation: Explanation | Tensor) -> Tensor:
     Raises:
         UserError: not a map of two dimensions, or values that are not finite.
     """
-    if isinstance(explanation, Explanation):
-        values = explanation.heatmap if explanation.pixel_map is None else explanation.pixel_map
-    else:
-        values = explanation
+    values = explanation.values if isinstance(explanation, Explanation) else explanation
     if not isinstance(values, Tensor) or values.ndim != 2 or not values.numel() or not values.is_floating_point():
         raise UserError(f"the map is {describe(values)}: expected an explanation, or a tensor of floats [H, W]")
     values = values.detach().cpu().float()

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from attribution.explain import versions
-from attribution.files import whole_file
+from attribution.files import slug, whole_file
 from attribution.plotting import Figure
-from evaluation.benchmark import slug
 from evaluation.figures import (
     DARK_COLOURS,
     FAMILY_COLOURS,
@@ -193,6 +191,7 @@ def _planned_figures(summary: Summary) -> Iterator[_Planned]:
 def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Everything that the template shows but the title."""
     settings = summary.results.settings
+    failures = _failure_rows(summary)
     return {
         "variables": [(name, colour, DARK_COLOURS[colour]) for colour, name in _VARIABLES.items()],
         "families": [family for family in FAMILY_COLOURS if any(spec.family == family for spec in settings.methods)],
@@ -210,8 +209,8 @@ def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "galleries": [Gallery(summary, model).context() for model in summary.results.models if ordered_methods(summary, model)],
         "stable": STABLE,
         "spreads": [_spreads(summary, model) for model in summary.results.models],
-        "failures": _failure_rows(summary)[:_MOST_FAILURES],
-        "failures_left_out": max(0, len(_failure_rows(summary)) - _MOST_FAILURES),
+        "failures": failures[:_MOST_FAILURES],
+        "failures_left_out": max(0, len(failures) - _MOST_FAILURES),
         "refusals": [row for model in summary.results.models for row in refusals(summary, model)],
     }
 
@@ -242,7 +241,7 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
         ("Methods worked with", [f"fill {plain['method_fill']}"]),
         ("Seeds", [f"{settings.seed}{seeds}"]),
         ("Models", models),
-        ("Versions", [", ".join(f"{name} {number}" for name, number in _versions().items())]),
+        ("Versions", [", ".join(f"{name} {number}" for name, number in versions().items())]),
     ]
 
 
@@ -384,7 +383,7 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
     return {
         "settings": settings.plain(),
         "protocols": {protocol.label(): protocol.settings() for protocol in settings.protocols},
-        "versions": _versions(),
+        "versions": versions(),
         "models": {name: {key: info[key] for key in ("weights_digest", "size")} for name, info in results.models.items()},
         "samples": {model: list(samples) for model, samples in results.samples.items()},
         "conclusions": {model: conclusions(summary, model) for model in summary.results.models},
@@ -393,10 +392,6 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
         "refused": [row for model in summary.results.models for row in refusals(summary, model)],
         "failures": [{key: value for key, value in vars(f).items() if key != "refused"} for f in results.failed],
     }
-
-
-def _versions() -> dict[str, str]:
-    return {**versions(), "captum": version("captum")}
 
 
 def _environment() -> Environment:

@@ -6,6 +6,7 @@ import hashlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,7 +193,7 @@ class BenchmarkSettings:
         """What tables call the models."""
         return tuple(model.name if isinstance(model, Classifier) else model for model in self.models)
 
-    @property
+    @cached_property
     def protocols(self) -> tuple[Protocol, ...]:
         """Of the curves, in the order of the tables."""
         if self.protocol is not None:
@@ -225,6 +226,7 @@ class BenchmarkSettings:
             {**values, "models": self.model_names, "data": Path(self.data).name, "methods": methods, "method_fill": self.explained_fill}
         )
 
+    @cached_property
     def explained_fill_settings(self) -> Any:
         """The fill of the methods as JSON, an image by the digest of its pixels."""
         return Protocol(fill=self.explained_fill).settings()["fill"]

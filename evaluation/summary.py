@@ -291,9 +291,7 @@ def _map_correlation(results: Results, model: str, spec: MethodSpec) -> float:
 
 
 def _map_of(explained: Explained) -> np.ndarray:
-    explanation = Explanation.load(explained.path)
-    values = explanation.pixel_map if explanation.pixel_map is not None else explanation.heatmap
-    return values.numpy()
+    return Explanation.load(explained.path).values.numpy()
 
 
 def _costs(results: Results) -> list[Cost]:

@@ -7,6 +7,7 @@ Each takes a ``Task`` and returns a map [h, w] over the model input. ``output`` 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -147,8 +148,7 @@ def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Cha
         UserError: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks), or residual sums: Captum
             passes the relevance of a sum to both branches in full, so that it doubles with every block.
     """
-    _refuse_unknown_activations(task, "lrp", (nn.ReLU, nn.Tanh, nn.MaxPool2d))
-    sums = operations(task)["residual sum"]
+    sums = _refuse_unknown_activations(task, "lrp", (nn.ReLU, nn.Tanh, nn.MaxPool2d))["residual sum"]
     if sums:
         raise NotApplicable(
             f"lrp does not apply to {task.classifier.name}: relevance would double at each of its {sums} residual sums; "
@@ -224,8 +224,8 @@ def _separated(task: Task, keep: nn.Module | None = None) -> Iterator[None]:
         yield
 
 
-def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Only networks whose every nonlinearity is a module of the given kinds: elsewhere the rule would silently not be applied."""
+def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Module], ...]) -> Counter[str]:
+    """What ran, in networks whose every nonlinearity is a module of the given kinds: elsewhere the rule would not be applied."""
     ran = operations(task)
     known = {_OPERATIONS[kind] for kind in kinds}
     foreign = [f"{count} x {op}" for op, count in ran.items() if op not in {*known, *STRUCTURAL}]
@@ -250,6 +250,7 @@ def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Modu
         )
     if kinds == (nn.ReLU,) and not calls:
         raise NotApplicable(f"{name} does not apply to {task.classifier.name}: it has no ReLU, so the result would be the plain gradient")
+    return ran
 
 
 def _at_least(value: int, least: int, name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from attribution.baselines import rules
-from attribution.baselines.attention import Attention, AttentionRules, attention_modules, open_attention, reads_class_token
+from attribution.baselines.attention import AttentionRules, attention_modules, open_attention, reads_class_token
 from attribution.baselines.layers import STRUCTURAL, module_calls, operations, token_grid
 from attribution.baselines.task import Output, Task
 from attribution.errors import NotApplicable, UserError
@@ -85,7 +85,7 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
     with open_attention(last, AttentionRules(one_head=heads == "single")) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
     call = calls[-1]
-    grid, prefix = _grid(task, call)
+    grid, prefix = _grid(task, call.weights.shape[-1])
     if not reads_class_token(task, prefix):
         raise NotApplicable(
             f"grad_eclip does not apply to {task.classifier.name}: its head reads the mean of the patches, not a class token"
@@ -202,19 +202,16 @@ def _torchvision_block(x: Tensor, block: Any) -> Tensor:
     return rules.residual(x, block.mlp(block.ln_2(x)))
 
 
-def _grid(task: Task, call: Attention) -> tuple[tuple[int, int], int]:
-    found = token_grid(task, call.weights.shape[-1])
+def _grid(task: Task, tokens: int) -> tuple[tuple[int, int], int]:
+    found = token_grid(task, tokens)
     if found is None:
-        raise NotApplicable(f"the {call.weights.shape[-1]} tokens of {task.classifier.name} are no grid of patches")
+        raise NotApplicable(f"the {tokens} tokens of {task.classifier.name} are no grid of patches")
     return found
 
 
 def _read_out(task: Task, joint: Tensor) -> Tensor:
     """The patches in the row of the token that the head reads (the mean row for pooled and distilled models), enlarged."""
-    found = token_grid(task, len(joint))
-    if found is None:
-        raise NotApplicable(f"the {len(joint)} tokens of {task.classifier.name} are no grid of patches")
-    grid, prefix = found
+    grid, prefix = _grid(task, len(joint))
     distilled = any(hasattr(m, "head_dist") for m in task.module.modules())
     first, last = (0, 2 if distilled else 1) if reads_class_token(task, prefix) else (prefix, len(joint))
     return _enlarged(task, joint[first:last, prefix:].mean(dim=0).view(grid))

@@ -25,7 +25,7 @@ from attribution.cli.progress import Bar
 from attribution.errors import UserError
 from attribution.explain import explain as explain_image
 from attribution.explanation import Explanation
-from attribution.files import whole_file
+from attribution.files import slug, whole_file
 from attribution.image import FILLS, IMAGE_SUFFIXES, demo_image_path
 from attribution.loading import load_classifier
 from attribution.objective import ScoreWeights
@@ -178,7 +178,7 @@ class Job:
         """Explain, or load what the same settings wrote before; the figure is written last, when all models are done."""
         explanations, fresh = [], False
         for classifier in self.classifiers:
-            base = self.out / f"{self.stem}-{_slug(classifier.name)}"
+            base = self.out / f"{self.stem}-{slug(Path(classifier.name).name)}"
             key = self._key(classifier)
             kept = None if self.overwrite else _kept(base, key)
             if kept is None:
@@ -371,7 +371,3 @@ def _kept(base: Path, key: str) -> Explanation | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return explanation if explanation.provenance.get("key") == key else None
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(name).name)
