@@ -37,6 +37,15 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
+def counted_calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Count how often each of the given modules is called."""
+    counts: Counter[nn.Module] = Counter()
+    handles = [module.register_forward_pre_hook(lambda m, _args: counts.update([m])) for module in modules]
+    with removed_after(handles):
+        yield counts
+
+
+@contextmanager
 def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
     """Collect (module, first positional input) at every call of the given modules, in the order of the calls."""
     calls: list[tuple[nn.Module, Tensor]] = []
@@ -107,9 +116,7 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
     blocks call their ReLU. The first call of a pass goes to the first copy, and so on; ``probe`` runs one pass to count them.
     """
     places = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items() if isinstance(child, kinds)]
-    counts: Counter[nn.Module] = Counter()
-    handles = [child.register_forward_pre_hook(lambda m, _args: counts.update([m])) for child in {child for _, _, child in places}]
-    with removed_after(handles):
+    with counted_calls({child for _, _, child in places}) as counts:
         probe()
     copies = {child: _PerCall(child, max(1, counts[child])) for _, _, child in places}
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.baselines.layers import FeatureLayer, find_feature_layer
-from attribution.baselines.task import Output, Task
+from attribution.baselines.task import Output, Task, enlarged
 from attribution.classifier import even_chunks
 from attribution.errors import UserError
 from attribution.hooks import edited_outputs, record_outputs
@@ -25,7 +25,7 @@ _LEAST_SCORE = 1e-6  # of Ablation-CAM's denominator
 def grad_cam(task: Task, *, layer: Layer = None, output: Output = "logit") -> Tensor:
     """relu(sum_c mean(g_c) A_c), g = d score / d A (Selvaraju et al., ICCV 2017, equations 1 and 2)."""
     activation, gradient, _ = _activation_and_gradient(task, layer, output)
-    return _enlarged(task, grad_cam_map(activation, gradient))
+    return enlarged(task, grad_cam_map(activation, gradient))
 
 
 def grad_cam_plus_plus(
@@ -48,13 +48,13 @@ def grad_cam_plus_plus(
         output: see ``gradients``.
     """
     activation, gradient, score = _activation_and_gradient(task, layer, output)
-    return _enlarged(task, grad_cam_plus_plus_map(activation, gradient, score if exponential else None, spatial, weight))
+    return enlarged(task, grad_cam_plus_plus_map(activation, gradient, score if exponential else None, spatial, weight))
 
 
 def layer_cam(task: Task, *, layer: Layer = None, output: Output = "logit") -> Tensor:
     """relu(sum_c relu(g_c) A_c) (Jiang et al., TIP 2021, equation 5)."""
     activation, gradient, _ = _activation_and_gradient(task, layer, output)
-    return _enlarged(task, layer_cam_map(activation, gradient))
+    return enlarged(task, layer_cam_map(activation, gradient))
 
 
 def score_cam(task: Task, *, layer: Layer = None, weights: Literal["score", "softmax"] = "score", output: Output = "probability") -> Tensor:
@@ -80,7 +80,7 @@ def score_cam(task: Task, *, layer: Layer = None, weights: Literal["score", "sof
     values = torch.cat(parts)
     if weights == "softmax":
         values = values.softmax(dim=0)
-    return _enlarged(task, torch.einsum("c,chw->hw", values, activation[used]).relu())
+    return enlarged(task, torch.einsum("c,chw->hw", values, activation[used]).relu())
 
 
 def ablation_cam(task: Task, *, layer: Layer = None, output: Output = "logit") -> Tensor:
@@ -102,7 +102,7 @@ def ablation_cam(task: Task, *, layer: Layer = None, output: Output = "logit") -
             dropped.append(score(task.inputs.expand(len(chunk), -1, -1, -1)))
     denominator = full if full.abs() >= _LEAST_SCORE else 1
     weights = (full - torch.cat(dropped)) / denominator
-    return _enlarged(task, torch.einsum("c,chw->hw", weights, activation).relu())
+    return enlarged(task, torch.einsum("c,chw->hw", weights, activation).relu())
 
 
 def grad_cam_map(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -147,7 +147,3 @@ def _activation_and_gradient(task: Task, layer: Layer, output: Output) -> tuple[
     tensor = calls[-1][1]
     (gradient,) = torch.autograd.grad(score, tensor)
     return found.to_map(tensor.detach())[0], found.to_map(gradient)[0], score.detach()
-
-
-def _enlarged(task: Task, values: Tensor) -> Tensor:
-    return F.interpolate(values[None, None], size=task.size, mode="bilinear", align_corners=False)[0, 0]

@@ -14,7 +14,7 @@ from attribution.baselines.attention import reads_class_token
 from attribution.baselines.task import Task
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import evaluation_mode, removed_after
+from attribution.hooks import counted_calls, evaluation_mode, removed_after
 
 _MOST_PREFIX_TOKENS = 16
 _NONLINEAR = (
@@ -146,10 +146,8 @@ def operations(task: Task) -> Counter[str]:
 
 def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.Module]:
     """How often each module of some kinds is called in one forward pass."""
-    counts: Counter[nn.Module] = Counter()
     modules = [m for m in task.module.modules() if isinstance(m, kinds)]
-    handles = [m.register_forward_pre_hook(lambda module, _args: counts.update([module])) for m in modules]
-    with removed_after(handles), torch.no_grad(), evaluation_mode(task.module):
+    with counted_calls(modules) as counts, torch.no_grad(), evaluation_mode(task.module):
         task.module(task.inputs)
     return counts
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from attribution.baselines.task import Output, Task, seeded
+from attribution.baselines.task import Output, Task, enlarged, seeded
 from attribution.classifier import even_chunks
 from attribution.errors import UserError
 from attribution.regions import make_regions
@@ -186,7 +186,7 @@ def hsic(
         raise UserError(f"design={design!r}: expected 'sobol' or 'latin_hypercube'")
     masks = (points >= 0.5).float().to(task.inputs)
     scores = task.masked_chunks(masks.view(-1, 1, grid, grid), output)
-    return _enlarged(task, hsic_indices(masks, scores).view(grid, grid))
+    return enlarged(task, hsic_indices(masks, scores).view(grid, grid), "bicubic")
 
 
 def hsic_indices(masks: Tensor, scores: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def sobol(
     for chunk in even_chunks(masks, task.classifier.batch_size):
         large = F.interpolate(chunk.view(-1, 1, grid, grid), size=task.size, mode="nearest-exact")
         parts.append(score(task.inputs * (large - 0.5) if perturbation == "amplitude" else behind + large * (task.inputs - behind)))
-    return _enlarged(task, jansen_indices(torch.cat(parts), designs).view(grid, grid))
+    return enlarged(task, jansen_indices(torch.cat(parts), designs).view(grid, grid), "bicubic")
 
 
 def sobol_design(points: Tensor) -> Tensor:
@@ -292,10 +292,6 @@ def _covering_windows(size: tuple[int, int], window: int, stride: int) -> Tensor
             covered[step * stride : step * stride + window] += 1
         counts.append(covered)
     return counts[0][:, None] * counts[1]
-
-
-def _enlarged(task: Task, values: Tensor) -> Tensor:
-    return F.interpolate(values[None, None].float(), size=task.size, mode="bicubic", align_corners=False)[0, 0]
 
 
 def _positive(least: int = 1, **values: Any) -> None:

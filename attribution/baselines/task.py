@@ -174,6 +174,11 @@ def over_channels(values: Tensor, channels: Channels) -> Tensor:
     return _CHANNELS[channels](values)
 
 
+def enlarged(task: Task, values: Tensor, mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
+    """A coarse map [a, b] over the model input, [h, w]."""
+    return nn.functional.interpolate(values[None, None].float(), size=task.size, mode=mode, align_corners=False)[0, 0]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run the block with the global generators at a seed, and put them back: Captum draws from torch's and NumPy's."""

@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from attribution.baselines import rules
 from attribution.baselines.attention import AttentionRules, attention_modules, open_attention, reads_class_token
 from attribution.baselines.layers import STRUCTURAL, module_calls, operations, token_grid
-from attribution.baselines.task import Output, Task
+from attribution.baselines.task import Output, Task, enlarged
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import replaced_forwards
 
@@ -96,7 +96,7 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
     spread = similarity.max() - similarity.min()
     similarity = (similarity - similarity.min()) / spread if spread > 0 else torch.ones_like(similarity)
     patches = (gradient[0, 0] * value[prefix:] * similarity[:, None]).sum(dim=1).relu()
-    return _enlarged(task, patches.view(grid))
+    return enlarged(task, patches.view(grid))
 
 
 def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05, output: Output = "logit") -> Tensor:
@@ -214,8 +214,4 @@ def _read_out(task: Task, joint: Tensor) -> Tensor:
     grid, prefix = _grid(task, len(joint))
     distilled = any(hasattr(m, "head_dist") for m in task.module.modules())
     first, last = (0, 2 if distilled else 1) if reads_class_token(task, prefix) else (prefix, len(joint))
-    return _enlarged(task, joint[first:last, prefix:].mean(dim=0).view(grid))
-
-
-def _enlarged(task: Task, values: Tensor) -> Tensor:
-    return F.interpolate(values[None, None], size=task.size, mode="bilinear", align_corners=False)[0, 0]
+    return enlarged(task, joint[first:last, prefix:].mean(dim=0).view(grid))
