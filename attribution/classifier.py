@@ -33,7 +33,7 @@ class Preprocessing:
 
     Attributes:
         size: (h, w) of the model input, pixels.
-        mean, std: per channel, red green blue; the input is (image - mean) / std.
+        mean, std: per channel, red green blue of an image; the input is (image - mean) / std.
         resize: "squash" resizes each side on its own, "short_side" and "long_side" keep the aspect ratio; what reaches beyond
             the input is cut off, what is missing is padded with the mean colour.
         resized: (h, w) that the resize aims at, before the crop; None means size.
@@ -41,8 +41,8 @@ class Preprocessing:
     """
 
     size: tuple[int, int]
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resize: Resize = "squash"
     resized: tuple[int, int] | None = None
     interpolation: str = "bilinear"
@@ -50,12 +50,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise UserError(f"input size {self.size}: expected a positive height and width")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError(f"mean {self.mean} and std {self.std}: expected three numbers each, std positive")
         if self.resize not in ("squash", "short_side", "long_side"):
             raise UserError(f"unknown resize {self.resize!r}: expected squash, short_side or long_side")
         if self.interpolation not in _INTERPOLATIONS:
             raise UserError(f"unknown interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, h, w) of a model input."""
+        return (len(self.mean), *self.size)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.linear(images - images.new_tensor(self.mean)[:, None, None])
@@ -293,7 +298,7 @@ class Classifier:
     def _probe(self) -> tuple[int, bool]:
         """(number of classes, whether the module returns probabilities), read off one forward pass of a gray image."""
         with torch.no_grad():
-            blank = torch.full((2, 3, *self.preprocessing.size), 0.5, device=self.device)
+            blank = torch.full((2, *self.preprocessing.shape), 0.5, device=self.device)
             blank[1] = torch.linspace(0, 1, blank.shape[-1], device=self.device)
             offset, scale = blank.new_tensor(self.preprocessing.mean), blank.new_tensor(self.preprocessing.std)
             rows = self._call((blank - offset[:, None, None]) / scale[:, None, None])
@@ -324,7 +329,7 @@ class Classifier:
             return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
 
     def _check_inputs(self, inputs: Any) -> None:
-        expected = (3, *self.preprocessing.size)
+        expected = self.preprocessing.shape
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
             raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
 
@@ -360,7 +365,7 @@ class Classifier:
         for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
             candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
             with torch.no_grad(), record_inputs(candidates) as calls:
-                self._call(torch.zeros(1, 3, *self.preprocessing.size, device=self.device))
+                self._call(torch.zeros(1, *self.preprocessing.shape, device=self.device))
             if calls:
                 distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
                 return distilled if len(distilled) == 2 else [calls[-1][0]]

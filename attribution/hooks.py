@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -93,6 +93,41 @@ def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: i
 
 
 @contextmanager
+def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+    """Run the block with submodules, by name, replaced by stand-ins that return given values in their first calls.
+
+    Later calls reach the module itself. What is replaced is looked up when the block starts, so that a method that has put other
+    modules in their place finds those again afterwards; hooks on a module do not fire where its stand-in answers.
+    """
+    before: list[tuple[dict[str, Any], str, nn.Module]] = []
+    try:
+        for name, returned in values.items():
+            parent, _, key = name.rpartition(".")
+            children = module.get_submodule(parent)._modules
+            original = children[key]
+            assert original is not None
+            before.append((children, key, original))
+            children[key] = _StandIn(original, returned)
+        yield
+    finally:
+        for children, key, original in reversed(before):
+            children[key] = original
+
+
+@contextmanager
+def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Run the block until a module has returned: what it returned is collected, what would follow is not computed."""
+    found: list[Tensor] = []
+
+    def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append(output)
+        raise _Stopped
+
+    with suppress(_Stopped), removed_after([module.register_forward_hook(stop)]):
+        yield found
+
+
+@contextmanager
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Run the block with other forward functions on some modules; hooks on them still work."""
     before = {module: vars(module).get("forward") for module in replacements}
@@ -133,6 +168,28 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
         handle.remove()
         for parent, name, child in places:
             parent._modules[name] = child
+
+
+class _Stopped(Exception):
+    """What ``stopped_after`` waits for has been computed."""
+
+
+class _StandIn(nn.Module):
+    """Answers for a module in its first calls, and is it for whoever reads its attributes."""
+
+    def __init__(self, original: nn.Module, values: Sequence[Any]) -> None:
+        super().__init__()
+        self.original, self.values, self.calls = original, values, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.values[self.calls - 1] if self.calls <= len(self.values) else self.original(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
 
 
 class _PerCall(nn.Module):

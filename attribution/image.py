@@ -26,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # no format that runs 
 _INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
-Fill = str | Tensor | np.ndarray | Image.Image | tuple[float, float, float]
+Fill = str | Tensor | np.ndarray | Image.Image | tuple[float, ...]
 
 
 def load_image(source: ImageSource) -> Tensor:

@@ -23,7 +23,7 @@ class MaskedInputs:
 
     Args:
         classifier: gives preprocessing and device.
-        image: float32 [3, H, W] in [0, 1].
+        image: float32 [3, H, W] in [0, 1] (any map with the classifier's number of channels).
         labels: int64 [H, W], region ids 0...R-1, none empty.
         fill: float32 [3, H, W], shown where regions are hidden.
 
@@ -35,7 +35,7 @@ class MaskedInputs:
         device, preprocess = classifier.device, classifier.preprocessing
         image, labels, fill = image.to(device), labels.to(device), fill.to(device)
         self.size = int(labels.max()) + 1
-        self._shape = (3, *preprocess.size)
+        self._shape = preprocess.shape
         self._hidden = preprocess(fill[None]).flatten()
         self._contributions = self._hidden.new_empty(self.size, self._hidden.numel())
         difference = image - fill

@@ -9,6 +9,11 @@ from evaluation.benchmark import run_benchmark
 from evaluation.data import load_dataset, load_recipe, open_dataset
 from evaluation.dataset import ImageDataset, Sample
 from evaluation.fidelity import infidelity, mu_fidelity, sensitivity
+from evaluation.grids.aggregate import Aggregate, aggregate
+from evaluation.grids.localize import GridMethod, grid_localization, grid_maps
+from evaluation.grids.networks import GridModel
+from evaluation.grids.scores import localization_scores
+from evaluation.grids.sets import GridSet, choose_grids
 from evaluation.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
 from evaluation.metrics import METRICS, Metric
 from evaluation.perturbation import PROTOCOLS, Curves, Protocol, perturbation_curves, random_order_curves, road
@@ -22,8 +27,12 @@ from evaluation.summary import Summary, summarise, summary_csv
 __all__ = [
     "METRICS",
     "PROTOCOLS",
+    "Aggregate",
     "BenchmarkSettings",
     "Curves",
+    "GridMethod",
+    "GridModel",
+    "GridSet",
     "ImageDataset",
     "MethodSpec",
     "Metric",
@@ -31,14 +40,19 @@ __all__ = [
     "Results",
     "Sample",
     "Summary",
+    "aggregate",
     "bootstrap_interval",
     "box_mask",
     "chance_level",
+    "choose_grids",
     "energy_pointing_game",
+    "grid_localization",
+    "grid_maps",
     "holm",
     "infidelity",
     "load_dataset",
     "load_recipe",
+    "localization_scores",
     "make_settings",
     "mu_fidelity",
     "open_dataset",

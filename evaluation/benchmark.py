@@ -7,12 +7,11 @@ that holds everything a number depends on, so that a run that was killed continu
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,13 @@ from attribution.files import slug, whole_file
 from attribution.image import limit_size
 from attribution.loading import load_classifier
 from attribution.regions import Regions, make_regions
+from evaluation.attempts import Broken, attempted
 from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset, Sample
+from evaluation.grids.runner import GridRunner
 from evaluation.metrics import METRICS, Case, Measure
 from evaluation.perturbation import Curves, Protocol
-from evaluation.records import RecordLog, open_log
+from evaluation.records import RecordLog, digest_of, open_log
 from evaluation.results import Explained, Failure, Results, Score
 from evaluation.settings import BenchmarkSettings, MethodSpec
 from evaluation.validity import is_saturated
@@ -64,27 +65,50 @@ class _Run:
         self.explained: list[Explained] = []
         self.failures: list[Failure] = []
         self.refused: set[tuple[str, str]] = set()
-        self.done = 0
+        self.done = self.total = 0
 
     def run(self) -> Results:
         settings = self.settings
         models: dict[str, dict[str, Any]] = {}
         samples: dict[str, tuple[str, ...]] = {}
+        grids = GridRunner(settings, self.out, self.log, self._fail, self._step)
+        if settings.grid_settings:
+            grids.choose(map(self._classifier, settings.models), lambda done, total: self._report(done, total, "confidence of images"))
+            assert grids.grid_set is not None
+            self.total += settings.run_count() * len(grids.grid_set) * len(settings.layers) * len(settings.models)
         for model, name in zip(settings.models, settings.model_names, strict=True):
-            classifier = model if isinstance(model, Classifier) else self._load(model)
+            classifier = self._classifier(model)
             size, names, digest = classifier.preprocessing.size, classifier.class_names, classifier.weights_digest
             models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names)}
             dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=names)
             identity = digest_of([name, digest, repr(classifier.preprocessing), list(names), __version__])
-            chosen = list(self._choose(classifier, dataset))
+            chosen = list(self._choose(classifier, dataset)) if settings.measured() else []
             samples[name] = tuple(dataset.ids[index] for index, _ in chosen)
+            if len(samples) == 1:
+                self.total += settings.run_count() * len(chosen) * len(settings.models)
             for index, sample in chosen:
-                self._judge_sample(classifier, identity, name, dataset.ids[index], sample, len(chosen))
-        return Results(settings, models, samples, tuple(self.scores), tuple(self.explained), tuple(self.failures), self.out)
+                self._judge_sample(classifier, identity, name, dataset.ids[index], sample)
+            if grids.grid_set is not None:
+                grids.judge(classifier, identity, name)
+            self._report(self.done, self.total, name)
+        return Results(
+            settings,
+            models,
+            samples,
+            tuple(self.scores + grids.scores),
+            tuple(self.explained),
+            tuple(self.failures),
+            self.out,
+            grids.grid_set,
+            tuple(grids.maps),
+            grids.models,
+        )
 
-    def _load(self, name: str) -> Classifier:
+    def _classifier(self, model: str | Classifier) -> Classifier:
         settings = self.settings
-        return load_classifier(name, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
+        if isinstance(model, Classifier):
+            return model
+        return load_classifier(model, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
 
     def _choose(self, classifier: Classifier, dataset: ImageDataset) -> Iterator[tuple[int, Sample | UserError]]:
         """Indices with their samples, or with what is wrong with them."""
@@ -106,8 +130,7 @@ class _Run:
         if not found:
             raise UserError(f"{settings.data} has no image that {classifier.name} gets {settings.only}: use only = 'all'")
 
-    def _judge_sample(self, classifier: Classifier, identity: str, model: str, name: str, sample: Sample | UserError, count: int) -> None:
-        total = self.settings.run_count() * count * len(self.settings.models)
+    def _judge_sample(self, classifier: Classifier, identity: str, model: str, name: str, sample: Sample | UserError) -> None:
         judged: _Judged | None = None
         reason = str(sample)
         if not isinstance(sample, UserError):
@@ -117,13 +140,11 @@ class _Run:
                 reason = str(error)
         for spec in self.settings.methods:
             for seed in self.settings.seeds_of(spec):
-                self._report(self.done, total, f"{model} {name} {spec.label}")
+                self._step(f"{model} {name} {spec.label}")
                 if judged is None:
                     self._fail(Failure(model, name, spec.label, seed, reason))
                 elif (model, spec.label) not in self.refused:
                     self._judge(judged, spec, seed)
-                self.done += 1
-        self._report(self.done, total, f"{model} {name}")
 
     def _judge(self, judged: _Judged, spec: MethodSpec, seed: int) -> None:
         """One explanation under every measure; what fails is recorded and the others go on."""
@@ -136,7 +157,7 @@ class _Run:
             self.refused.add((judged.model, spec.label))
             self._fail(Failure(judged.model, "", spec.label, seed, str(error), refused=True))
             return
-        except _Broken as error:
+        except Broken as error:
             self._fail(Failure(judged.model, judged.sample.id, spec.label, seed, str(error)))
             return
         case: Case | None = None
@@ -152,7 +173,7 @@ class _Run:
                 case = case or judged.case(Explanation.load(path), spec, seed)
                 try:
                     self._measure(case, measure, protocol, judged.names(spec, seed), score_key, curve_path)
-                except _Broken as error:
+                except Broken as error:
                     self._fail(judged.failure(spec, seed, f"{measure.label}: {error}"))
                     continue
             if metric.curve:
@@ -169,11 +190,11 @@ class _Run:
         if key in self.log and path.exists():
             return self.log.records[key]
         started = time.perf_counter()
-        explanation = _computed(lambda: judged.explain(judged.image, spec, seed))
+        explanation = attempted(lambda: judged.explain(judged.image, spec, seed))
         seconds = time.perf_counter() - started
         values = explanation.values
         if not bool(values.isfinite().all()):
-            raise _Broken(f"{int((~values.isfinite()).sum())} values of the map are not finite")
+            raise Broken(f"{int((~values.isfinite()).sum())} values of the map are not finite")
         explanation.save(path)
         record = {
             **judged.names(spec, seed),
@@ -188,7 +209,8 @@ class _Run:
 
     def _measure(self, case: Case, measure: Measure, protocol: Protocol, names: dict[str, Any], key: str, curve_path: Path) -> None:
         metric = METRICS[measure.metric]
-        found = _computed(lambda: metric.function(case, protocol))
+        assert metric.function is not None
+        found = attempted(partial(metric.function, case, protocol))
         if metric.curve and not curve_path.exists():
             _save_curves(case.curve(protocol), curve_path)
         values = {"value": _finite(found.value), "area": _finite(found.area)}
@@ -201,6 +223,11 @@ class _Run:
         if key not in self.log:
             self.log.append(key, record)
         self.failures.append(failure)
+
+    def _step(self, what: str) -> None:
+        """One more explanation, or set of maps of a grid, begins."""
+        self._report(self.done, self.total, what)
+        self.done += 1
 
     def _report(self, done: int, total: int, what: str) -> None:
         if self.progress is not None:
@@ -289,23 +316,6 @@ class _Judged:
         return Case(self.classifier, explanation, self.target, self.regions, again, self.sample.mask, self.settings.seed)
 
 
-class _Broken(Exception):
-    """One explanation or measurement failed; the run goes on."""
-
-
-def _computed(compute: Callable[[], Any]) -> Any:
-    """What a model or method makes of an image. Its failures are results of the benchmark; those of writing files are not."""
-    try:
-        return compute()
-    except NotApplicable:
-        raise
-    except UserError as error:
-        raise _Broken(str(error)) from None
-    except (RuntimeError, ArithmeticError) as error:  # out of memory, a singular system, a module that trips over an image
-        reason = str(error).splitlines()[0][:200] if str(error) else "no message"
-        raise _Broken(f"{type(error).__name__}: {reason}") from error
-
-
 def _save_curves(curves: Curves, path: Path) -> None:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(
@@ -320,11 +330,6 @@ def _save_curves(curves: Curves, path: Path) -> None:
 def sample_seed(seed: int, sample: str) -> int:
     """The seed of a stochastic method on one image: images draw independently, as if each had been explained on its own."""
     return int(digest_of([seed, sample]), 16) % 2**31
-
-
-def digest_of(values: Any) -> str:
-    """16 hexadecimal digits of sha256 over values as JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finite(value: float | None) -> float | None:

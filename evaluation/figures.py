@@ -18,7 +18,7 @@ from PIL import Image
 
 from attribution.explanation import Explanation
 from attribution.plotting import Figure
-from evaluation.metrics import Measure
+from evaluation.metrics import METRICS, Measure
 from evaluation.settings import MethodSpec
 from evaluation.statistics import Interval
 from evaluation.summary import AXIS, Entry, Summary, score_matrix
@@ -48,7 +48,14 @@ DARK_COLOURS = {
 FAMILY_MARKERS = {"region search": "D", "gradient": "o", "cam": "s", "perturbation": "^", "transformer": "v", "control": "X"}
 MOST_CURVES = 8  # methods in colour; more lines cannot be told apart
 MOST_DOTS = 150  # images drawn for one method
-_METRIC_NAMES = {"insertion_deletion": "insertion - deletion", "mu_fidelity": "muFidelity", "road": "ROAD"}
+_METRIC_NAMES = {
+    "insertion_deletion": "insertion - deletion",
+    "mu_fidelity": "muFidelity",
+    "road": "ROAD",
+    "gridpg": "GridPG",
+    "difull": "DiFull",
+    "dipart": "DiPart",
+}
 THUMBNAIL = 96  # longest side in pixels, as wide as the page shows it
 _DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1))]
 _STYLE: dict[Any, Any] = {
@@ -296,7 +303,7 @@ def mean_ranks(summary: Summary, model: str) -> dict[str, np.ndarray]:
     labels = [p.label() for p in summary.results.settings.protocols]
     found: dict[str, list[list[float]]] = {}
     for e in summary.entries:
-        if e.model == model and e.measure.protocol:
+        if e.model == model and METRICS[e.measure.metric].curve:
             found.setdefault(e.method, [[] for _ in labels])[labels.index(e.measure.protocol)].append(e.rank)
     return {method: np.array([np.mean(r) if r else np.nan for r in by_protocol]) for method, by_protocol in found.items()}
 

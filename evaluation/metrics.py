@@ -77,14 +77,16 @@ class Metric:
         curve: whether it reads the curves of a protocol, and so is measured for each fill and step rule.
         mask: whether it needs the place of the object.
         default: whether a benchmark measures it unless told otherwise.
+        grid: whether it is a setting of ``evaluation.grids``: grids of images are explained, at each layer, and no function is needed.
     """
 
-    function: Callable[[Case, Protocol], Measurement]
+    function: Callable[[Case, Protocol], Measurement] | None
     direction: Direction
     summary: str
     curve: bool = False
     mask: bool = False
     default: bool = True
+    grid: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Measure:
 
     Attributes:
         metric: key of ``METRICS``.
-        protocol: its label; "" for metrics without a curve.
+        protocol: its label, or the layer for settings of grids; "" for metrics without a curve.
         direction: whether higher or lower is better.
     """
 
@@ -186,4 +188,7 @@ METRICS: dict[str, Metric] = {
     "sensitivity": Metric(_sensitivity, "lower", "largest relative change of the map under small noise (Captum)", default=False),
     "pointing_game": Metric(_pointing_game, "higher", "the maximum lies on the object", mask=True, default=False),
     "energy_pointing_game": Metric(_energy_pointing_game, "higher", "share of the positive map on the object", mask=True, default=False),
+    "gridpg": Metric(None, "higher", "share of the map in the class's cell; heads see the whole grid", default=False, grid=True),
+    "difull": Metric(None, "higher", "share of the map in the head's cell; it sees nothing else", default=False, grid=True),
+    "dipart": Metric(None, "higher", "share of the map in the head's cell of the final map", default=False, grid=True),
 }

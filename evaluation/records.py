@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -88,6 +89,11 @@ def read_log(path: Path) -> dict[str, Record]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of a benchmark") from None
     return _parse(data, path)[0]
+
+
+def digest_of(values: Any) -> str:
+    """16 hexadecimal digits of sha256 over values as JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:

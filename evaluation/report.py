@@ -38,6 +38,9 @@ from evaluation.figures import (
     plot_scores,
 )
 from evaluation.gallery import Gallery
+from evaluation.grids.aggregate import Aggregate, aggregate
+from evaluation.grids.figures import plot_aggregate, plot_examples, plot_localization, plot_sweep
+from evaluation.grids.summary import aggregates, first_maps, grid_images, head_scores, sweep
 from evaluation.metrics import METRICS, Measure
 from evaluation.perturbation import Protocol
 from evaluation.summary import Entry, Summary, comparisons_csv, summary_csv
@@ -50,6 +53,7 @@ from evaluation.wording import (
     counted,
     dependence,
     explained_class,
+    judged,
     refusals,
     writer,
     written,
@@ -58,6 +62,7 @@ from evaluation.wording import (
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     colour: family.replace(" ", "-") for family, colour in FAMILY_COLOURS.items()
 }
+_MOST_AGGREGATES = 10  # methods whose aggregated maps the page shows
 _MOST_FAILURES = 60  # rows; the rest is in summary.json
 
 
@@ -173,12 +178,13 @@ def _planned_figures(summary: Summary) -> Iterator[_Planned]:
         alt = f"Quality against images forwarded on {model}"
         yield _Planned("cost", model, f"{name}-cost", alt, "", partial(plot_cost, summary, model))
         for at, measure in enumerate(summary.measures, start=1):
-            if summary.column(model, measure):
+            if summary.column(model, measure) and not METRICS[measure.metric].grid:
                 caption = metric_name(measure.metric)
                 alt = f"Scores of single images on {model}: {caption}{f' ({measure.protocol})' if measure.protocol else ''}"
                 file = f"{name}-scores-{at}-{slug(measure.label)}"
                 shown = measure.protocol in ("", labels[0])
                 yield _Planned("scores", model, file, alt, caption, partial(plot_scores, summary, model, measure), shown)
+        yield from _grid_figures(summary, model, name)
         if any(a.model == model for a in summary.agreements):
             caption = "Kendall's tau between the rankings of all methods under two protocols, for each metric"
             yield _Planned(
@@ -186,6 +192,65 @@ def _planned_figures(summary: Summary) -> Iterator[_Planned]:
             )
             caption = "Mean rank of each method under each protocol"
             yield _Planned("sensitivity", model, f"{name}-ranks", f"{caption}, {model}", caption, partial(plot_ranks, summary, model))
+
+
+def _grid_figures(summary: Summary, model: str, name: str) -> Iterator[_Planned]:
+    """Box plots of every setting, aggregated maps of every setting at every layer, examples of the leader, sweeps of the smoothing."""
+    results, settings = summary.results, summary.results.settings
+    families = {spec.label: spec.family for spec in settings.methods}
+    by_setting: dict[str, dict[str, Measure]] = {}
+    for measure, layer in settings.measured_on_grids():
+        if summary.column(model, measure):
+            by_setting.setdefault(measure.metric, {})[layer] = measure
+    for setting, by_layer in by_setting.items():
+        caption = f"{metric_name(setting)}, {settings.cells} x {settings.cells} cells"
+        panels = {layer: head_scores(results, model, measure) for layer, measure in by_layer.items()}
+        draw = partial(plot_localization, panels, families, settings.cells, f"{model}: {caption}")
+        yield _Planned("boxes", model, f"{name}-{setting}-boxes", f"Localisation of all methods on {model}: {caption}", caption, draw)
+    for setting, by_layer in by_setting.items():
+        for layer, measure in by_layer.items():
+            caption = f"{metric_name(setting)} at layer {layer}"
+            found = aggregates(results, model, measure)
+            file = f"{name}-{setting}-{slug(layer)}"
+            if found:
+                alt = f"Aggregated maps on {model}: {caption}"
+                draw = partial(plot_aggregate, found, settings.cells, 0, f"{model}: {caption}, first cell")
+                yield _Planned("aggregates", model, f"{file}-aggregates", alt, caption, draw, len(found) <= _MOST_AGGREGATES)
+                if len(found) > _MOST_AGGREGATES:
+                    leading = _leading(found, families)
+                    draw = partial(plot_aggregate, leading, settings.cells, 0, f"{model}: {caption}, first cell")
+                    yield _Planned("aggregates", model, f"{file}-aggregates-leading", alt, caption, draw)
+            swept = sweep(results, model, measure)
+            if swept:
+                draw = partial(plot_sweep, swept, settings.cells, f"{model}: {caption}")
+                yield _Planned("sweep", model, f"{file}-smoothing", f"Localisation against smoothing on {model}: {caption}", caption, draw)
+    yield from _grid_examples(summary, model, name, by_setting)
+
+
+def _leading(found: Mapping[str, Aggregate], families: Mapping[str, str]) -> dict[str, Aggregate]:
+    """The best methods and every region search, in the order given."""
+    searches = [method for method in found if families[method] == "region search"]
+    others = [method for method in found if method not in searches][: max(1, _MOST_AGGREGATES - len(searches))]
+    return {method: each for method, each in found.items() if method in {*searches, *others}}
+
+
+def _grid_examples(summary: Summary, model: str, name: str, by_setting: Mapping[str, Mapping[str, Measure]]) -> Iterator[_Planned]:
+    """Examples of the best method of every setting at the first layer, and of the best region search."""
+    results, settings = summary.results, summary.results.settings
+    searches = [spec.label for spec in settings.methods if spec.is_search]
+    images = grid_images(results, model) if by_setting else None
+    for setting, by_layer in by_setting.items():
+        layer, measure = next(iter(by_layer.items()))
+        ranked = [entry.method for entry in summary.column(model, measure)]
+        for method in dict.fromkeys([*ranked[:1], *[each for each in ranked if each in searches][:1]]):
+            maps = first_maps(results, model, measure, method)
+            if maps is not None and images is not None:
+                height, width = results.models[model]["size"]
+                found = aggregate(maps, 0, settings.cells, (settings.cells * height, settings.cells * width))
+                caption = f"{method}, {metric_name(setting)} at layer {layer}"
+                draw = partial(plot_examples, found, maps, images, settings.cells, 0, 3, f"{model}: {caption}")
+                file = f"{name}-{setting}-{slug(layer)}-examples-{slug(method)}"
+                yield _Planned("examples", model, file, f"Examples of each bin on {model}: {caption}", caption, draw, on_page=False)
 
 
 def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -206,7 +271,12 @@ def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "most_dots": MOST_DOTS,
         "protocols": len(settings.protocols),
         "dependence": {model: dependence(summary, model) for model in summary.results.models},
-        "galleries": [Gallery(summary, model).context() for model in summary.results.models if ordered_methods(summary, model)],
+        "galleries": [Gallery(summary, model).context() for model in summary.results.models if ordered_methods(summary, model)]
+        if settings.measured()
+        else [],
+        "nouns": " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures))),
+        "on_images": bool(settings.measured()),
+        "cells": settings.cells if settings.grid_settings else None,
         "stable": STABLE,
         "spreads": [_spreads(summary, model) for model in summary.results.models],
         "failures": failures[:_MOST_FAILURES],
@@ -226,8 +296,7 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
         for name, info in results.models.items()
     ]
     seeds = f"; stochastic methods ran with {settings.seeds} seeds, tables show the first" if settings.seeds > 1 else ""
-    return [
-        ("Data", [f"{plain['data']}, split {settings.split}" if settings.root is not None else plain["data"]]),
+    on_images = [
         (
             "Images",
             [f"{counted(len(samples), 'image')} for {model}{chosen[settings.only]}" for model, samples in results.samples.items()],
@@ -239,10 +308,39 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
             [f"{settings.regions}{f' ({cut})' if cut else ''}, shared by region steps, searches and methods that cut the image"],
         ),
         ("Methods worked with", [f"fill {plain['method_fill']}"]),
+    ]
+    return [
+        ("Data", [f"{plain['data']}, split {settings.split}" if settings.root is not None else plain["data"]]),
+        *_grid_rows(summary),
+        *(on_images if settings.measured() else []),
         ("Seeds", [f"{settings.seed}{seeds}"]),
         ("Models", models),
         ("Versions", [", ".join(f"{name} {number}" for name, number in versions().items())]),
     ]
+
+
+def _grid_rows(summary: Summary) -> list[tuple[str, list[str]]]:
+    """How grids were made and explained."""
+    results, settings, grid_set = summary.results, summary.results.settings, summary.results.grid_set
+    if grid_set is None:
+        return []
+    n = settings.cells
+    corners = ", the last cell of the class of the first" if settings.repeat_corners else ""
+    every = "the model" if len(results.models) == 1 else "every model"
+    made = (
+        f"{counted(len(grid_set), 'grid')} of {n} x {n} images of distinct classes{corners}, each image once; {every} is right with a "
+        f"confidence of at least {grid_set.threshold:g} ({grid_set.kept:,} of {grid_set.judged:,} images); chance level {1 / n**2:.3g}"
+    )
+    layers = []
+    for model, found in results.grid_models.items():
+        where = ", ".join(f"{layer} = {module}" for layer, module in found["layers"].items())
+        layers.append(f"{model}: {where}{'; position embeddings were interpolated for grids' if found['interpolated'] else ''}")
+    scored = (
+        "share of the positive attribution in the cell of the class after bilinear enlargement to the grid, 0 for an empty map; the "
+        "logit of the cell's label is explained; mean over the heads of a grid (GridPG all cells, DiFull and DiPart the first and the last)"
+    )
+    cut = f"methods that cut the image: {settings.regions}, each cell on its own"
+    return [("Grids", [made]), ("Layers", layers), ("Localisation", [scored, f"hidden is zero at the layer; {cut}"])]
 
 
 def _protocol_text(protocol: Protocol) -> str:
@@ -276,6 +374,7 @@ def _leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:
     return {
         "id": f"board-{number}",
         "model": model,
+        "units": judged(summary, model),
         "images": len(summary.results.samples[model]),
         "groups": groups,
         "measures": [
@@ -386,6 +485,10 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
         "versions": versions(),
         "models": {name: {key: info[key] for key in ("weights_digest", "size")} for name, info in results.models.items()},
         "samples": {model: list(samples) for model, samples in results.samples.items()},
+        "grids": None
+        if results.grid_set is None
+        else {"count": len(results.grid_set), "chance": 1 / settings.cells**2, "file": "grids.json"},
+        "grid_models": results.grid_models,
         "conclusions": {model: conclusions(summary, model) for model in summary.results.models},
         "separations": separations,
         "agreements": [{**vars(a), "tau": a.tau if math.isfinite(a.tau) else None} for a in summary.agreements],

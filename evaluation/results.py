@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics import Measure
+from evaluation.grids.sets import GridSet
+from evaluation.metrics import METRICS, Measure
 from evaluation.settings import BenchmarkSettings
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number: how one explanation does under one measure; NaN where the metric has no value."""
+    """One number: how one explanation does under one measure; NaN where the metric has no value.
+
+    On a grid the value is the mean over its ``heads``, whose scores are kept too.
+    """
 
     model: str
     sample: str
@@ -22,6 +26,21 @@ class Score:
     measure: Measure
     value: float
     area: float | None
+    heads: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GridMap:
+    """The maps of a method for the heads of one grid at one layer: the file of the first head's, the cost of one, and doubts."""
+
+    model: str
+    grid: str
+    method: str
+    seed: int
+    measure: Measure
+    path: Path
+    evaluations: float
+    constant: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,9 @@ class Results:
         samples: model -> ids of the images judged.
         scores, explained, failures: every number, every explanation, everything missing.
         out: the folder of the files.
+        grid_set: the grids, shared by all models; None where no setting of grids was measured.
+        grid_maps: their maps.
+        grid_models: model -> what was found out for grids: the module of each layer, whether position embeddings were interpolated.
     """
 
     settings: BenchmarkSettings
@@ -73,6 +95,19 @@ class Results:
     explained: tuple[Explained, ...]
     failures: tuple[Failure, ...]
     out: Path
+    grid_set: GridSet | None = None
+    grid_maps: tuple[GridMap, ...] = ()
+    grid_models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def units(self, model: str, measure: Measure) -> tuple[str, ...]:
+        """Ids of what a measure judges: images, or grids of them."""
+        if not METRICS[measure.metric].grid:
+            return self.samples[model]
+        return () if self.grid_set is None else tuple(grid_id(index) for index in range(len(self.grid_set)))
+
+    def noun(self, measure: Measure | None) -> str:
+        """What a measure judges: "image" or "grid"."""
+        return "grid" if measure is not None and METRICS[measure.metric].grid else "image"
 
     @property
     def failed(self) -> tuple[Failure, ...]:
@@ -94,3 +129,16 @@ class Results:
         for each in self.explained:
             found.setdefault((each.model, each.method, each.seed), {})[each.sample] = each
         return found
+
+    @cached_property
+    def grid_maps_of(self) -> dict[tuple[str, str, int, Measure], dict[str, GridMap]]:
+        """The maps of grids by (model, method, seed, measure), then by grid."""
+        found: dict[tuple[str, str, int, Measure], dict[str, GridMap]] = {}
+        for each in self.grid_maps:
+            found.setdefault((each.model, each.method, each.seed, each.measure), {})[each.grid] = each
+        return found
+
+
+def grid_id(index: int) -> str:
+    """What records and tables call a grid."""
+    return f"grid {index + 1:04d}"

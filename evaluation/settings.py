@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from attribution.baselines import METHOD_PRESETS, METHODS
+from attribution.baselines.smoothing import Smoothing
 from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.explain import plain_settings
@@ -22,6 +23,8 @@ from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS, Regions
 from attribution.search import SEARCHES
+from evaluation.grids.layers import LAYERS
+from evaluation.grids.localize import GridMethod
 from evaluation.metrics import METRICS, Measure, expand_metrics
 from evaluation.perturbation import PROTOCOLS, Protocol
 
@@ -93,6 +96,14 @@ class MethodSpec:
         preset = METHOD_PRESETS[self.preset].get(self.method, {}) if self.preset else {}
         return "regions" in METHODS[self.method].options and "regions" not in {**preset, **self.options}
 
+    def grid_method(self, settings: BenchmarkSettings) -> GridMethod:
+        """The method as the grid settings run it: with the options of Rao et al., those of its preset, and its own."""
+        options = dict(self.options)
+        smoothing = Smoothing.parse(options.pop("smoothing", None))
+        preset = METHOD_PRESETS[self.preset].get(self.method, {}) if self.preset and not self.is_search else {}
+        own = {**preset, **options}
+        return GridMethod(self.method, own, not preset, smoothing, settings.regions, settings.region_options)
+
     def plain_options(self) -> dict[str, Any]:
         """The options as JSON, arrays by their digest."""
         return {name: _plain_option(value) for name, value in sorted(self.options.items())}
@@ -136,6 +147,11 @@ class BenchmarkSettings:
         target: "predicted" or "label".
         seed: of the choice of images, the methods and the metrics.
         seeds: stochastic methods run with so many seeds; tables take the first, the others give the spread.
+        layers: where the settings of grids explain: "input", "middle", "final", or names of modules.
+        grids: so many grids of images, at most.
+        cells: n, cells a side of a grid.
+        confidence: least confidence of every model in the label of every image of a grid.
+        repeat_corners: whether the last cell of a grid shows the class of the first.
         root, split: of a recipe.
         checkpoint, device, batch_size, max_side: see ``load_classifier`` and ``explain``.
     """
@@ -157,6 +173,11 @@ class BenchmarkSettings:
     target: Literal["predicted", "label"] = "predicted"
     seed: int = 0
     seeds: int = 1
+    layers: tuple[str, ...] = LAYERS
+    grids: int = 100
+    cells: int = 2
+    confidence: float = 0.99
+    repeat_corners: bool = False
     root: str | None = None
     split: str = "test"
     checkpoint: str | None = None
@@ -165,7 +186,7 @@ class BenchmarkSettings:
     max_side: int = MAX_SIDE
 
     def __post_init__(self) -> None:
-        for name in ("models", "methods", "fills", "steps"):
+        for name in ("models", "methods", "fills", "steps", "layers"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: name at least one")
         object.__setattr__(self, "metrics", expand_metrics(self.metrics))
@@ -182,7 +203,11 @@ class BenchmarkSettings:
             raise UserError(f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}")
         if self.regions not in REGIONS:
             raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
-        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8)):
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"a layer was named twice among {', '.join(self.layers)}: give each once")
+        if not 0 < self.confidence <= 1:
+            raise UserError(f"confidence is {self.confidence!r}: expected a probability above 0, at most 1")
+        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8), ("grids", 1), ("cells", 2)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
@@ -208,14 +233,35 @@ class BenchmarkSettings:
         fixed = [protocol.fill for protocol in self.protocols if protocol.fill != "linear"]
         return fixed[0] if fixed else "black"
 
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The columns of the tables."""
+        return (*(measure for measure, _ in self.measured()), *(measure for measure, _ in self.measured_on_grids()))
+
     def measured(self) -> tuple[tuple[Measure, Protocol], ...]:
-        """The columns of the tables, each with its protocol (for a metric without a curve, the one whose output it takes)."""
+        """The measures of single images, each with its protocol (for a metric without a curve, the one whose output it takes)."""
         found = []
         for name in self.metrics:
             metric = METRICS[name]
+            if metric.grid:
+                continue
             used = self.protocols if metric.curve else self.protocols[:1]
             found += [(Measure(name, protocol.label() if metric.curve else "", metric.direction), protocol) for protocol in used]
         return tuple(found)
+
+    def measured_on_grids(self) -> tuple[tuple[Measure, str], ...]:
+        """The measures of grids, each with its layer."""
+        names = [name for name in self.metrics if METRICS[name].grid]
+        return tuple((Measure(name, self.grid_label(layer), METRICS[name].direction), layer) for layer in self.layers for name in names)
+
+    def grid_label(self, layer: str) -> str:
+        """What tables call a layer of the grids, such as "final, 2x2"."""
+        return f"{layer}, {self.cells}x{self.cells}"
+
+    @property
+    def grid_settings(self) -> tuple[str, ...]:
+        """The settings of grids among the metrics."""
+        return tuple(name for name in self.metrics if METRICS[name].grid)
 
     def plain(self) -> dict[str, Any]:
         """As JSON, without what changes no number (device, batch size) and without the place of the data."""
@@ -262,7 +308,7 @@ def make_settings(values: Mapping[str, Any], source: str = "the benchmark") -> B
     if "data" not in values:
         raise UserError(f"{source} names no data: give a recipe name, an image folder, or a list of paths and labels")
     made = dict(values)
-    for name in ("models", "metrics", "fills", "steps", "methods"):
+    for name in ("models", "metrics", "fills", "steps", "methods", "layers"):
         if name in made:
             made[name] = tuple([made[name]] if isinstance(made[name], str) else made[name])
     if "methods" in made:
@@ -271,7 +317,7 @@ def make_settings(values: Mapping[str, Any], source: str = "the benchmark") -> B
 
 
 def _plain_option(value: Any) -> Any:
-    if isinstance(value, ScoreWeights):
+    if isinstance(value, ScoreWeights | Smoothing):
         return dict(vars(value))
     if isinstance(value, Regions):
         value = value.labels

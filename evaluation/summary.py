@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from attribution.explanation import Explanation
-from evaluation.metrics import Measure
+from evaluation.metrics import METRICS, Measure
 from evaluation.ranking import rank_agreement, ranks, significance_groups
 from evaluation.results import Explained, Failure, Results
 from evaluation.settings import MethodSpec
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs: images forwarded for one explanation, mean over the images, and its family."""
+    """What a method costs: images (masked maps, where only grids were explained) forwarded for one map, on average, and its family."""
 
     model: str
     method: str
@@ -127,7 +127,7 @@ class Summary:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """The columns."""
-        return tuple(measure for measure, _ in self.results.settings.measured())
+        return self.results.settings.measures
 
     def separation(self, model: str, measure: Measure) -> tuple[str, tuple[str, ...]] | None:
         """The best method under a measure, and those it cannot be told apart from; None where its mean has no interval."""
@@ -139,9 +139,9 @@ class Summary:
 
 
 def score_matrix(results: Results, model: str, measure: Measure, seed: int | None = None) -> dict[str, np.ndarray]:
-    """Scores by method, float64 [N] over the images of a model, NaN where there is none."""
+    """Scores by method, float64 [N] over the images (or grids) of a model, NaN where there is none."""
     seed = results.settings.seed if seed is None else seed
-    positions = {sample: index for index, sample in enumerate(results.samples[model])}
+    positions = {sample: index for index, sample in enumerate(results.units(model, measure))}
     found: dict[str, np.ndarray] = {}
     for spec in results.settings.methods:
         scores = results.scores_of.get((model, measure, spec.label, seed), [])
@@ -157,7 +157,7 @@ def summarise(results: Results) -> Summary:
     comparisons: dict[tuple[str, Measure], Mapping[tuple[str, str], Comparison]] = {}
     for model in results.models:
         stability = {spec.label: _map_correlation(results, model, spec) for spec in results.settings.methods}
-        for measure, _ in results.settings.measured():
+        for measure in results.settings.measures:
             scores = score_matrix(results, model, measure)
             if scores:
                 tests = pairwise_tests(scores, seed=results.settings.seed)
@@ -244,7 +244,7 @@ def _column(
             intervals[method],
             placed[method],
             groups[method],
-            _validity(results, model, method, scores[method]),
+            _validity(results, model, measure, method, scores[method]),
             _mean_area(results, model, measure, method),
             _spread(results, model, measure, method, stability[method]),
         )
@@ -252,12 +252,17 @@ def _column(
     ]
 
 
-def _validity(results: Results, model: str, method: str, values: np.ndarray) -> Validity:
-    found = results.explained_of.get((model, method, results.settings.seed), {})
-    samples = results.samples[model]
-    constant = np.array([sample in found and found[sample].constant for sample in samples])
-    saturated = np.array([sample in found and found[sample].saturated for sample in samples])
-    failed = np.array([sample not in found for sample in samples])
+def _validity(results: Results, model: str, measure: Measure, method: str, values: np.ndarray) -> Validity:
+    seed, units = results.settings.seed, results.units(model, measure)
+    if METRICS[measure.metric].grid:
+        on_grids = results.grid_maps_of.get((model, method, seed, measure), {})
+        constant = np.array([unit in on_grids and on_grids[unit].constant for unit in units])
+        failed = np.array([unit not in on_grids for unit in units])
+        return count_validity(values, constant, np.zeros(len(units), dtype=bool), failed)
+    found = results.explained_of.get((model, method, seed), {})
+    constant = np.array([sample in found and found[sample].constant for sample in units])
+    saturated = np.array([sample in found and found[sample].saturated for sample in units])
+    failed = np.array([sample not in found for sample in units])
     return count_validity(values, constant, saturated, failed)
 
 
@@ -295,12 +300,16 @@ def _map_of(explained: Explained) -> np.ndarray:
 
 
 def _costs(results: Results) -> list[Cost]:
+    on_grids: dict[tuple[str, str], list[float]] = {}
+    for each in results.grid_maps:
+        on_grids.setdefault((each.model, each.method), []).append(each.evaluations)
     found = []
     for model in results.models:
         for spec in results.settings.methods:
             explained = results.explained_of.get((model, spec.label, results.settings.seed), {})
-            if explained:
-                found.append(Cost(model, spec.label, spec.family, float(np.mean([e.evaluations for e in explained.values()]))))
+            counts = [e.evaluations for e in explained.values()] or on_grids.get((model, spec.label), [])
+            if counts:
+                found.append(Cost(model, spec.label, spec.family, float(np.mean(counts))))
     return found
 
 
@@ -337,7 +346,7 @@ def _agreements(results: Results, entries: Sequence[Entry]) -> list[Agreement]:
     labels = [protocol.label() for protocol in results.settings.protocols]
     controls = {spec.label for spec in results.settings.methods if spec.family == "control"}  # last under any protocol, they raise tau
     for model in results.models:
-        metrics = dict.fromkeys(e.measure.metric for e in entries if e.model == model and e.measure.protocol)
+        metrics = dict.fromkeys(e.measure.metric for e in entries if e.model == model and METRICS[e.measure.metric].curve)
         for metric in metrics:
             means: dict[str, dict[str, float]] = {label: {} for label in labels}
             for e in entries:

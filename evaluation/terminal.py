@@ -25,7 +25,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     for model in summary.results.models:
         for protocol, measures in by_protocol(summary.measures):
             measured = [m for m in measures if summary.column(model, m)]
-            heading = f"{model}, {protocol or 'no curve'}, {counted(len(summary.results.samples[model]), 'image')}"
+            units = counted(len(summary.results.units(model, measures[0])), summary.results.noun(measures[0]))
+            heading = f"{model}, {protocol or 'no curve'}, {units}"
             for table in _terminal_tables(summary, model, measured, heading, arrows, console):
                 console.print(table)
         for statement in conclusions(summary, model):
@@ -33,9 +34,14 @@ def print_summary(summary: Summary, console: Console) -> None:
         for failure in refusals(summary, model):
             console.print(Text(f"left out: {failure['reason']}", style="dim"))
         console.print()
-    console.print(Text(f"rank. mean letters, below it the 95 % bootstrap interval over images; {LETTERS}", style="dim"))
-    fill = f"methods worked with fill {settings.plain()['method_fill']}, seed {settings.seed}"
-    console.print(Text(f"class: {explained_class(summary)}; {fill}; images: forwarded for one explanation; * control", style="dim"))
+    nouns = " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures)))
+    console.print(Text(f"rank. mean letters, below it the 95 % bootstrap interval over {nouns}; {LETTERS}", style="dim"))
+    if settings.measured():
+        fill = f"methods worked with fill {settings.plain()['method_fill']}, seed {settings.seed}"
+        console.print(Text(f"class: {explained_class(summary)}; {fill}; images: forwarded for one explanation; * control", style="dim"))
+    if settings.grid_settings:
+        chance = f"chance {1 / settings.cells**2:.3f}"
+        console.print(Text(f"grids: the label of each head's cell is explained, hidden is zero at the layer; {chance}", style="dim"))
 
 
 def _terminal_tables(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.figures import metric_name
-from evaluation.metrics import Measure
+from evaluation.metrics import METRICS, Measure
 from evaluation.statistics import EXACT_COUNT, Interval
 from evaluation.summary import SIGNIFICANCE, Entry, Summary
 
@@ -21,7 +21,7 @@ def conclusions(summary: Summary, model: str) -> list[str]:
     """One plain sentence for each leader under the first protocol, one on all columns, and one where the images are too few."""
     head = _head_measures(summary, model)
     if not head:
-        return [f"{counted(len(summary.results.samples[model]), 'image')}: no mean has an interval, so nothing is concluded."]
+        return [f"{judged(summary, model)}: no mean has an interval, so nothing is concluded."]
     leaders: dict[str, list[tuple[Measure, str]]] = {}
     for measure in head:
         decided = summary.separation(model, measure)
@@ -30,7 +30,8 @@ def conclusions(summary: Summary, model: str) -> list[str]:
             leaders.setdefault(best, []).append((measure, _separated(others, len(summary.column(model, measure)) - 1)))
     found = []
     families = {spec.label: spec.family for spec in summary.results.settings.methods}
-    under = f"Under protocol ({head[0].protocol}), " if head[0].protocol else ""
+    kind = "On grids at layer" if METRICS[head[0].metric].grid else "Under protocol"
+    under = f"{kind} ({head[0].protocol}), " if head[0].protocol else ""
     for leader, led in leaders.items():
         name = f"{leader} (a control)" if families[leader] == "control" else leader
         clauses = {clause for _, clause in led}
@@ -47,10 +48,11 @@ def conclusions(summary: Summary, model: str) -> list[str]:
         found.append(f"Of all {columns} columns, {_listed(f'{name} leads {count}' for name, count in firsts.items())}.")
     least = _least_p(summary, model, head[0])
     if least >= SIGNIFICANCE:
-        images, methods = len(summary.results.samples[model]), len(summary.column(model, head[0]))
+        noun, methods = summary.results.noun(head[0]), len(summary.column(model, head[0]))
+        images = len(summary.results.units(model, head[0]))
         found.append(
-            f"{counted(images, 'image')} cannot separate any two of {methods} methods: the least p that the test can give "
-            f"after Holm's correction is {least:.2g}. Use more images."
+            f"{counted(images, noun)} cannot separate any two of {methods} methods: the least p that the test can give "
+            f"after Holm's correction is {least:.2g}. Use more {noun}s."
         )
     return found
 
@@ -102,6 +104,12 @@ def written(interval: Interval, write: Callable[[float], str]) -> str:
     return f"[{write(interval.low)}, {write(interval.high)}]"
 
 
+def judged(summary: Summary, model: str) -> str:
+    """How many images and grids were judged, such as "100 images, 200 grids"."""
+    units = {summary.results.noun(m): len(summary.results.units(model, m)) for m in summary.measures}
+    return ", ".join(counted(number, noun) for noun, number in units.items())
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -113,10 +121,16 @@ def explained_class(summary: Summary) -> str:
 
 
 def _head_measures(summary: Summary, model: str) -> list[Measure]:
-    """Insertion and deletion under the first protocol; the first measure that has a mean where these were not measured."""
+    """Insertion and deletion under the first protocol; the first measure that has a mean where these were not measured.
+
+    Where only grids were judged, their settings at the first layer.
+    """
     decided = [m for m in summary.measures if summary.separation(model, m) is not None]
     first = summary.results.settings.protocols[0].label()
-    return [m for m in decided if m.metric in ("insertion", "deletion") and m.protocol == first] or decided[:1]
+    head = [m for m in decided if m.metric in ("insertion", "deletion") and m.protocol == first]
+    if not head and decided and METRICS[decided[0].metric].grid:
+        head = [m for m in decided if m.protocol == decided[0].protocol]
+    return head or decided[:1]
 
 
 def _firsts(summary: Summary, model: str) -> dict[str, int]:

@@ -97,7 +97,7 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = (tmp_path / "out" / "records.jsonl").read_bytes()
     for name in ("attribute", "explain"):
         monkeypatch.setattr(benchmark, name, lambda *_a, **_k: pytest.fail("explained again"))
-    monkeypatch.setattr(benchmark, "_computed", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(benchmark, "attempted", lambda _: pytest.fail("measured again"))
     again = ev.run_benchmark(chosen, tmp_path / "out")
     assert again.scores == first.scores
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before

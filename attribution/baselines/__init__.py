@@ -18,6 +18,7 @@ from torch import Tensor
 from attribution.baselines import cams, controls, gradients, perturbation, transformers
 from attribution.baselines.options import check_options, option_names
 from attribution.baselines.presets import METHOD_PRESETS
+from attribution.baselines.smoothing import Smoothing, smoothed
 from attribution.baselines.task import Task
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError, describe
@@ -62,6 +63,7 @@ def attribute(
     target: int | str | None = None,
     *,
     preset: str | None = None,
+    smoothing: Smoothing | int | Mapping[str, Any] | None = None,
     fill: Fill = "model_mean",
     seed: int = 0,
     batch_size: int | None = None,
@@ -76,6 +78,8 @@ def attribute(
         method: a key of ``METHODS``.
         target: class to explain, index or name; the predicted class by default.
         preset: a key of ``METHOD_PRESETS``, settings of the reference code; options override it.
+        smoothing: Gaussian smoothing of the map, or the side of its kernel in pixels of the model input (see ``Smoothing``); S-IxG and
+            S-IntGrad of Rao et al. (TPAMI 2024) are "input_x_gradient" and "integrated_gradients" with one.
         fill: baseline of the method and what hidden pixels show; default "model_mean", zero after normalisation, as published
             for nearly all of them (see ``explain`` for others).
         seed: of methods that draw.
@@ -99,6 +103,7 @@ def attribute(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed!r}: expected a whole number from 0 to 2**63 - 1")
     settings = {**_preset_options(preset, method), **options}
+    window = Smoothing.parse(smoothing)
     check_options(method, chosen.function, settings)
     classifier = load_classifier(classifier)
     if chosen.family not in ("perturbation", "control") and not isinstance(classifier.module, torch.nn.Module):
@@ -119,12 +124,15 @@ def attribute(
         baseline = classifier.preprocessing(filled[None].to(inputs))
         task = Task(classifier, loaded, filled, wanted, inputs, baseline, seed)
         pixel_map = run_method(chosen, task, settings)
+        if window is not None:
+            pixel_map = smoothed(pixel_map, window, pixel_map.shape[-1] / task.size[1])
     finally:
         classifier.batch_size = own_batch_size
     made = {
         "method": method,
         "preset": preset,
         "options": settings,
+        "smoothing": None if window is None else dict(vars(window)),
         "fill": fill,
         "target": target,
         "seed": seed,

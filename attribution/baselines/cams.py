@@ -18,7 +18,7 @@ from attribution.classifier import even_chunks
 from attribution.errors import UserError
 from attribution.hooks import edited_outputs, record_outputs
 
-Layer = str | nn.Module | None
+Layer = str | nn.Module | FeatureLayer | None
 _LEAST_SCORE = 1e-6  # of Ablation-CAM's denominator
 
 

@@ -17,7 +17,7 @@ import torch
 from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule, IdentityRule
 from torch import Tensor, nn
 
-from attribution.baselines.layers import STRUCTURAL, find_feature_layer, module_calls, operations
+from attribution.baselines.layers import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
 from attribution.baselines.task import Channels, Output, Task, over_channels, seeded
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import evaluation_mode, one_module_a_call
@@ -184,7 +184,12 @@ def _lrp_rules(task: Task, gamma: float, epsilon: float) -> Iterator[None]:
 
 
 def guided_grad_cam(
-    task: Task, *, layer: str | nn.Module | None = None, channels: Channels = "sum", absolute: bool = False, output: Output = "logit"
+    task: Task,
+    *,
+    layer: str | nn.Module | FeatureLayer | None = None,
+    channels: Channels = "sum",
+    absolute: bool = False,
+    output: Output = "logit",
 ) -> Tensor:
     """Guided backpropagation times the upsampled Grad-CAM map (Selvaraju et al., ICCV 2017, section 3.2), signed.
 

@@ -69,6 +69,15 @@ class FeatureLayer:
             return output.permute(0, 3, 1, 2)
         return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
 
+    def from_map(self, maps: Tensor, output: Tensor) -> Tensor:
+        """The inverse of ``to_map``: maps [n, C, h, w] in the layout of the output; prefix tokens are those of ``output`` [1 or n, ...]."""
+        if self.kind == "nchw":
+            return maps
+        if self.kind == "nhwc":
+            return maps.permute(0, 2, 3, 1)
+        tokens = maps.flatten(2).transpose(1, 2)
+        return torch.cat([output[:, : self.prefix].expand(len(maps), -1, -1), tokens], dim=1)
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -79,7 +88,7 @@ class _Call:
     alone: bool  # not the first of a tuple
 
 
-def find_feature_layer(task: Task, layer: str | nn.Module | None = None) -> FeatureLayer:
+def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None = None) -> FeatureLayer:
     """The last module whose output is a map of the image, or the one named.
 
     In a transformer that reads its class token the patch tokens of the last block no longer matter, so the layer is the
@@ -87,11 +96,13 @@ def find_feature_layer(task: Task, layer: str | nn.Module | None = None) -> Feat
 
     Args:
         task: what is explained.
-        layer: name of a module, or the module itself; found automatically when None.
+        layer: name of a module, the module itself, or a layer as this function returns it; found automatically when None.
 
     Raises:
         UserError: a black box, no such module, or an output that is no map.
     """
+    if isinstance(layer, FeatureLayer):
+        return layer
     calls = _record(task)
     if layer is not None:
         return _named(task, calls, layer)
@@ -116,6 +127,14 @@ def find_feature_layer(task: Task, layer: str | nn.Module | None = None) -> Feat
     return found
 
 
+def map_layers(task: Task) -> list[FeatureLayer]:
+    """Every module that is called once and returns a map of the image, in the order in which the calls end."""
+    calls = _record(task)
+    counts = Counter(call.module for call in calls)
+    found = [_as_layer(task, calls, call) for call in calls if call.name and counts[call.module] == 1]
+    return [layer for layer in found if layer is not None]
+
+
 def token_grid(task: Task, tokens: int) -> tuple[tuple[int, int], int] | None:
     """((h, w), prefix) of a sequence of tokens, read off the patch embedding or a square count; None when nothing fits."""
     return _token_grid(_record(task), tokens)
@@ -123,6 +142,12 @@ def token_grid(task: Task, tokens: int) -> tuple[tuple[int, int], int] | None:
 
 def operations(task: Task) -> Counter[str]:
     """How often each activation, and each sum or product of two maps, runs in one forward pass, as a module or as a function."""
+    if "operations" not in task.structure:
+        task.structure["operations"] = _count_operations(task)
+    return Counter(task.structure["operations"])
+
+
+def _count_operations(task: Task) -> Counter[str]:
     counts: Counter[str] = Counter()
 
     class Count(TorchDispatchMode):
@@ -146,10 +171,11 @@ def operations(task: Task) -> Counter[str]:
 
 def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.Module]:
     """How often each module of some kinds is called in one forward pass."""
-    modules = [m for m in task.module.modules() if isinstance(m, kinds)]
-    with counted_calls(modules) as counts, torch.no_grad(), evaluation_mode(task.module):
-        task.module(task.inputs)
-    return counts
+    if "calls" not in task.structure:
+        with counted_calls(list(task.module.modules())) as counts, torch.no_grad(), evaluation_mode(task.module):
+            task.module(task.inputs)
+        task.structure["calls"] = counts
+    return Counter({module: count for module, count in task.structure["calls"].items() if isinstance(module, kinds)})
 
 
 def _record(task: Task) -> list[_Call]:

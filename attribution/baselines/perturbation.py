@@ -33,6 +33,7 @@ def occlusion(
     window: int | None = None,
     stride: int | None = None,
     overlap: Literal["mean", "sum"] = "mean",
+    border: Literal["inside", "across"] = "inside",
     output: Output = "logit",
 ) -> Tensor:
     """Drop of the score when a sliding square shows the fill (Zeiler & Fergus, ECCV 2014; Captum), signed.
@@ -41,7 +42,10 @@ def occlusion(
         task: what is explained.
         window: side of the square in pixels of the model input; default 1/7 of the short side.
         stride: its step; default half the window.
-        overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique, Rao et al.).
+        overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique).
+        border: "inside" starts the first window at the border (Captum); "across" lets windows reach across it, cut off there, and
+            spreads the drop of each over its own area, as Rao et al. (CVPR 2022) do: windows of even side begin before the
+            border so that all pixels are covered equally often, windows of odd side are centred on multiples of the stride.
         output: see the module.
     """
     height, width = task.size
@@ -52,15 +56,45 @@ def occlusion(
             f"occlusion window {window} and stride {stride}: expected 1 <= stride <= window <= {min(height, width)}, "
             "the input's short side in pixels"
         )
+    if border not in ("inside", "across"):
+        raise UserError(f"border={border!r}: expected 'inside' or 'across'")
+    if border == "across":
+        return _occlusion_across(task, window, stride, overlap, output)
+    channels = task.inputs.shape[1]
     found = captum.attr.Occlusion(task.scores(output)).attribute(
         task.inputs,
-        sliding_window_shapes=(3, window, window),
-        strides=(3, stride, stride),
+        sliding_window_shapes=(channels, window, window),
+        strides=(channels, stride, stride),
         baselines=task.baseline,
         target=task.target,
         perturbations_per_eval=task.classifier.batch_size,
     )[0, 0]
     return found * _covering_windows(task.size, window, stride).to(found) if overlap == "sum" else found
+
+
+def _occlusion_across(task: Task, window: int, stride: int, overlap: str, output: Output) -> Tensor:
+    ends = [_window_ends(side, window, stride) for side in task.size]
+    windows = torch.tensor([(*rows, *columns) for rows in ends[0] for columns in ends[1]])
+    score = task.score_of(output)
+    full = score(task.inputs)
+    rows, columns = (torch.arange(side, device=task.inputs.device) for side in task.size)
+    total, covered = (torch.zeros(task.size, dtype=torch.float64, device=task.inputs.device) for _ in range(2))
+    for chunk in even_chunks(windows.to(rows), task.classifier.batch_size):
+        top, bottom, left, right = chunk.T[:, :, None]
+        vertical, horizontal = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+        hidden = (vertical[:, :, None] & horizontal[:, None]).double()
+        drops = (full - score(task.blend(1 - hidden[:, None].to(task.inputs)))).double()
+        total += torch.einsum("n,nhw->hw", drops / hidden.sum(dim=(1, 2)), hidden)
+        covered += hidden.sum(dim=0)
+    return (total / covered if overlap == "mean" else total).float()
+
+
+def _window_ends(side: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """(first, behind the last) position of each window along an axis, cut at the border."""
+    count = side // stride + window // stride - 1
+    before = (window // stride - 1) * stride if window % 2 == 0 else (window - 1) // 2
+    ends = [(max(0, index * stride - before), min(side, index * stride - before + window)) for index in range(count)]
+    return [(first, last) for first, last in ends if last > first]
 
 
 def feature_ablation(task: Task, *, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit") -> Tensor:

@@ -33,7 +33,7 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "integrated_gradients": {"steps": 20, "rule": "gausslegendre", "channels": "sum"},
         "guided_backprop": {"channels": "sum", "absolute": True},
         "grad_cam_plus_plus": {"spatial": "sum", "weight": "sum", "exponential": True},
-        "occlusion": {"window": 16, "stride": 8, "overlap": "sum"},
+        "occlusion": {"window": 16, "stride": 8, "overlap": "sum", "border": "across"},
         "score_cam": {"weights": "score", "output": "probability"},
         "rise": {"samples": 6000, "grid": 6, "keep": 0.1, "normalisation": "expected"},
     },

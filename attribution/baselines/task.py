@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class Task:
         target: class index.
         inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
         seed: of methods that draw.
+        structure: what was found out about the network by running it; tasks of the same network and input size may share it.
     """
 
     classifier: Classifier
@@ -78,6 +79,7 @@ class Task:
     inputs: Tensor
     baseline: Tensor
     seed: int = 0
+    structure: dict[Any, Any] = field(default_factory=dict)
     _made: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:

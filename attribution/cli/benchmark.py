@@ -76,6 +76,21 @@ def benchmark(
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="predicted or label. Default: predicted.", show_default=False)
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gridpg, difull, dipart: comma-separated input, middle, final, or modules. Default: all three.", show_default=False
+        ),
+    ] = None,
+    grids: Annotated[
+        int | None, typer.Option(min=1, help="So many grids of images for gridpg, difull and dipart. Default: 100.", show_default=False)
+    ] = None,
+    cells: Annotated[int | None, typer.Option(min=2, help="Images along each side of a grid. Default: 2.", show_default=False)] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="Least confidence of every model in the label of an image of a grid. Default: 0.99.", show_default=False),
+    ] = None,
+    repeat_corners: Annotated[bool, typer.Option("--repeat-corners", help="The last cell of a grid shows the class of the first.")] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the images, the methods and the metrics. Default: 0.", show_default=False)
     ] = None,
@@ -107,6 +122,8 @@ def benchmark(
 
     - `attribution benchmark --data cifar10 --root data -m zoo:cnn -m zoo:vit --methods bidirectional,grad_cam,rise --fill black,blur`
 
+    - `attribution benchmark --data images/ --metrics gridpg,difull,dipart --layers input,middle,final --grids 200`
+
     - `attribution benchmark settings.toml --out out/mine`
     """
     from evaluation.benchmark import run_benchmark
@@ -137,6 +154,11 @@ def benchmark(
         "samples": samples,
         "only": only,
         "target": target,
+        "layers": _names(layers),
+        "grids": grids,
+        "cells": cells,
+        "confidence": confidence,
+        "repeat_corners": repeat_corners or None,
         "seed": seed,
         "seeds": seeds,
         "checkpoint": None if checkpoint is None else str(checkpoint),

@@ -1,0 +1,299 @@
+"""Attribution methods in the grid settings: one map for every head, and the share of it that lies where it can."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.baselines import METHOD_PRESETS, METHODS, run_method
+from attribution.baselines.options import check_options
+from attribution.baselines.smoothing import Smoothing, smoothed
+from attribution.baselines.task import Task
+from attribution.classifier import Classifier
+from attribution.errors import NotApplicable, UserError, describe
+from attribution.explain import prefix_probabilities
+from attribution.explanation import Explanation
+from attribution.loading import load_classifier
+from attribution.masking import MaskedInputs
+from attribution.objective import ScoreWeights, SubmodularObjective
+from attribution.regions import Regions, make_regions
+from attribution.search import SEARCHES
+from evaluation.grids.networks import GridModel, GridView, heads_of, join_cells, split_cells
+from evaluation.grids.scores import cell_slices, localization_scores
+
+REGION_COUNT = 49  # regions of a whole grid, about
+_INSIDE = ("gradient", "transformer")  # families that look inside the network: under DiFull at the head's own cell only
+_SHIPPED = {"rise": {"samples": 1000}}  # the configuration that Rao et al. ran, where it is not the preset's
+_COARSE = {"occlusion": {"window": 5, "stride": 2}}  # and at layers other than the input
+
+
+@dataclass(frozen=True)
+class GridMethod:
+    """A method as the grid settings run it.
+
+    Attributes:
+        method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
+        options: of the method. For a search ``weights``, ``pending``, those of the search, and what is ``show``n of the order: "gain" or
+            "rank" (see ``Explanation.to_pixels``), or "first": 1 on as many regions as the cell holds, the first of the order, and 0
+            elsewhere, so that the score is the share of these regions that lies in the cell.
+        published: start from the settings of Rao et al. where they ran the method.
+        smoothing: of the map before it is judged; None for none.
+        regions, region_options: how each cell is cut, for methods on regions; ``count`` is for the whole grid.
+        compat: quirks of the reference code: Score-CAM weights the last head's channels by the first head's logits.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    published: bool = True
+    smoothing: Smoothing | None = None
+    regions: str = "slico"
+    region_options: Mapping[str, Any] = field(default_factory=dict)
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS and self.method not in SEARCHES:
+            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
+        if self.method in METHODS:
+            check_options(self.method, METHODS[self.method].function, self.options)
+
+    def settings(self, at_input: bool) -> dict[str, Any]:
+        """The options at a layer, published ones first."""
+        if self.method in SEARCHES or not self.published:
+            return dict(self.options)
+        published = {**METHOD_PRESETS["rao"].get(self.method, {}), **_SHIPPED.get(self.method, {})}
+        return {**published, **({} if at_input else _COARSE.get(self.method, {})), **self.options}
+
+
+def grid_localization(
+    classifier: Classifier | str,
+    grids: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[Sequence[int]],
+    n: int = 2,
+    setting: str = "difull",
+    layer: str = "final",
+    method: str = "integrated_gradients",
+    *,
+    smoothing: Smoothing | int | None = None,
+    published: bool = True,
+    seed: int = 0,
+    compat: bool = False,
+    regions: str = "slico",
+    region_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """How much of a method's attribution lies in the cell of the class explained, for grids of images.
+
+    The score of a map is the share of its positive part inside the cell, after bilinear interpolation to the grid; 0 for an
+    empty map. Chance is 1 / n^2. Logits are explained.
+
+    Rao, Boehle & Schiele, "Towards Better Understanding Attribution Methods", CVPR 2022.
+
+    Args:
+        classifier: of single images, or a name that ``load_classifier`` takes. It is not altered.
+        grids: uint8 [G, n h, n w, 3] RGB, or float [G, 3, n h, n w] in [0, 1]; (h, w) is the classifier's input size.
+        labels: int [G, n^2], the class of each cell, row by row.
+        n: cells a side.
+        setting: "gridpg", "difull" or "dipart" (see ``GridModel``).
+        layer: "input", "middle", "final", or the name of a module whose output is explained.
+        method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
+        smoothing: of the signed map before it is judged, or the size of its Gaussian kernel in pixels of the grid (S-IxG, S-IntGrad).
+        published: start from the settings of the paper where it has the method (20 steps of integrated gradients, say); otherwise from the
+            defaults of ``METHODS``. Methods work with zero as fill: the mean colour at the input.
+        seed: of methods that draw; grid g draws with seed + g.
+        compat: see ``GridMethod``.
+        regions, region_options: how each cell is cut, for methods on regions.
+        progress: called with (grids done, grids).
+        options: of the method.
+
+    Returns:
+        float32 [G, heads]: all n^2 cells for GridPG, the first and the last otherwise.
+
+    Raises:
+        UserError: input that does not fit.
+        NotApplicable: a setting, layer or method that is not defined for the model, with the reason.
+    """
+    spec = GridMethod(method, options, published, _smoothing(smoothing), regions, dict(region_options or {}), compat)
+    maps = grid_maps(classifier, grids, labels, n, setting, layer, spec, seed=seed, progress=progress)
+    heads = heads_of(setting, n)
+    scores = localization_scores(maps.flatten(0, 1), list(heads) * len(maps), n, grid_size(grids))
+    return scores.view(len(maps), len(heads))
+
+
+def grid_maps(
+    classifier: Classifier | str,
+    grids: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[Sequence[int]],
+    n: int = 2,
+    setting: str = "difull",
+    layer: str = "final",
+    method: GridMethod | str = "integrated_gradients",
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The maps that ``grid_localization`` judges: float32 [G, heads, h', w'], signed, at the resolution of the layer."""
+    classifier = load_classifier(classifier)
+    images, classes = _checked(classifier, grids, labels, n)
+    spec = method if isinstance(method, GridMethod) else GridMethod(method)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - len(images):
+        raise UserError(f"seed is {seed!r}: expected a whole number of at least 0, less than 2**63 with the grids added")
+    heads = heads_of(setting, n)
+    model = GridModel(classifier, n, layer)
+    model.require(setting)
+    found = []
+    for index, (image, row) in enumerate(zip(images, classes, strict=True)):
+        view = GridView(model, image, (setting,))
+        found.append(torch.stack([head_map(view, setting, cell, row, spec, seed + index).values for cell in heads]))
+        if progress is not None:
+            progress(index + 1, len(images))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMap:
+    """The map of a method for one head.
+
+    Attributes:
+        values: float32 [h', w'] at the resolution of the layer, signed; smoothed where that was asked for.
+        evaluations: masked maps or images that the method asked logits of; several heads may share their passes.
+    """
+
+    values: Tensor
+    evaluations: int
+
+
+def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], spec: GridMethod, seed: int = 0) -> HeadMap:
+    """What a method finds for one head of a grid.
+
+    Args:
+        view: the grid at a layer.
+        setting: "gridpg", "difull" or "dipart".
+        cell: of the head.
+        classes: the class of each cell; that of the head's is explained.
+        spec: the method.
+        seed: of methods that draw.
+    """
+    n = view.model.n
+    is_search = spec.method in SEARCHES
+    inside = not is_search and METHODS[spec.method].family in _INSIDE
+    alone = inside and setting == "difull"
+    head = 0 if spec.compat and spec.method == "score_cam" and setting != "gridpg" else cell
+    task = view.task(setting, head, int(classes[cell]), seed, alone, inside)
+    if is_search:
+        values, evaluations = _searched(view, task, spec, cell)
+    else:
+        values = _attributed(view, task, spec)
+        evaluations = task.evaluations
+    if alone:
+        rows, columns = cell_slices(cell, n, n * task.size[0], n * task.size[1])
+        pasted = torch.zeros(n * task.size[0], n * task.size[1])
+        pasted[rows, columns] = values
+        values = pasted
+    if spec.smoothing is not None:
+        values = smoothed(values, spec.smoothing, values.shape[-1] / view.model.size[1])
+    return HeadMap(values, evaluations)
+
+
+def _attributed(view: GridView, task: Task, spec: GridMethod) -> Tensor:
+    method = METHODS[spec.method]
+    options = spec.settings(view.model.layer is None)
+    if method.family == "cam":
+        options.setdefault("layer", view.explained_layer(task))
+    if "regions" in method.options:
+        options.setdefault("regions", _labels(view, task, spec))
+    if "grid" in method.options and "grid" not in spec.options:
+        usual = options.get("grid", inspect.signature(method.function).parameters["grid"].default)
+        options["grid"] = min(usual, *task.size)  # a coarse mask has no more cells a side than the layer has positions
+    try:
+        return run_method(method, task, options)
+    except NotApplicable:
+        if spec.method != "guided_grad_cam" or "layer" in options:
+            raise
+        return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no later map: the explained one
+
+
+def _searched(view: GridView, task: Task, spec: GridMethod, cell: int) -> tuple[Tensor, int]:
+    """A map of the order that a region search finds over the explained maps, regions hidden by zero, and what it evaluated."""
+    options = dict(spec.options)
+    weights, pending = options.pop("weights", ScoreWeights()), options.pop("pending", 8)
+    shown = options.pop("show", "gain")
+    if shown not in ("gain", "rank", "first"):
+        raise UserError(f"show={shown!r}: expected 'gain', 'rank' or 'first'")
+    labels = _labels(view, task, spec)
+    masked = MaskedInputs(task.classifier, task.image, labels, task.fill)
+    objective = SubmodularObjective(task.classifier, masked, task.target, weights)
+    if spec.method == "bidirectional":
+        options["pending"] = pending
+    order = torch.as_tensor(SEARCHES[spec.method](objective, **options)).cpu().long()
+    if shown == "first":
+        rows, columns = cell_slices(cell, view.model.n, *task.size)
+        first = order[: len(labels[rows, columns].unique())]
+        return torch.isin(labels, first).float(), objective.evaluations
+    insertion, deletion = prefix_probabilities(task.classifier, masked, order, task.target)
+    probabilities = task.classifier.probabilities(task.inputs)[0].detach().cpu()
+    regions = Regions(labels, "given", objective.size)
+    found = Explanation(task.image, task.target, task.classifier.class_names, probabilities, regions, order, insertion, deletion)
+    return found.to_pixels(shown), objective.evaluations
+
+
+def _labels(view: GridView, task: Task, spec: GridMethod) -> Tensor:
+    """A label map at the resolution of the layer: every cell cut on its own, so that no region lies in two of them."""
+    n = view.model.n
+    options = {"count": REGION_COUNT, **spec.region_options}
+    if options["count"] is not None:
+        options["count"] = max(2, math.ceil(options["count"] / n**2))
+    key = repr((spec.regions, options, task.size))
+    if key not in view.partitions:
+        parts = [make_regions(cell, spec.regions, **options).labels for cell in split_cells(view.grid[None], n)]
+        first = torch.tensor([0, *(int(labels.max()) + 1 for labels in parts)]).cumsum(0)
+        labels = join_cells(torch.stack([labels + offset for labels, offset in zip(parts, first, strict=False)])[:, None], n)
+        at_layer = torch.nn.functional.interpolate(labels.double(), size=task.size, mode="nearest-exact")[0, 0]
+        view.partitions[key] = at_layer.unique(return_inverse=True)[1]  # a region smaller than a position of the layer may be gone
+    return view.partitions[key]
+
+
+def grid_size(grids: Any) -> tuple[int, int]:
+    """(height, width) of grids [G, H, W, 3] or [G, 3, H, W]."""
+    shape = tuple(grids.shape)
+    return (shape[1], shape[2]) if shape[-1] == 3 and shape[1] != 3 else (shape[2], shape[3])
+
+
+def _smoothing(value: Smoothing | int | None) -> Smoothing | None:
+    return value if value is None or isinstance(value, Smoothing) else Smoothing(value)
+
+
+def _checked(classifier: Classifier, grids: Any, labels: Any, n: int) -> tuple[Tensor, list[list[int]]]:
+    heads_of("gridpg", n)
+    height, width = classifier.preprocessing.size
+    wanted = f"uint8 [G, {n * height}, {n * width}, 3] or float [G, 3, {n * height}, {n * width}] in [0, 1]"
+    numbers = isinstance(grids, np.ndarray) and grids.dtype.kind in "fu"
+    images = torch.from_numpy(np.ascontiguousarray(grids)) if numbers else grids
+    if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2).float() / 255
+    fits = isinstance(images, Tensor) and images.is_floating_point() and images.shape[1:] == (3, n * height, n * width) and len(images)
+    if not fits or not bool(((images >= 0) & (images <= 1)).all()):
+        raise UserError(f"grids are {describe(grids)}: expected {wanted} for {n} x {n} cells of {classifier.name}")
+    classes = _class_table(labels, (len(images), n * n))
+    if not bool(((classes >= 0) & (classes < classifier.num_classes)).all()):
+        found = f"{int(classes.min())} to {int(classes.max())}"
+        raise UserError(f"labels run from {found}: {classifier.name} has classes 0 to {classifier.num_classes - 1}")
+    return images.float().cpu(), classes.tolist()
+
+
+def _class_table(labels: Any, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    except ValueError:  # rows of different lengths
+        classes = np.empty(0, dtype=object)
+    if classes.dtype.kind not in "iu" or classes.shape != shape:
+        received = describe(labels) if classes.dtype.kind == "O" else describe(classes)
+        raise UserError(f"labels are {received}: expected whole numbers {list(shape)}, the class of each cell")
+    return classes

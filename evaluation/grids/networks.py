@@ -1,0 +1,406 @@
+"""The three settings: a grid of images, and logits of which it is known what they can depend on.
+
+With f = head(pool(features(x))), X a grid of n x n images and X_c its cell c (Rao, Boehle & Schiele, CVPR 2022, section 3.1):
+
+GridPG   z   = head(pool(features(X)))             all heads see the whole grid
+DiFull   z_c = f(X_c)                              head c sees its own cell only
+DiPart   z_c = head(pool(features(X) in cell c))   head c sees its own cell of the final map, whose receptive fields cross the borders
+
+Under DiFull an attribution outside the head's cell is impossible, not just implausible. The classifier given is never altered: what
+is evaluated are new callables on its modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from attribution.baselines.layers import FeatureLayer
+from attribution.baselines.task import Task
+from attribution.classifier import Classifier, Preprocessing
+from attribution.errors import NotApplicable, UserError
+from attribution.image import make_fill
+from evaluation.grids.layers import Activation, Segment, at_grid, find_layer, grid_positions, last_growing_map, module_of, only_pools
+from evaluation.grids.resized import Resized, resized
+from evaluation.grids.scores import cell_slices
+
+Setting = Literal["gridpg", "difull", "dipart"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+_WINDOW_VALUES = 2**26  # floats of the windows of a sliding head held at once
+
+
+def heads_of(setting: str, n: int) -> tuple[int, ...]:
+    """The cells whose heads are evaluated: all under GridPG, the first and the last, which are farthest apart, otherwise.
+
+    Raises:
+        UserError: no such setting, or n out of range.
+    """
+    if setting not in SETTINGS:
+        raise UserError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise UserError(f"n is {n!r}: expected a whole number of at least 2 cells a side")
+    return tuple(range(n * n)) if setting == "gridpg" else (0, n * n - 1)
+
+
+class GridModel:
+    """A classifier that looks at n x n grids of images of its own size, explained at one layer.
+
+    Args:
+        classifier: of single images; left as it is.
+        n: cells a side.
+        layer: "input", "middle", "final" or the name of a module (see ``layers.find_layer``).
+
+    Attributes:
+        layer: the layer, at the size of a cell; None for the input.
+        size: (h, w) of a grid in pixels.
+        structures: what methods found out about the network under each setting (``Task.structure``).
+
+    Raises:
+        NotApplicable: no such layer can be cut out of the model.
+    """
+
+    def __init__(self, classifier: Classifier, n: int = 2, layer: str = "final") -> None:
+        heads_of("gridpg", n)
+        self.classifier, self.n = classifier, n
+        self.layer = find_layer(classifier, layer)
+        height, width = classifier.preprocessing.size
+        self.size = (n * height, n * width)
+        self.cells = at_size(classifier, (height, width), classifier.module)
+        self.structures: dict[tuple[str, bool], dict[Any, Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"GridModel({self.classifier.name}, {self.n} x {self.n}, {'input' if self.layer is None else self.layer.name})"
+
+    @cached_property
+    def _resized(self) -> Resized:
+        return resized(module_of(self.classifier), self.classifier.preprocessing.size, self.size)
+
+    @cached_property
+    def whole(self) -> Classifier:
+        """The classifier at the size of a grid.
+
+        Raises:
+            NotApplicable: it takes no images of that size.
+        """
+        return at_size(self.classifier, self.size, self._resized.module)
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether position embeddings were interpolated for grids: the model then works off its distribution."""
+        return self._resized.interpolated
+
+    @cached_property
+    def pooled_layer(self) -> FeatureLayer:
+        """The last layer whose map grows with the image, at the size of a cell."""
+        return last_growing_map(self.cells, self.whole)
+
+    @cached_property
+    def head_pools(self) -> bool:
+        """Whether the head averages over the final map, so that it takes a grid as it is; otherwise it slides over the map."""
+        return only_pools(self.cells, self.whole, self.pooled_layer, self.n)
+
+    def require(self, setting: str) -> None:
+        """Check that a setting is defined for the model, before anything is computed.
+
+        Raises:
+            NotApplicable: it is not, with the reason.
+        """
+        heads_of(setting, self.n)
+        if setting == "difull":
+            return
+        name, pools = self.classifier.name, self.head_pools
+        if self.layer is not None and not self._grows(self.layer):
+            raise NotApplicable(f"the map of {self.layer.name!r} of {name} does not grow with the image: choose a layer before, or difull")
+        if pools or self.pooled_layer.kind == "nchw":
+            return
+        if setting == "dipart":
+            raise NotApplicable(
+                f"dipart is not defined for {name}: its head reads more than the mean over the positions of its final map "
+                "(a class token, say), so that no part of the map can be cut out for it; use gridpg or difull"
+            )
+        if "" not in self._positions:
+            raise NotApplicable(f"gridpg is not defined for {name}: it fails on a grid after {self.pooled_layer.name!r}; use difull")
+
+    def defines(self, setting: str) -> bool:
+        """Whether ``require`` lets a setting pass."""
+        try:
+            self.require(setting)
+        except NotApplicable:
+            return False
+        return True
+
+    def through(self, setting: str, cell: int) -> Callable[[Activation], Tensor]:
+        """Logits [n, classes] of a head from the explained activation (of the grid; of one cell under DiFull)."""
+        if setting == "difull":
+            segment = self._segment("cell", None)
+            return lambda given: segment(given).maps
+        if setting == "gridpg" and (self.head_pools or self.pooled_layer.kind != "nchw"):
+            segment = self._segment("grid", None)
+            return lambda given: segment(given).maps
+        features, head = self._segment("grid", self.pooled_layer), self._head
+        if setting == "gridpg":
+            return lambda given: _sliding(features(given).maps, self.pooled_layer.grid, lambda maps: head(Activation(maps)).maps)
+
+        def of_cell(given: Activation) -> Tensor:
+            final = features(given)
+            rows, columns = cell_slices(cell, self.n, *final.maps.shape[-2:])
+            return head(Activation(final.maps[..., rows, columns], final.output)).maps
+
+        return of_cell
+
+    def together(self, cells: Sequence[int]) -> Callable[[Activation], Tensor]:
+        """Logits [n, 1 + len(cells), classes] of GridPG's head and of those of DiPart from one pass over the grid."""
+        features = self._segment("grid", self.pooled_layer)
+        whole = self._whole_head if self.head_pools else None
+
+        def both(given: Activation) -> Tensor:
+            final = features(given)
+            if whole is not None:
+                found = [whole(final).maps]
+            else:
+                found = [_sliding(final.maps, self.pooled_layer.grid, lambda maps: self._head(Activation(maps)).maps)]
+            for cell in cells:
+                rows, columns = cell_slices(cell, self.n, *final.maps.shape[-2:])
+                found.append(self._head(Activation(final.maps[..., rows, columns], final.output)).maps)
+            return torch.stack(found, dim=1)
+
+        return both
+
+    def activation(self, setting: str, inputs: Tensor) -> Activation:
+        """What is explained: the layer's output for the whole grid [1, C, h, w]; under DiFull for its cells [n n, C, h, w]."""
+        alone = setting == "difull"
+        given = Activation(split_cells(inputs, self.n) if alone else inputs)
+        if self.layer is None:
+            return given
+        with torch.no_grad():
+            return Segment(self.cells, None, self.layer)(given) if alone else Segment(self.whole, None, self._at_grid(self.layer))(given)
+
+    @cached_property
+    def _head(self) -> Segment:
+        return Segment(self.cells, self.pooled_layer)
+
+    @cached_property
+    def _whole_head(self) -> Segment:
+        return Segment(self.whole, self._at_grid(self.pooled_layer))
+
+    @cached_property
+    def _segments(self) -> dict[tuple[str, str | None], Segment]:
+        return {}
+
+    def _segment(self, size: Literal["cell", "grid"], stop: FeatureLayer | None) -> Segment:
+        """From the explained layer to another or to the logits, made once."""
+        key = (size, None if stop is None else stop.name)
+        if key not in self._segments:
+            at_cell = size == "cell"
+            start, end = (self.layer, stop) if at_cell else (self._at_grid(self.layer), self._at_grid(stop))
+            self._segments[key] = Segment(self.cells if at_cell else self.whole, start, end)
+        return self._segments[key]
+
+    @cached_property
+    def _positions(self) -> dict[str, dict[str, int]]:
+        return grid_positions(self.whole)
+
+    def _grows(self, layer: FeatureLayer) -> bool:
+        found = self._positions.get(layer.name, {}).get(layer.kind, 0) - layer.prefix
+        return found == self.n**2 * math.prod(layer.grid)
+
+    def _at_grid(self, layer: FeatureLayer | None) -> FeatureLayer | None:
+        return None if layer is None else at_grid(layer, self.whole, self.n)
+
+
+class Head(nn.Module):
+    """One head of a setting as a module from the explained maps [n, C, h, w] to logits [n, classes].
+
+    Attributes:
+        network: the classifier's module, for methods that look inside.
+        explained: passes the maps on; class activation maps take it as their layer.
+    """
+
+    explained: nn.Identity
+
+    def __init__(self, network: nn.Module, logits: Callable[[Tensor], Tensor], remembered: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        vars(self)["explained"] = nn.Identity()  # no submodule, for which methods that know kinds of layers would need a rule
+        self._logits, self._remembered = logits, remembered
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.explained(maps)
+        return self._logits(maps) if torch.is_grad_enabled() and maps.requires_grad else self._remembered(maps)
+
+
+class GridView:
+    """One grid under one ``GridModel``: what attribution methods are given, head by head.
+
+    Logits that a method asks for without gradients are remembered, since most perturbation methods ask for the same masked maps
+    once for every head, and masks that do not touch a cell leave it as it was.
+
+    Args:
+        model: classifier, n and layer.
+        grid: float32 [3, n h, n w] in [0, 1].
+        settings: that will be asked for; GridPG and DiPart then share their passes.
+
+    Attributes:
+        partitions: label maps of the grid at the layer, by how they were made; methods on regions share them.
+    """
+
+    def __init__(self, model: GridModel, grid: Tensor, settings: Sequence[str] = SETTINGS) -> None:
+        self.model, self.grid, self.settings = model, grid, tuple(settings)
+        way = model.classifier.preprocessing
+        self.preprocessing = Preprocessing(model.size, way.mean, way.std)
+        self.inputs = self.preprocessing(grid[None].to(model.classifier.device))
+        self.partitions: dict[str, Tensor] = {}
+        self._activations: dict[bool, Activation] = {}
+        self._memos: dict[int | None, Memo] = {}
+
+    def activation(self, setting: str) -> Activation:
+        """See ``GridModel.activation``; computed once."""
+        alone = setting == "difull"
+        if alone not in self._activations:
+            self._activations[alone] = self.model.activation(setting, self.inputs)
+        return self._activations[alone]
+
+    def maps(self, setting: str) -> Tensor:
+        """The explained maps of the whole grid, [1, C, h, w]; under DiFull those of the cells side by side."""
+        maps = self.activation(setting).maps
+        return join_cells(maps, self.model.n) if setting == "difull" else maps
+
+    def task(self, setting: str, cell: int, target: int, seed: int = 0, alone: bool = False, inside: bool = False) -> Task:
+        """What a method is given to explain a head.
+
+        Args:
+            setting: see the module.
+            cell: of the head.
+            target: class index.
+            seed: of methods that draw.
+            alone: under DiFull, the cell without the rest of the grid, on which nothing of its head depends.
+            inside: the method looks at the modules while they run, so that nothing may be answered from memory.
+        """
+        given = self.activation(setting)
+        maps = given.maps[cell : cell + 1] if alone else self.maps(setting)
+        network = (self.model.classifier if setting == "difull" else self.model.whole).module
+        logits = self._logits(setting, cell, alone)
+        remembered = logits if inside else self._remembered(setting, cell, alone)
+        head = Head(network, logits, remembered) if isinstance(network, nn.Module) else remembered
+        classifier = self._classifier(head, maps)
+        image, fill = maps[0].cpu(), torch.zeros_like(maps[0]).cpu()
+        if self.model.layer is None:
+            image = split_cells(self.grid[None], self.model.n)[cell] if alone else self.grid
+            fill = make_fill(image, self.model.classifier.preprocessing.mean)
+        structure = self.model.structures.setdefault((setting, alone), {})
+        return Task(classifier, image, fill, target, maps, torch.zeros_like(maps), seed, structure)
+
+    def explained_layer(self, task: Task) -> FeatureLayer:
+        """The explained maps as a layer, for class activation maps."""
+        head = task.module
+        assert isinstance(head, Head)
+        return FeatureLayer("explained", head.explained, "nchw", task.size)
+
+    def _classifier(self, head: Head | Callable[[Tensor], Tensor], maps: Tensor) -> Classifier:
+        """A classifier of maps; at the input, of images."""
+        cell, layer, size = self.model.classifier, self.model.layer, (maps.shape[2], maps.shape[3])
+        name = cell.name if layer is None else f"{cell.name} after {layer.name}"
+        made = Classifier(head, size=size, class_names=cell.class_names, scores="logits", name=name)
+        rows = cell.batch_size if size == cell.preprocessing.size else max(1, cell.batch_size // self.model.n**2)
+        made.batch_size = rows
+        channels = maps.shape[1]
+        plain = Preprocessing(size, (0.0,) * channels, (1.0,) * channels)
+        made.preprocessing = plain if layer is not None else replace(self.preprocessing, size=size)
+        vars(made)["_probe"] = (cell.num_classes, False)  # known, and a probe would ask for images
+        return made
+
+    def _logits(self, setting: str, cell: int, alone: bool) -> Callable[[Tensor], Tensor]:
+        given, through = self.activation(setting), self.model.through(setting, cell)
+        output = given.output
+        if setting == "difull" and output is not None:
+            output = output[cell : cell + 1]
+        if alone or setting != "difull":
+            return lambda maps: through(Activation(maps, output))
+        rows, columns = cell_slices(cell, self.model.n, *self.maps(setting).shape[-2:])
+        return lambda maps: through(Activation(maps[..., rows, columns], output))
+
+    def _remembered(self, setting: str, cell: int, alone: bool) -> Callable[[Tensor], Tensor]:
+        if setting == "difull":
+            logits = self._logits(setting, cell, alone=True)
+            memo = self._memos.setdefault(cell, Memo(lambda maps: logits(maps)[:, None]))
+            rows, columns = cell_slices(cell, self.model.n, *self.maps(setting).shape[-2:])
+            return lambda maps: memo(maps if alone else maps[..., rows, columns])[:, 0]
+        if not {"gridpg", "dipart"} <= set(self.settings) or not self.model.defines("dipart"):
+            logits = self._logits(setting, cell, alone=False)
+            if setting == "dipart":
+                memo = self._memos.setdefault(-1 - cell, Memo(lambda maps: logits(maps)[:, None]))
+            else:
+                memo = self._memos.setdefault(None, Memo(lambda maps: logits(maps)[:, None]))
+            return lambda maps: memo(maps)[:, 0]
+        cells, output = heads_of("dipart", self.model.n), self.activation(setting).output
+        together = self.model.together(cells)
+        memo = self._memos.setdefault(None, Memo(lambda maps: together(Activation(maps, output))))
+        place = 0 if setting == "gridpg" else 1 + cells.index(cell)
+        return lambda maps: memo(maps)[:, place]
+
+
+class Memo:
+    """A function of rows that computes each distinct row once: [n, ...] -> [n, ...]."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        keys = [(first, second) for first, second in fingerprints(rows).tolist()]
+        new = {key: index for index, key in enumerate(keys) if key not in self._known}
+        if new:
+            with torch.no_grad():
+                found = self.function(rows[list(new.values())])
+            self._known.update(zip(new, found, strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+
+def fingerprints(rows: Tensor) -> Tensor:
+    """Two 64-bit hashes of the bits of each row, int64 [n, 2]: sums of 32-bit words times fixed random odd numbers, modulo 2^64."""
+    words = rows.detach().float().contiguous().flatten(1).view(torch.int32).long()
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=generator).to(words.device) * 2 + 1
+    return torch.stack([(words * factor).sum(dim=1) for factor in factors], dim=1)
+
+
+def at_size(classifier: Classifier, size: tuple[int, int], module: nn.Module | Callable[[Tensor], Tensor]) -> Classifier:
+    """The same classifier for images of another size, as it is for one resized network."""
+    classifier._probe  # noqa: B018  is known from images of its own size, before a head of fixed size meets others
+    made = copy.copy(classifier)
+    if module is not classifier.module:
+        vars(made).pop("_heads", None)
+    made.module = module
+    made.preprocessing = replace(classifier.preprocessing, size=size, resize="squash", resized=None)
+    base = getattr(classifier, "_base", None)
+    if base is not None:
+        made._base = at_size(base, size, module)  # type: ignore[attr-defined]
+    return made
+
+
+def split_cells(grids: Tensor, n: int) -> Tensor:
+    """[1, C, n h, n w] -> its cells row by row, [n n, C, h, w]."""
+    rows, columns = grids.shape[-2] // n, grids.shape[-1] // n
+    return grids[0].unflatten(1, (n, rows)).unflatten(3, (n, columns)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def join_cells(cells: Tensor, n: int) -> Tensor:
+    """The inverse: [n n, C, h, w] -> [1, C, n h, n w]."""
+    return cells.unflatten(0, (n, n)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[None]
+
+
+def _sliding(maps: Tensor, window: tuple[int, int], head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits of a head of fixed size, slid over larger maps with stride 1 and averaged (what its layers do as convolutions)."""
+    height, width = window
+    windows = maps.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+    count = windows.shape[1] * windows.shape[2]
+    step = max(1, _WINDOW_VALUES // (maps.shape[1] * height * width * count))
+    found = [head(part.flatten(0, 2)).unflatten(0, (len(part), count)).mean(dim=1) for part in windows.split(step)]
+    return torch.cat(found)
