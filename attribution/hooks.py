@@ -97,17 +97,21 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
     """Run the block with submodules, by name, replaced by stand-ins that return given values in their first calls.
 
     Later calls reach the module itself. What is replaced is looked up when the block starts, so that a method that has put other
-    modules in their place finds those again afterwards; hooks on a module do not fire where its stand-in answers.
+    modules in their place finds those again afterwards; a module that is registered in several places is replaced in all. Hooks on
+    a module do not fire where its stand-in answers.
     """
-    before: list[tuple[dict[str, Any], str, nn.Module]] = []
+    originals = {name: module.get_submodule(name) for name in values}
+    places: dict[nn.Module | None, list[tuple[dict[str, nn.Module | None], str]]] = {}
+    for parent in module.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(child, []).append((parent._modules, key))
+    before: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
     try:
         for name, returned in values.items():
-            parent, _, key = name.rpartition(".")
-            children = module.get_submodule(parent)._modules
-            original = children[key]
-            assert original is not None
-            before.append((children, key, original))
-            children[key] = _StandIn(original, returned)
+            standing = _StandIn(originals[name], returned)
+            for children, key in places[originals[name]]:
+                before.append((children, key, originals[name]))
+                children[key] = standing
         yield
     finally:
         for children, key, original in reversed(before):

@@ -19,7 +19,6 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution import __version__
 from attribution.baselines import attribute
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
@@ -32,7 +31,8 @@ from attribution.regions import Regions, make_regions
 from evaluation.attempts import Broken, attempted
 from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset, Sample
-from evaluation.grids.runner import GridRunner
+from evaluation.grids.runner import GridRunner, identity_of
+from evaluation.grids.workers import judge_side_by_side
 from evaluation.metrics import METRICS, Case, Measure
 from evaluation.perturbation import Curves, Protocol
 from evaluation.records import RecordLog, digest_of, open_log
@@ -76,12 +76,14 @@ class _Run:
             grids.choose(map(self._classifier, settings.models), lambda done, total: self._report(done, total, "confidence of images"))
             assert grids.grid_set is not None
             self.total += settings.run_count() * len(grids.grid_set) * len(settings.layers) * len(settings.models)
+            if settings.workers > 1:
+                self._work_on_grids()
         for model, name in zip(settings.models, settings.model_names, strict=True):
             classifier = self._classifier(model)
             size, names, digest = classifier.preprocessing.size, classifier.class_names, classifier.weights_digest
             models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names)}
             dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=names)
-            identity = digest_of([name, digest, repr(classifier.preprocessing), list(names), __version__])
+            identity = identity_of(classifier, name)
             chosen = list(self._choose(classifier, dataset)) if settings.measured() else []
             samples[name] = tuple(dataset.ids[index] for index, _ in chosen)
             if len(samples) == 1:
@@ -103,6 +105,16 @@ class _Run:
             tuple(grids.maps),
             grids.models,
         )
+
+    def _work_on_grids(self) -> None:
+        """Let several processes do what is missing on grids."""
+        settings, before = self.settings, len(self.log.records)
+
+        def report(records: int) -> None:
+            done = (before + records) // max(1, len(settings.grid_settings))
+            self._report(min(done, self.total), self.total, f"{settings.workers} workers on grids")
+
+        judge_side_by_side(settings, self.out, self.log, report)
 
     def _classifier(self, model: str | Classifier) -> Classifier:
         settings = self.settings

@@ -153,6 +153,7 @@ class BenchmarkSettings:
         confidence: least confidence of every model in the label of every image of a grid.
         repeat_corners: whether the last cell of a grid shows the class of the first.
         root, split: of a recipe.
+        workers: so many processes judge grids side by side, on a CPU with many small maps.
         checkpoint, device, batch_size, max_side: see ``load_classifier`` and ``explain``.
     """
 
@@ -178,6 +179,7 @@ class BenchmarkSettings:
     cells: int = 2
     confidence: float = 0.99
     repeat_corners: bool = False
+    workers: int = 1
     root: str | None = None
     split: str = "test"
     checkpoint: str | None = None
@@ -207,7 +209,7 @@ class BenchmarkSettings:
             raise UserError(f"a layer was named twice among {', '.join(self.layers)}: give each once")
         if not 0 < self.confidence <= 1:
             raise UserError(f"confidence is {self.confidence!r}: expected a probability above 0, at most 1")
-        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8), ("grids", 1), ("cells", 2)):
+        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8), ("grids", 1), ("cells", 2), ("workers", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
@@ -265,7 +267,7 @@ class BenchmarkSettings:
 
     def plain(self) -> dict[str, Any]:
         """As JSON, without what changes no number (device, batch size) and without the place of the data."""
-        left_out = ("device", "batch_size", "root", "methods", "models", "data", "checkpoint")
+        left_out = ("device", "batch_size", "workers", "root", "methods", "models", "data", "checkpoint")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         methods = [{"label": m.label, "method": m.method, "preset": m.preset, "options": m.plain_options()} for m in self.methods]
         return plain_settings(

@@ -81,6 +81,73 @@ def test_occlusion_of_a_linear_model(side: int, data: st.DataObject) -> None:
     assert torch.allclose(found, expected, atol=1e-4 * max(1, float(expected.abs().max())))
 
 
+def windows_across(side: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """First and last position of each window along an axis as Rao et al. place them, those that lie outside left out."""
+    found = []
+    for index in range(side // stride + window // stride - 1):
+        if window % 2 == 0:
+            first = (index - (window // stride - 1)) * stride
+            last = first + window - 1
+        else:
+            first, last = index * stride - (window - 1) // 2, index * stride + (window - 1) // 2
+        if last >= 0 and first < side:
+            found.append((max(first, 0), min(last, side - 1)))
+    return found
+
+
+def occlusion_across(score: Any, inputs: Tensor, window: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The sum over windows of drop / area on the positions of the window, and how many windows cover each."""
+    height, width = inputs.shape[-2:]
+    total, covered = torch.zeros(height, width), torch.zeros(height, width)
+    full = float(score(inputs))
+    for top, bottom in windows_across(height, window, stride):
+        for left, right in windows_across(width, window, stride):
+            hidden = inputs.clone()
+            hidden[:, :, top : bottom + 1, left : right + 1] = 0
+            area = (bottom - top + 1) * (right - left + 1)
+            total[top : bottom + 1, left : right + 1] += (full - float(score(hidden))) / area
+            covered[top : bottom + 1, left : right + 1] += 1
+    return total, covered
+
+
+@given(height=st.integers(5, 13), width=st.integers(5, 13), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_occlusion_across_the_border(height: int, width: int, data: st.DataObject) -> None:
+    """Even and odd windows, every stride up to the window, sides that the stride does not divide."""
+    window = data.draw(st.integers(1, min(height, width)))
+    stride = data.draw(st.integers(1, window))
+    weight = torch.randn(3, height, width, generator=torch.Generator().manual_seed(height * width))
+    size = (height, width)
+    used = at.Classifier(lambda x: torch.stack([(x * weight).sum((1, 2, 3)).square(), x.sum((1, 2, 3))], 1), size=size, scores="logits")
+    image = photo(height, 1, width)
+    total, covered = occlusion_across(lambda x: used.logits(x)[0, 0].double(), used.inputs(image), window, stride)
+    options = {"window": window, "stride": stride, "border": "across", "fill": "black", "batch_size": 5}
+    found = {overlap: attribute(image, used, "occlusion", 0, overlap=overlap, **options).pixel_map for overlap in ("sum", "mean")}
+    scale = 1e-4 * float(total.abs().max().clamp(min=1e-3))
+    assert torch.allclose(found["sum"], total, atol=scale)
+    assert torch.allclose(found["mean"], total / covered.clamp(min=1), atol=scale)
+
+
+def test_occlusion_across_the_border_of_a_linear_model() -> None:
+    """Pixels that add 1 each: every window drops by its area, so that the sum counts the windows and the mean is 1 everywhere."""
+    used, _ = linear(8)
+    used.module[1].weight.data[1] = 1 / 3
+    counts = {(4, 2): [2] * 8, (6, 2): [3] * 8, (5, 2): [2, 2, 3, 2, 3, 2, 3, 2], (3, 1): [2] + [3] * 7, (8, 8): [1] * 8, (1, 1): [1] * 8}
+    for (window, stride), expected in counts.items():
+        options = {"window": window, "stride": stride, "border": "across", "fill": "black"}
+        each = torch.tensor(expected, dtype=torch.float32)
+        total = attribute(torch.ones(3, 8, 8), used, "occlusion", 1, overlap="sum", **options).pixel_map
+        assert torch.allclose(total, each[:, None] * each, atol=1e-4), (window, stride)
+        mean = attribute(torch.ones(3, 8, 8), used, "occlusion", 1, overlap="mean", **options).pixel_map
+        assert torch.allclose(mean, torch.ones(8, 8), atol=1e-4), (window, stride)
+
+
+def test_unknown_border() -> None:
+    used, _ = linear(8)
+    with pytest.raises(at.UserError, match="border"):
+        attribute(photo(8), used, "occlusion", 1, border="outside")
+
+
 @pytest.mark.parametrize("method", ["feature_ablation", "shapley_value_sampling", "kernel_shap"])
 def test_contributions_of_a_linear_classifier(method: str, problem: tuple[at.Classifier, Tensor, Tensor]) -> None:
     used, image, contributions = problem

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attribution as at
 from attribution.baselines import METHOD_PRESETS, METHODS, attribute
+from attribution.baselines.smoothing import Smoothing, smoothed
 from attribution.baselines.task import over_channels, seeded
 
 CELLS = {"regions": "grid", "region_options": {"count": 6}}
@@ -412,3 +413,17 @@ def test_a_wrapped_transformer_is_still_a_transformer() -> None:
     found = attribute(photo(16), classifier(pooled), "attention_rollout").pixel_map
     wrapped = attribute(photo(16), classifier(nn.Sequential(nn.Identity(), pooled)), "attention_rollout").pixel_map
     assert torch.equal(found, wrapped)
+
+
+def test_smoothing_follows_the_method(cnn: at.Classifier, cat: Tensor) -> None:
+    """The kernel counts pixels of the model input, so it grows with the photo."""
+    plain = attribute(cat, cnn, "input_x_gradient").pixel_map
+    smooth = attribute(cat, cnn, "input_x_gradient", smoothing={"kernel": 5, "sigma": 2.0})
+    scale = cat.shape[2] / 32
+    assert torch.equal(smooth.pixel_map, smoothed(plain, Smoothing(5, 2.0), scale))
+    assert smooth.provenance["settings"]["smoothing"] == {"kernel": 5, "sigma": 2.0, "padding": "reflect"}
+    assert smooth.pixel_map.std() < 0.8 * plain.std()
+    with pytest.raises(at.UserError, match="kernel of a smoothing is 4"):
+        attribute(cat, cnn, "input_x_gradient", smoothing=4)
+    with pytest.raises(at.UserError, match="a smoothing has no size"):
+        attribute(cat, cnn, "input_x_gradient", smoothing={"size": 4})

@@ -8,7 +8,7 @@ import torch
 from networks import photo, vgg
 from torch import Tensor, nn
 
-from attribution.hooks import edited_outputs, one_module_a_call, record_outputs, replaced_forwards
+from attribution.hooks import edited_outputs, one_module_a_call, record_outputs, replaced_forwards, stand_ins, stopped_after
 
 
 class Stop(RuntimeError):
@@ -62,6 +62,8 @@ def test_every_hook_is_gone(raises: bool) -> None:
         edited_outputs(module.first, lambda y: y * 2),
         replaced_forwards({module.second: lambda y: y * 3, module.relu: torch.sigmoid}),
         one_module_a_call(module, (nn.ReLU,), lambda: module(x)),
+        stand_ins(module, {"first": [x], "relu": [x, x]}),
+        stopped_after(module.second),
     ):
         try:
             with block:
@@ -139,3 +141,127 @@ def test_one_module_a_call_leaves_the_weights_alone() -> None:
     weights = copy.deepcopy(module.state_dict())
     with one_module_a_call(module, (nn.ReLU,), lambda: module(torch.ones(1, 4))):
         assert module.state_dict().keys() == weights.keys()
+
+
+def test_stand_ins_answer_in_the_first_calls() -> None:
+    """Two values for the ReLU's first two calls, one of them at its other place; its third call is its own."""
+    module, x = Shared(), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    one, two = torch.full((2, 4), 3.0), torch.full((2, 4), -5.0)
+    before = traces(module)
+    fired: list[nn.Module] = []
+    handles = [m.register_forward_hook(lambda m, _a, _o: fired.append(m)) for m in (module.relu, module.first, module.second, module.third)]
+    with stand_ins(module, {"first": [one], "relu": [one, two]}):
+        assert module.relu is module.block[1]
+        found = module(x)
+    assert fired == [module.second, module.third, module.relu]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(found, module.third(two).relu())
+    assert traces(module) == before
+
+
+def test_later_calls_reach_the_module() -> None:
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 4)
+    given = torch.full((1, 4), 2.0)
+    with stand_ins(module, {"0": [given]}):
+        first, second = module(x), module(x)
+    assert torch.equal(first, module[2](given)) and torch.equal(second, module(x))
+
+
+def test_stand_ins_of_inner_modules_and_of_what_is_around_them() -> None:
+    """The outer one answers while it has values; the inner one stands in the module behind it."""
+    module, x = Shared(), torch.ones(1, 4)
+    given, inner = torch.full((1, 4), 0.5), torch.full((1, 4), 0.25)
+    second, block = module.second, module.block
+    with stand_ins(module, {"block.0": [inner], "block": [given]}):
+        assert module.block is not block and module.block.original is block
+        assert torch.equal(module(x), module.relu(module.third(given)))
+        assert torch.equal(module(x), module.relu(module.third(inner)))
+    assert module.block is block and module.block[0] is second is module.second
+
+
+def test_stand_ins_are_the_module_for_whoever_reads_it() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4))
+    with stand_ins(module, {"0": [torch.zeros(1)]}):
+        assert module[0].stride == (2, 2) and module[0].out_channels == 4
+        assert module[0].weight.shape == (4, 3, 3, 3)
+        with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+            _ = module[0].nothing_of_the_kind
+
+
+def test_stand_ins_of_a_module_that_is_not_there_change_nothing() -> None:
+    module = Shared()
+    before = traces(module)
+    with pytest.raises(AttributeError), stand_ins(module, {"first": [torch.ones(1, 4)], "nowhere.first": [torch.ones(1, 4)]}):
+        pass
+    with pytest.raises(AttributeError), stand_ins(module, {"first": [torch.ones(1, 4)], "nowhere": [torch.ones(1, 4)]}):
+        pass
+    assert traces(module) == before
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_stand_ins_within_one_module_a_call(raises: bool) -> None:
+    """A stand-in replaces the copies of a ReLU and puts these back, not the ReLU."""
+    module, x = Shared(), torch.ones(1, 4)
+    before, relu, expected = traces(module), module.relu, module(x)
+    with one_module_a_call(module, (nn.ReLU,), lambda: module(x)):
+        copies = module.relu
+        assert copies is not relu
+        try:
+            with stand_ins(module, {"relu": [torch.full((1, 4), 2.0)]}):
+                assert module.relu.original is copies
+                found = module(x)
+                if raises:
+                    raise Stop
+        except Stop:
+            pass
+        assert module.relu is copies is module.block[1]
+        assert torch.equal(module(x), expected)
+    assert traces(module) == before and module.relu is relu
+    # relu(first) answered with 2; the last call is a copy's
+    assert torch.equal(found, relu(module.third(module.block(torch.full((1, 4), 2.0)))))
+
+
+def test_stopped_after() -> None:
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 4)
+    later: list[int] = []
+    handle = module[2].register_forward_pre_hook(lambda _m, _a: later.append(1))
+    with stopped_after(module[1]) as found:
+        module(x)
+        raise AssertionError("what follows must not run")
+    assert len(found) == 1 and torch.equal(found[0], module[1](module[0](x)))
+    assert not later
+    handle.remove()
+
+
+def test_stopped_after_keeps_the_graph() -> None:
+    module, x = vgg(), photo(16)[None].requires_grad_()
+    with stopped_after(module[3]) as found:
+        module(x)
+    (gradient,) = torch.autograd.grad(found[0].square().sum(), x)
+    (expected,) = torch.autograd.grad(module[:4](x).square().sum(), x)
+    assert torch.equal(gradient, expected)
+
+
+def test_stopped_after_a_module_that_is_never_called() -> None:
+    module = nn.Sequential(nn.Linear(4, 2))
+    with stopped_after(nn.ReLU()) as found:
+        result = module(torch.ones(1, 4))
+    assert found == [] and torch.equal(result, module(torch.ones(1, 4)))
+
+
+def test_stopped_after_lets_other_errors_pass() -> None:
+    module = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    with pytest.raises(RuntimeError, match="mat1"), stopped_after(module[1]):
+        module(torch.ones(1, 3))
+    assert not module[1]._forward_hooks
+
+
+def test_stopped_after_a_stand_in() -> None:
+    """What a network does between two of its layers: what came before answers, what follows is not run."""
+    module, x = vgg(), photo(16)[None]
+    given = torch.rand(2, 6, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = module[3](module[2](given))
+    with stand_ins(module, {"0": [torch.zeros(2, 6, 16, 16)], "1": [given]}), stopped_after(module.get_submodule("3")) as found:
+        module(x)
+    assert torch.equal(found[0], expected)

@@ -86,7 +86,7 @@ def _occlusion_across(task: Task, window: int, stride: int, overlap: str, output
         drops = (full - score(task.blend(1 - hidden[:, None].to(task.inputs)))).double()
         total += torch.einsum("n,nhw->hw", drops / hidden.sum(dim=(1, 2)), hidden)
         covered += hidden.sum(dim=0)
-    return (total / covered if overlap == "mean" else total).float()
+    return (total / covered.clamp(min=1) if overlap == "mean" else total).float()  # a rest that no window reaches keeps 0
 
 
 def _window_ends(side: int, window: int, stride: int) -> list[tuple[int, int]]:

@@ -105,6 +105,10 @@ def benchmark(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Most images in memory at once; changes no number.", show_default=False)
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many processes judge grids side by side; changes no number. Default: 1.", show_default=False),
+    ] = None,
     list_names: Annotated[bool, typer.Option("--list", help="Show methods, presets, metrics and protocols, and stop.")] = False,
 ) -> None:
     """Judge attribution methods by how faithful they are to a model, on a data set.
@@ -164,6 +168,7 @@ def benchmark(
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "device": device,
         "batch_size": batch_size,
+        "workers": workers,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = make_settings({"data": "photos", **overrides}, "the command") if config is None else read_settings(config, overrides)

@@ -104,6 +104,7 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
         figure = Figure(
             figsize=(2.9 + (side + 0.1) * columns, 1.0 + (side * height / width + 0.3) * len(aggregates)), layout="constrained", dpi=130
         )
+        figure.get_layout_engine().set(w_pad=0.08)  # type: ignore[union-attr,call-arg]
         axes = figure.subplots(len(aggregates), columns, squeeze=False)
         above: list[str] = []
         for row, (method, found) in zip(axes, aggregates.items(), strict=True):

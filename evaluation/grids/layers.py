@@ -54,7 +54,7 @@ class Segment:
         probe: of this classifier, where it is known already.
 
     Raises:
-        NotApplicable: the start is called more than once in a pass.
+        NotApplicable: the start is called more than once in a pass, or after the stop.
     """
 
     def __init__(
@@ -64,7 +64,12 @@ class Segment:
             _settle(classifier)
         self.classifier = _in_one_batch(classifier)
         self.start, self.stop = start, stop
-        self._before: dict[str, list[_Value]] = {} if start is None else (probe or Probe(self.classifier)).values_before(start.name)
+        self._before: dict[str, list[_Value]] = {}
+        if start is not None:
+            probe = probe or Probe(self.classifier)
+            self._before = probe.values_before(start.name)
+            if stop is not None and probe.end_of(stop.name) < probe.end_of(start.name):
+                raise NotApplicable(f"layer {stop.name!r} of {classifier.name} does not come after {start.name!r}")
 
     def __call__(self, given: Activation) -> Activation:
         """From the output of the start to that of the stop; gradients flow where the maps require them."""
@@ -78,19 +83,17 @@ class Segment:
             grad = torch.set_grad_enabled(torch.is_grad_enabled() and given.maps.requires_grad)
             with evaluation_mode(module), grad, stopped_after(module.get_submodule(self.stop.name)) as found:
                 module(images)
-        if not found:
-            before = "the input" if self.start is None else repr(self.start.name)
-            raise NotApplicable(f"layer {self.stop.name!r} of {self.classifier.name} does not come after {before}")
         return Activation(self.stop.to_map(found[0]), found[0])
 
     def _standing(self, given: Activation) -> tuple[Tensor, AbstractContextManager[Any]]:
         """Model inputs, and what answers for the modules before the start."""
         if self.start is None:
-            return given.maps, nullcontext()
+            return given.maps.contiguous(), nullcontext()
         maps = given.maps
         images = maps.new_zeros(1).requires_grad_(maps.requires_grad and torch.is_grad_enabled())
         images = images.expand(len(maps), *self.classifier.preprocessing.shape)
         output = self.start.from_map(maps, maps if given.output is None else given.output)
+        output = output.clone(memory_format=torch.contiguous_format)  # what follows may work in place, or view it
         values = {name: [value.of(len(maps)) for value in each] for name, each in self._before.items()}
         return images, stand_ins(module_of(self.classifier), {**values, self.start.name: [output]})
 
@@ -134,22 +137,26 @@ class Probe:
 
     def activation(self, layer: FeatureLayer) -> Activation:
         """What a layer returns for both images."""
-        self._end_of(layer.name)
+        self.end_of(layer.name)
         (output,) = [call.output for call in self.two if call.name == layer.name]
         return Activation(layer.to_map(output), output)
 
     def values_before(self, start: str) -> dict[str, list[_Value]]:
         """What the outermost modules return that end before the start does: module name -> its first calls."""
-        end = self._end_of(start)
+        end = self.end_of(start)
         found: dict[str, list[_Value]] = {}
         for call, double in zip(self.one, self.two, strict=True):
             inside = call.parent_stop is not None and call.parent_stop <= end
             if call.stop < end and not inside:
-                found.setdefault(call.name, []).append(_Value(call.output, double.output))
+                found.setdefault(call.name, []).append(_Value(call.output, double.output, call.edited))
         return found
 
-    def _end_of(self, layer: str) -> int:
-        """When the layer's only call ends."""
+    def end_of(self, layer: str) -> int:
+        """When the layer's only call ends, in events of the pass.
+
+        Raises:
+            NotApplicable: it is called more than once, or the network runs other modules for two images than for one.
+        """
         name = self.classifier.name
         ends = [call.stop for call in self.one if call.name == layer]
         if len(ends) != 1:
@@ -282,6 +289,14 @@ def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, 
     return _same_logits(tiled, probe.logits, probe) and _same_logits(mixed[0], mixed[1], probe)
 
 
+def only_averages(classifier: Classifier, layer: FeatureLayer) -> bool:
+    """Whether what follows a layer reads nothing of its map but the mean over the positions, at the size of a cell."""
+    probe = Probe(classifier)
+    given, rest = probe.activation(layer), Segment(classifier, layer, probe=probe)
+    flat = given.maps.mean(dim=(2, 3), keepdim=True).expand_as(given.maps)
+    return _same_logits(rest(Activation(flat, given.output)).maps, probe.logits, probe)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a module in a forward pass.
@@ -291,12 +306,14 @@ class Call:
         stop: when it ended, in events of the pass.
         parent_stop: when the call ended that it is part of; None where that never did, and for the whole module.
         output: what it returned.
+        edited: whether something other than a module changed that in place later in the pass.
     """
 
     name: str
     stop: int
     parent_stop: int | None
     output: Any
+    edited: bool
 
     @property
     def positions(self) -> dict[str, int]:
@@ -312,6 +329,7 @@ def trace(module: nn.Module, images: Tensor) -> list[Call]:
     names = {each: name for name, each in module.named_modules()}
     begun: list[tuple[str, int | None]] = []  # the module's name, and the call it is part of
     ended: dict[int, tuple[int, Any]] = {}
+    versions: dict[int, int] = {}  # of each output when the last module returned it: one that works in place returns what it got
     stack: list[int] = []
 
     def enter(called: nn.Module, _args: Any) -> None:
@@ -320,6 +338,8 @@ def trace(module: nn.Module, images: Tensor) -> list[Call]:
 
     def leave(_called: nn.Module, _args: Any, output: Any) -> None:
         ended[stack.pop()] = (len(ended), output)
+        if isinstance(output, Tensor):
+            versions[id(output)] = output._version
 
     handles = [each.register_forward_pre_hook(enter) for each in names] + [each.register_forward_hook(leave) for each in names]
     with removed_after(handles), torch.no_grad(), evaluation_mode(module):
@@ -331,20 +351,23 @@ def trace(module: nn.Module, images: Tensor) -> list[Call]:
     calls = []
     for place, (stop, output) in sorted(ended.items()):
         name, parent = begun[place]
-        calls.append(Call(name, stop, ended[parent][0] if parent in ended else None, output))
+        edited = isinstance(output, Tensor) and output._version > versions[id(output)]
+        calls.append(Call(name, stop, ended[parent][0] if parent in ended else None, output, edited))
     return calls
 
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """What a module returned for one image and for two."""
+    """What a module returned for one image and for two, and whether that was edited afterwards."""
 
     one: Any
     two: Any
+    edited: bool
 
     def of(self, count: int) -> Any:
         """What stands for its output for so many images."""
-        return _repeated(self.one, self.two, count)
+        found = _repeated(self.one, self.two, count)
+        return found.clone() if self.edited else found
 
 
 def _repeated(one: Any, two: Any, count: int) -> Any:

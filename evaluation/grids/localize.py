@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attribution.baselines import METHOD_PRESETS, METHODS, run_method
-from attribution.baselines.options import check_options
+from attribution.baselines.options import check_options, option_names
 from attribution.baselines.smoothing import Smoothing, smoothed
 from attribution.baselines.task import Task
 from attribution.classifier import Classifier
@@ -23,7 +23,7 @@ from attribution.explanation import Explanation
 from attribution.loading import load_classifier
 from attribution.masking import MaskedInputs
 from attribution.objective import ScoreWeights, SubmodularObjective
-from attribution.regions import Regions, make_regions
+from attribution.regions import REGIONS, Regions, make_regions
 from attribution.search import SEARCHES
 from evaluation.grids.networks import GridModel, GridView, heads_of, join_cells, split_cells
 from evaluation.grids.scores import cell_slices, localization_scores
@@ -62,6 +62,10 @@ class GridMethod:
             raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
         if self.method in METHODS:
             check_options(self.method, METHODS[self.method].function, self.options)
+            return
+        known = {"weights", "pending", "show", *option_names(SEARCHES[self.method])}
+        if unknown := sorted(set(self.options) - known):
+            raise UserError(f"{self.method} takes no option {', '.join(unknown)}: expected {', '.join(sorted(known))}")
 
     def settings(self, at_input: bool) -> dict[str, Any]:
         """The options at a layer, published ones first."""
@@ -140,21 +144,22 @@ def grid_maps(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The maps that ``grid_localization`` judges: float32 [G, heads, h', w'], signed, at the resolution of the layer."""
-    classifier = load_classifier(classifier)
-    images, classes = _checked(classifier, grids, labels, n)
-    spec = method if isinstance(method, GridMethod) else GridMethod(method)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - len(images):
-        raise UserError(f"seed is {seed!r}: expected a whole number of at least 0, less than 2**63 with the grids added")
-    heads = heads_of(setting, n)
-    model = GridModel(classifier, n, layer)
-    model.require(setting)
-    found = []
-    for index, (image, row) in enumerate(zip(images, classes, strict=True)):
-        view = GridView(model, image, (setting,))
-        found.append(torch.stack([head_map(view, setting, cell, row, spec, seed + index).values for cell in heads]))
-        if progress is not None:
-            progress(index + 1, len(images))
-    return torch.stack(found)
+    with torch.inference_mode(False):  # whatever the caller's mode: gradients are needed
+        classifier = load_classifier(classifier)
+        images, classes = _checked(classifier, grids, labels, n)
+        spec = method if isinstance(method, GridMethod) else GridMethod(method)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - len(images):
+            raise UserError(f"seed is {seed!r}: expected a whole number of at least 0, less than 2**63 with the grids added")
+        heads = heads_of(setting, n)
+        model = GridModel(classifier, n, layer)
+        model.require(setting)
+        found = []
+        for index, (image, row) in enumerate(zip(images, classes, strict=True)):
+            view = GridView(model, image, (setting,))
+            found.append(torch.stack([head_map(view, setting, cell, row, spec, seed + index).values for cell in heads]))
+            if progress is not None:
+                progress(index + 1, len(images))
+        return torch.stack(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,11 +192,11 @@ def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], sp
     alone = inside and setting == "difull"
     head = 0 if spec.compat and spec.method == "score_cam" and setting != "gridpg" else cell
     task = view.task(setting, head, int(classes[cell]), seed, alone, inside)
+    key = _key(setting, cell, head, classes[cell], seed, spec)
     if is_search:
-        values, evaluations = _searched(view, task, spec, cell)
+        values, evaluations = _searched(view, task, spec, cell, key)
     else:
-        values = _attributed(view, task, spec)
-        evaluations = task.evaluations
+        values, evaluations = view.once(key, lambda: (_attributed(view, task, spec), task.evaluations))
     if alone:
         rows, columns = cell_slices(cell, n, n * task.size[0], n * task.size[1])
         pasted = torch.zeros(n * task.size[0], n * task.size[1])
@@ -220,7 +225,7 @@ def _attributed(view: GridView, task: Task, spec: GridMethod) -> Tensor:
         return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no later map: the explained one
 
 
-def _searched(view: GridView, task: Task, spec: GridMethod, cell: int) -> tuple[Tensor, int]:
+def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str | None) -> tuple[Tensor, int]:
     """A map of the order that a region search finds over the explained maps, regions hidden by zero, and what it evaluated."""
     options = dict(spec.options)
     weights, pending = options.pop("weights", ScoreWeights()), options.pop("pending", 8)
@@ -229,26 +234,42 @@ def _searched(view: GridView, task: Task, spec: GridMethod, cell: int) -> tuple[
         raise UserError(f"show={shown!r}: expected 'gain', 'rank' or 'first'")
     labels = _labels(view, task, spec)
     masked = MaskedInputs(task.classifier, task.image, labels, task.fill)
-    objective = SubmodularObjective(task.classifier, masked, task.target, weights)
     if spec.method == "bidirectional":
         options["pending"] = pending
-    order = torch.as_tensor(SEARCHES[spec.method](objective, **options)).cpu().long()
+
+    def search() -> tuple[Tensor, int]:
+        objective = SubmodularObjective(task.classifier, masked, task.target, weights)
+        return torch.as_tensor(SEARCHES[spec.method](objective, **options)).cpu().long(), objective.evaluations
+
+    order, evaluations = view.once(key, search)
     if shown == "first":
         rows, columns = cell_slices(cell, view.model.n, *task.size)
         first = order[: len(labels[rows, columns].unique())]
-        return torch.isin(labels, first).float(), objective.evaluations
+        return torch.isin(labels, first).float(), evaluations
     insertion, deletion = prefix_probabilities(task.classifier, masked, order, task.target)
     probabilities = task.classifier.probabilities(task.inputs)[0].detach().cpu()
-    regions = Regions(labels, "given", objective.size)
-    found = Explanation(task.image, task.target, task.classifier.class_names, probabilities, regions, order, insertion, deletion)
-    return found.to_pixels(shown), objective.evaluations
+    regions = Regions(labels, "given", len(order))
+    made = Explanation(task.image, task.target, task.classifier.class_names, probabilities, regions, order, insertion, deletion)
+    return made.to_pixels(shown), evaluations
+
+
+def _key(setting: str, cell: int, head: int, target: int, seed: int, spec: GridMethod) -> str | None:
+    """What a map (or order) depends on before it is smoothed (or shown); None where an option is no plain value."""
+    options = {name: value for name, value in spec.options.items() if name != "show"}
+    if not all(isinstance(value, str | int | float | ScoreWeights | None) for value in options.values()):
+        return None
+    cut = (spec.regions, sorted(spec.region_options.items()))
+    return repr((setting, cell, head, target, seed, spec.method, sorted(options.items()), spec.published, cut))
 
 
 def _labels(view: GridView, task: Task, spec: GridMethod) -> Tensor:
     """A label map at the resolution of the layer: every cell cut on its own, so that no region lies in two of them."""
     n = view.model.n
-    options = {"count": REGION_COUNT, **spec.region_options}
-    if options["count"] is not None:
+    options = dict(spec.region_options)
+    takes = inspect.signature(REGIONS[spec.regions]).parameters if spec.regions in REGIONS else {}
+    if "count" in takes and not {"region_size", "rows", "columns"} & set(options):
+        options.setdefault("count", REGION_COUNT)
+    if isinstance(options.get("count"), int):
         options["count"] = max(2, math.ceil(options["count"] / n**2))
     key = repr((spec.regions, options, task.size))
     if key not in view.partitions:

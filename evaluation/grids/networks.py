@@ -27,7 +27,17 @@ from attribution.baselines.task import Task
 from attribution.classifier import Classifier, Preprocessing
 from attribution.errors import NotApplicable, UserError
 from attribution.image import make_fill
-from evaluation.grids.layers import Activation, Segment, at_grid, find_layer, grid_positions, last_growing_map, module_of, only_pools
+from evaluation.grids.layers import (
+    Activation,
+    Segment,
+    at_grid,
+    find_layer,
+    grid_positions,
+    last_growing_map,
+    module_of,
+    only_averages,
+    only_pools,
+)
 from evaluation.grids.resized import Resized, resized
 from evaluation.grids.scores import cell_slices
 
@@ -106,6 +116,21 @@ class GridModel:
         """Whether the head averages over the final map, so that it takes a grid as it is; otherwise it slides over the map."""
         return only_pools(self.cells, self.whole, self.pooled_layer, self.n)
 
+    @property
+    def head_slides(self) -> bool:
+        """Whether the head takes convolutional maps of the size of a cell only."""
+        return not self.head_pools and self.pooled_layer.kind == "nchw"
+
+    @cached_property
+    def head_averages(self) -> bool:
+        """Whether a head of fixed size only averages over its map, by a pooling as large as that, so that it takes a grid's mean."""
+        return only_averages(self.cells, self.pooled_layer)
+
+    @cached_property
+    def mean(self) -> nn.Module:
+        """Of the logits of a sliding head, or of the map for one that averages; a module, since relevance passes through modules."""
+        return nn.AvgPool2d(self.n) if self.head_averages else nn.AdaptiveAvgPool2d(1)
+
     def require(self, setting: str) -> None:
         """Check that a setting is defined for the model, before anything is computed.
 
@@ -118,7 +143,7 @@ class GridModel:
         name, pools = self.classifier.name, self.head_pools
         if self.layer is not None and not self._grows(self.layer):
             raise NotApplicable(f"the map of {self.layer.name!r} of {name} does not grow with the image: choose a layer before, or difull")
-        if pools or self.pooled_layer.kind == "nchw":
+        if pools or self.head_slides:
             return
         if setting == "dipart":
             raise NotApplicable(
@@ -141,12 +166,13 @@ class GridModel:
         if setting == "difull":
             segment = self._segment("cell", None)
             return lambda given: segment(given).maps
-        if setting == "gridpg" and (self.head_pools or self.pooled_layer.kind != "nchw"):
+        if setting == "gridpg" and not self.head_slides:
             segment = self._segment("grid", None)
             return lambda given: segment(given).maps
         features, head = self._segment("grid", self.pooled_layer), self._head
         if setting == "gridpg":
-            return lambda given: _sliding(features(given).maps, self.pooled_layer.grid, lambda maps: head(Activation(maps)).maps)
+            over_grid = self._over_grid
+            return lambda given: over_grid(features(given).maps)
 
         def of_cell(given: Activation) -> Tensor:
             final = features(given)
@@ -157,18 +183,15 @@ class GridModel:
 
     def together(self, cells: Sequence[int]) -> Callable[[Activation], Tensor]:
         """Logits [n, 1 + len(cells), classes] of GridPG's head and of those of DiPart from one pass over the grid."""
-        features = self._segment("grid", self.pooled_layer)
-        whole = self._whole_head if self.head_pools else None
+        features, head = self._segment("grid", self.pooled_layer), self._head
+        over_grid = (lambda final: self._whole_head(final).maps) if self.head_pools else (lambda final: self._over_grid(final.maps))
 
         def both(given: Activation) -> Tensor:
             final = features(given)
-            if whole is not None:
-                found = [whole(final).maps]
-            else:
-                found = [_sliding(final.maps, self.pooled_layer.grid, lambda maps: self._head(Activation(maps)).maps)]
+            found = [over_grid(final)]
             for cell in cells:
                 rows, columns = cell_slices(cell, self.n, *final.maps.shape[-2:])
-                found.append(self._head(Activation(final.maps[..., rows, columns], final.output)).maps)
+                found.append(head(Activation(final.maps[..., rows, columns], final.output)).maps)
             return torch.stack(found, dim=1)
 
         return both
@@ -181,6 +204,16 @@ class GridModel:
             return given
         with torch.no_grad():
             return Segment(self.cells, None, self.layer)(given) if alone else Segment(self.whole, None, self._at_grid(self.layer))(given)
+
+    @cached_property
+    def _over_grid(self) -> Callable[[Tensor], Tensor]:
+        """A head of the size of a cell as a function of the final map of a grid."""
+        head, window, mean = self._head, self.pooled_layer.grid, self.mean
+
+        def logits(maps: Tensor) -> Tensor:
+            return head(Activation(maps)).maps
+
+        return (lambda maps: logits(mean(maps))) if self.head_averages else (lambda maps: mean(_sliding(maps, window, logits)).flatten(1))
 
     @cached_property
     def _head(self) -> Segment:
@@ -221,13 +254,16 @@ class Head(nn.Module):
     Attributes:
         network: the classifier's module, for methods that look inside.
         explained: passes the maps on; class activation maps take it as their layer.
+        mean: what GridPG adds to a network whose head slides.
     """
 
     explained: nn.Identity
 
-    def __init__(self, network: nn.Module, logits: Callable[[Tensor], Tensor], remembered: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, network: nn.Module, logits: Callable[[Tensor], Tensor], remembered: Callable[[Tensor], Tensor], mean: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.mean = network, mean
         vars(self)["explained"] = nn.Identity()  # no submodule, for which methods that know kinds of layers would need a rule
         self._logits, self._remembered = logits, remembered
 
@@ -257,6 +293,7 @@ class GridView:
         self.preprocessing = Preprocessing(model.size, way.mean, way.std)
         self.inputs = self.preprocessing(grid[None].to(model.classifier.device))
         self.partitions: dict[str, Tensor] = {}
+        self._found: dict[str, tuple[Tensor, int]] = {}
         self._activations: dict[bool, Activation] = {}
         self._memos: dict[int | None, Memo] = {}
 
@@ -288,7 +325,8 @@ class GridView:
         network = (self.model.classifier if setting == "difull" else self.model.whole).module
         logits = self._logits(setting, cell, alone)
         remembered = logits if inside else self._remembered(setting, cell, alone)
-        head = Head(network, logits, remembered) if isinstance(network, nn.Module) else remembered
+        mean = self.model.mean if setting == "gridpg" and self.model.head_slides else None
+        head = Head(network, logits, remembered, mean) if isinstance(network, nn.Module) else remembered
         classifier = self._classifier(head, maps)
         image, fill = maps[0].cpu(), torch.zeros_like(maps[0]).cpu()
         if self.model.layer is None:
@@ -296,6 +334,14 @@ class GridView:
             fill = make_fill(image, self.model.classifier.preprocessing.mean)
         structure = self.model.structures.setdefault((setting, alone), {})
         return Task(classifier, image, fill, target, maps, torch.zeros_like(maps), seed, structure)
+
+    def once(self, key: str | None, compute: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+        """A map or order with its evaluations, computed once for what it depends on: smoothing it differently explains nothing again."""
+        if key is None:
+            return compute()
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
     def explained_layer(self, task: Task) -> FeatureLayer:
         """The explained maps as a layer, for class activation maps."""
@@ -397,10 +443,10 @@ def join_cells(cells: Tensor, n: int) -> Tensor:
 
 
 def _sliding(maps: Tensor, window: tuple[int, int], head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of a head of fixed size, slid over larger maps with stride 1 and averaged (what its layers do as convolutions)."""
+    """Logits [n, classes, rows, columns] of a head of fixed size, slid over larger maps with stride 1 (as convolutions would)."""
     height, width = window
     windows = maps.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
-    count = windows.shape[1] * windows.shape[2]
-    step = max(1, _WINDOW_VALUES // (maps.shape[1] * height * width * count))
-    found = [head(part.flatten(0, 2)).unflatten(0, (len(part), count)).mean(dim=1) for part in windows.split(step)]
-    return torch.cat(found)
+    rows, columns = windows.shape[1:3]
+    step = max(1, _WINDOW_VALUES // (maps.shape[1] * height * width * rows * columns))
+    found = [head(part.flatten(0, 2)).unflatten(0, (len(part), rows, columns)) for part in windows.split(step)]
+    return torch.cat(found).movedim(3, 1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution import __version__
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
@@ -98,13 +99,13 @@ class GridRunner:
         )
         self.grid_set.save(self.out / "grids.json")
 
-    def judge(self, classifier: Classifier, identity: str, name: str) -> None:
-        """All grids under one model; what fails or is refused is kept, and the others go on."""
+    def judge(self, classifier: Classifier, identity: str, name: str, every: int = 1, first: int = 0) -> None:
+        """All grids (or every so manieth, from a first one) under one model; what fails or is refused is kept, and the others go on."""
         grid_set, settings = self.grid_set, self.settings
         assert grid_set is not None
         dataset = self._dataset(classifier.class_names)
         models = self._grid_models(classifier, name)
-        for index in range(len(grid_set)):
+        for index in range(first, len(grid_set), every):
             grid: Tensor | None = None
             reason = ""
             try:
@@ -156,6 +157,12 @@ class GridRunner:
         whole = [model for model, defined in found.values() if set(defined) - {"difull"}]
         self.models[name] = {"layers": layers, "interpolated": bool(whole) and whole[0].interpolated}
         return found
+
+
+def identity_of(classifier: Classifier, name: str) -> str:
+    """Digest of everything about a model that a number depends on."""
+    names = list(classifier.class_names)
+    return digest_of([name, classifier.weights_digest, repr(classifier.preprocessing), names, __version__])
 
 
 class _Grid:
