@@ -165,8 +165,8 @@ def test_the_zoo(cnn: at.Classifier, vit: at.Classifier) -> None:
 PUBLISHED = {  # Rao et al. for the first two
     "vgg11": ("features.12", "features.19"),
     "resnet18": ("layer2", "layer4"),
-    "densenet121": ("features.denseblock3", "features.denseblock4"),
-    "convnext_tiny": ("features.3", "features.7"),
+    "densenet121": ("features.transition2", "features.denseblock4"),
+    "convnext_tiny": ("features.4", "features.7"),
     "vit_b_16": ("encoder.layers.encoder_layer_5", "encoder.layers.encoder_layer_10"),
     "vit_tiny_patch16_224": ("blocks.5", "blocks.10"),
     "deit_tiny_distilled_patch16_224": ("blocks.5", "blocks.10"),
@@ -618,7 +618,7 @@ def test_only_averages(name: str) -> None:
 def test_only_pools_is_not_fooled_by_large_biases() -> None:
     module = drawn(Vgg(), 3)
     with torch.no_grad():
-        module.classifier[5].bias.add_(1000)
+        module.classifier[5].bias.add_(20000)
     cells, whole = grown(module)
     assert not only_pools(cells, whole, last_growing_map(cells, whole), 2)
 

@@ -84,10 +84,10 @@ def spec_of(name: str) -> GridMethod:
 
 
 def score_tolerance(layer: str, method: str) -> float:
-    """Those suggested with the golden values."""
+    """Those suggested with the golden values; at the input more, where a single ReLU that switches moves a gradient's score by 2e-5."""
     if method == "GradCamPlusPlus" and layer == "Input":
         return 5e-3
-    return 5e-5 if method.startswith("Occlusion") else 1e-4 if method == "IntGrad" else 1e-5
+    return 5e-5 if method.startswith("Occlusion") else 1e-4 if method == "IntGrad" or layer == "Input" else 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -553,7 +553,7 @@ def test_searches(toy: at.Classifier) -> None:
 
 def test_what_is_kept_of_a_grid_depends_on_all_that_matters(toy: at.Classifier) -> None:
     """One view, many methods and heads: every map is the one that a view of its own gives."""
-    model = GridModel(toy, 2, "final")
+    model = GridModel(toy, 2, "middle")
     view = GridView(model, grid()[0])
     specs = [
         tiny("rise"),

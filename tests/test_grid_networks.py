@@ -208,6 +208,30 @@ def test_many_rows_at_once() -> None:
             assert apart(together, alone) < 1e-5
 
 
+def test_a_network_that_views_its_input() -> None:
+    """Cells are cut out of the grid: what the network gets is laid out as an image of its own."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * SIDE * SIDE, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.view(len(x), -1))
+
+    used = classifier(drawn(Viewing()))
+    weight = used.module.fc.weight.detach().view(CLASSES, 3, SIDE, SIDE)
+    inputs = normalised(grid()[0])
+    for method in ("saliency", "grad_cam", "occlusion"):
+        found = grid_maps(used, grid(), [[0, 1, 2, 3]], 2, "difull", "input", method)[0, 1]
+        expected = torch.zeros(2 * SIDE, 2 * SIDE)
+        if method == "saliency":
+            expected[SIDE:, SIDE:] = weight[3].abs().sum(dim=0)
+            assert apart(found, expected) < 1e-5
+        if method == "grad_cam":
+            assert apart(found, torch.einsum("c,chw->hw", weight[3].mean(dim=(1, 2)) / 4, inputs).relu()) < 1e-5
+
+
 def test_the_pieces_of_a_grid() -> None:
     grids = torch.arange(2 * 6 * 9, dtype=torch.float32).view(1, 2, 6, 9)
     cells = split_cells(grids, 3)

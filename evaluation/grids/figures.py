@@ -199,7 +199,7 @@ def plot_sweep(
     if not curves:
         raise UserError("no scores to plot: give at least one method")
     with figure_style():
-        figure = Figure(figsize=(7.6, 4.2), layout="constrained", dpi=110)
+        figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=110)
         ax = figure.subplots()
         ends = []
         for index, (method, (kernels, mean, low, high)) in enumerate(curves.items()):
