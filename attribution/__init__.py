@@ -15,6 +15,7 @@ from attribution.explanation import Explanation
 from attribution.image import FILLS, demo_image_path, load_image, make_fill
 from attribution.loading import load_classifier, save_classifier
 from attribution.masking import MaskedInputs
+from attribution.neurons import NeuronPath, activation_path, edited_probability, influence_pattern_path, neuron_path
 from attribution.objective import Scores, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS, Preset
 from attribution.regions import REGIONS, Regions, from_masks, make_regions
@@ -32,6 +33,7 @@ __all__ = [
     "Classifier",
     "Explanation",
     "MaskedInputs",
+    "NeuronPath",
     "NotApplicable",
     "Preset",
     "Regions",
@@ -39,13 +41,17 @@ __all__ = [
     "Scores",
     "SubmodularObjective",
     "UserError",
+    "activation_path",
     "attribute",
     "demo_image_path",
+    "edited_probability",
     "explain",
     "from_masks",
+    "influence_pattern_path",
     "load_classifier",
     "load_image",
     "make_fill",
     "make_regions",
+    "neuron_path",
     "save_classifier",
 ]

@@ -93,6 +93,30 @@ def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: i
 
 
 @contextmanager
+def edited_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the first positional input of each module by ``edits[module]`` of it, at every call."""
+
+    def replace(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _module, args: (edit(args[0]), *args[1:])
+
+    with removed_after([module.register_forward_pre_hook(replace(edit)) for module, edit in edits.items()]):
+        yield
+
+
+@contextmanager
+def frozen_parameters(module: nn.Module) -> Iterator[None]:
+    """Run the block without gradients of parameters, so that nothing is kept for them; what each asked for comes back."""
+    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Run the block with submodules, by name, replaced by stand-ins that return given values in their first calls.
 

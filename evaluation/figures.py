@@ -233,7 +233,7 @@ def plot_agreement(summary: Summary, model: str) -> Figure:
                 if a.metric == metric:
                     first, second = labels.index(a.first), labels.index(a.second)
                     taus[first, second] = taus[second, first] = a.tau
-            _draw_matrix(ax, taus, "RdBu", -1, 1, "{:.2f}")
+            draw_matrix(ax, taus, "RdBu", -1, 1, "{:.2f}")
             ax.set_xticks(range(size), names)
             ax.set_yticks(range(size), names)
             ax.set_title(metric_name(metric))
@@ -253,7 +253,7 @@ def plot_ranks(summary: Summary, model: str) -> Figure:
         figure = Figure(figsize=(12, 1.2 + 0.3 * max(len(methods), 3)), layout="constrained")
         ax = figure.subplots()
         if methods:
-            _draw_matrix(ax, np.stack([found[method] for method in methods]), "Blues_r", 1, max(len(methods), 2), "{:.1f}")
+            draw_matrix(ax, np.stack([found[method] for method in methods]), "Blues_r", 1, max(len(methods), 2), "{:.1f}")
         ax.set_xticks(range(len(labels)), [_plain(label) for label in labels])
         ax.xaxis.tick_top()
         ax.set_title(_plain(f"{model}: mean rank over the metrics with curves, 1 is best"), fontweight="bold")
@@ -412,14 +412,14 @@ def _spread_dots(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.sort(ranking[np.linspace(0, len(ranking) - 1, MOST_DOTS).round().astype(int)])
 
 
-def _draw_matrix(ax: Axes, values: np.ndarray, name: str, low: float, high: float, text: str) -> None:
-    """Cells with their numbers, row 0 on top, in ink that can be read on each."""
+def draw_matrix(ax: Axes, values: np.ndarray, name: str, low: float, high: float, text: str) -> None:
+    """Cells with their numbers (none where ``text`` is empty), row 0 on top, in ink that can be read on each."""
     rows, columns = values.shape
     edges = np.arange(max(rows, columns) + 1) - 0.5
     colours = matplotlib.colormaps[name]((values - low) / (high - low))
     colours[~np.isfinite(values)] = (0.6, 0.6, 0.6, 1)
     ax.pcolormesh(edges[: columns + 1], edges[: rows + 1], colours[:, :, :3], edgecolors=PAPER, linewidth=1.5)
-    for row in range(rows):
+    for row in range(rows if text else 0):
         for column in range(columns):
             light = colours[row, column, :3] @ [0.299, 0.587, 0.114] > 0.55
             shown = text.format(values[row, column]) if np.isfinite(values[row, column]) else "–"  # noqa: RUF001

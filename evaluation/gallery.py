@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from attribution.errors import UserError
 from attribution.explanation import Explanation
 from evaluation.figures import metric_name, ordered_methods, photo_thumbnail, thumbnail
+from evaluation.pages import picture
 from evaluation.results import Explained
 from evaluation.summary import Summary, score_matrix
 from evaluation.wording import ARROWS
@@ -54,7 +52,7 @@ class Gallery:
         loaded = _loaded(known)
         return {
             "sample": sample,
-            "photo": None if loaded is None else _picture(photo_thumbnail(loaded)),
+            "photo": None if loaded is None else picture(photo_thumbnail(loaded)),
             "target": names[known.target],
             "label": None if known.label is None or known.label == known.target else names[known.label],
             "confidence": f"{known.confidence:.2f}",
@@ -82,8 +80,8 @@ class Gallery:
         if (method, sample) not in self._made:
             explained = self.explained.get((method, sample))
             loaded = None if explained is None else _loaded(explained)
-            picture = None if loaded is None else _picture(thumbnail(loaded))
-            self._made[method, sample] = {"picture": picture, "alt": f"{method} on {sample}"}
+            drawn = None if loaded is None else picture(thumbnail(loaded))
+            self._made[method, sample] = {"picture": drawn, "alt": f"{method} on {sample}"}
         return self._made[method, sample]
 
     def _caption(self, method: str, sample: str) -> str:
@@ -133,12 +131,3 @@ def _loaded(explained: Explained) -> Explanation | None:
         return Explanation.load(explained.path)
     except UserError:
         return None
-
-
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """A PNG as a data URI, of 64 colours where that is smaller than all of them."""
-    buffer = io.BytesIO()
-    few = image.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) if max(image.size) > 40 else image
-    few.save(buffer, format="png", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": uri, "width": image.width, "height": image.height, "tiny": max(image.size) < 80}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,20 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
 from attribution.explain import versions
 from attribution.files import slug, whole_file
 from attribution.plotting import Figure
 from evaluation.figures import (
-    DARK_COLOURS,
     FAMILY_COLOURS,
-    GRID,
-    INK,
     MOST_DOTS,
-    MUTED,
-    PAPER,
     figure_style,
     has_interval,
     metric_name,
@@ -42,6 +32,7 @@ from evaluation.grids.aggregate import Aggregate, aggregate
 from evaluation.grids.figures import plot_aggregate, plot_examples, plot_localization, plot_sweep
 from evaluation.grids.summary import aggregates, first_maps, grid_images, head_scores, sweep
 from evaluation.metrics import METRICS, Measure
+from evaluation.pages import inline_svg, page, write_text
 from evaluation.perturbation import Protocol
 from evaluation.summary import Entry, Summary, comparisons_csv, summary_csv
 from evaluation.validity import STABLE
@@ -59,9 +50,6 @@ from evaluation.wording import (
     written,
 )
 
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
-    colour: family.replace(" ", "-") for family, colour in FAMILY_COLOURS.items()
-}
 _MOST_AGGREGATES = 10  # methods whose aggregated maps the page shows
 _MOST_FAILURES = 60  # rows; the rest is in summary.json
 
@@ -97,9 +85,9 @@ def write_report(summary: Summary, out: str | Path, title: str | None = None) ->
     out = Path(out)
     settings = summary.results.settings
     title = title or f"Attribution methods on {settings.plain()['data']}"
-    _write(out / "summary.csv", summary_csv(summary))
-    _write(out / "comparisons.csv", comparisons_csv(summary))
-    _write(out / "summary.json", json.dumps(_plain_summary(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "summary.csv", summary_csv(summary))
+    write_text(out / "comparisons.csv", comparisons_csv(summary))
+    write_text(out / "summary.json", json.dumps(_plain_summary(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     figures: list[Path] = []
     drawn: dict[str, list[dict[str, Any]]] = {}
     for planned in _planned_figures(summary):
@@ -114,40 +102,11 @@ def write_report(summary: Summary, out: str | Path, title: str | None = None) ->
             if planned.on_page:
                 found = {"svg": inline_svg(figure, f"f{len(figures)}-"), "alt": planned.alt, "name": planned.caption}
                 drawn.setdefault(f"{planned.section} {planned.model}", []).append(found)
-    page = _environment().get_template("report.html.j2").render(title=title, **_page(summary, drawn))
-    _write(out / "report.html", page)
+    text = page("report.html.j2", title=title, **_page(summary, drawn))
+    write_text(out / "report.html", text)
     for old in set((out / "figures").glob("*.png")) - set(figures):  # of earlier settings
         old.unlink(missing_ok=True)
     return ReportFiles(out / "report.html", out / "summary.csv", out / "summary.json", tuple(figures))
-
-
-def inline_svg(figure: Figure, prefix: str = "") -> Markup:
-    """The figure as an ``svg`` element for a page that sets its colours as variables: light and dark from one drawing.
-
-    Args:
-        prefix: of its ids, so that those of several figures on a page differ.
-    """
-    buffer = io.StringIO()
-    with figure_style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true" focusable="false">', svg, count=1)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<= [dxy]=)"[^"]*"|transform="[^"]*"', lambda m: re.sub(r"(\d\d\.\d|\.\d\d)\d+", r"\1", m[0]), svg)
-    svg = re.sub(r"\s*\n\s*([MLz]) ?", r"\1", svg)
-    names = {name: f"{prefix}{number}" for number, name in enumerate(re.findall(r' id="([^"]*)"', svg))}
-    svg = re.sub(r'(?<= id=")[^"]*|(?<= href="#)[^"]*|(?<=url\(#)[^)]*', lambda m: names[m[0]], svg)
-    run = re.compile(r'(?:<use ([^>]*?) style="([^"]*)"/>\s*)(?:<use [^>]*? style="\2"/>\s*)+')
-    svg = run.sub(lambda m: f'<g style="{m[2]}">' + re.sub(r' style="[^"]*"|\s+(?=<use)', "", m[0]).rstrip() + "</g>", svg)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    for colour, name in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return Markup(re.sub(r"\n\s*", "\n", svg).strip())
 
 
 @dataclass(frozen=True)
@@ -258,7 +217,6 @@ def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[s
     settings = summary.results.settings
     failures = _failure_rows(summary)
     return {
-        "variables": [(name, colour, DARK_COLOURS[colour]) for colour, name in _VARIABLES.items()],
         "families": [family for family in FAMILY_COLOURS if any(spec.family == family for spec in settings.methods)],
         "conclusions": [(model, conclusions(summary, model)) for model in summary.results.models],
         "protocol": _protocol_rows(summary),
@@ -495,17 +453,3 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
         "refused": [row for model in summary.results.models for row in refusals(summary, model)],
         "failures": [{key: value for key, value in vars(f).items() if key != "refused"} for f in results.failed],
     }
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("evaluation", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["breakable"] = lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
-    environment.filters["whole"] = lambda value: f"{value:,.0f}"
-    return environment
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names that are not UTF-8 still name something

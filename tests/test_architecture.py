@@ -18,6 +18,7 @@ FLOORS = [
     {"explain"},
     {"baselines"},
     {"plotting"},
+    {"neurons"},
     {"evaluation"},
     {"cli"},
 ]

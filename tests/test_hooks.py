@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from networks import photo, vgg
 from torch import Tensor, nn
 
-from attribution.hooks import edited_outputs, one_module_a_call, record_outputs, replaced_forwards, stand_ins, stopped_after
+from attribution.hooks import (
+    edited_inputs,
+    edited_outputs,
+    frozen_parameters,
+    one_module_a_call,
+    record_outputs,
+    replaced_forwards,
+    stand_ins,
+    stopped_after,
+)
 
 
 class Stop(RuntimeError):
@@ -265,3 +275,42 @@ def test_stopped_after_a_stand_in() -> None:
     with stand_ins(module, {"0": [torch.zeros(2, 6, 16, 16)], "1": [given]}), stopped_after(module.get_submodule("3")) as found:
         module(x)
     assert torch.equal(found[0], expected)
+
+
+class Weighted(nn.Module):
+    def forward(self, x: Tensor, weight: float, bias: float = 0.0) -> Tensor:
+        return weight * x + bias
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_edited_inputs(raises: bool) -> None:
+    """The first argument at every call, the others as they are; of each module by its own edit; gone afterwards."""
+    first, second, x = Weighted(), nn.Linear(4, 4), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    before = traces(first) + traces(second)
+    with suppress(Stop), edited_inputs({first: lambda y: y + 1, second: torch.zeros_like}):
+        for _ in range(2):
+            assert torch.equal(first(x, 3.0, bias=2.0), 3 * (x + 1) + 2)
+            assert torch.equal(second(x), second.bias.expand(2, 4))
+        if raises:
+            raise Stop
+    assert traces(first) + traces(second) == before
+    assert torch.equal(first(x, 3.0), 3 * x)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_frozen_parameters(raises: bool) -> None:
+    """No parameter asks for gradients, inputs may; afterwards those that asked do so again, and only those."""
+    module, x = vgg(), photo(16)[None].requires_grad_()
+    module[0].weight.requires_grad_(False)
+    module[3].bias.grad = torch.ones(8)
+    asking = [parameter.requires_grad for parameter in module.parameters()]
+    assert any(asking) and not all(asking)
+    with suppress(Stop), frozen_parameters(module):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        module(x).sum().backward()
+        if raises:
+            raise Stop
+    assert [parameter.requires_grad for parameter in module.parameters()] == asking
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is not None] == ["3.bias"]
+    assert torch.equal(module[3].bias.grad, torch.ones(8))

@@ -32,7 +32,8 @@ from evaluation.figures import (
 )
 from evaluation.gallery import chosen_images
 from evaluation.metrics import Measure
-from evaluation.report import ReportFiles, inline_svg, write_report
+from evaluation.pages import inline_svg
+from evaluation.report import ReportFiles, write_report
 from evaluation.results import Explained, Failure, Results, Score
 from evaluation.summary import AXIS, Summary, score_matrix
 from evaluation.terminal import print_summary

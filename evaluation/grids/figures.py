@@ -100,30 +100,35 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
     columns = max(len(a.bins) for a in aggregates.values())
     height, width = next(iter(aggregates.values())).maps.shape[1:]
     with figure_style():
+        names = [bin_names(each.fractions) for each in aggregates.values()]
         side = min(1.6, 9.6 / columns)
-        figure = Figure(
-            figsize=(2.9 + (side + 0.1) * columns, 1.0 + (side * height / width + 0.3) * len(aggregates)), layout="constrained", dpi=130
-        )
-        figure.get_layout_engine().set(w_pad=0.08)  # type: ignore[union-attr,call-arg]
-        axes = figure.subplots(len(aggregates), columns, squeeze=False)
+        tall, apart = side * height / width, 0.3 if all(each == names[0] for each in names) else 0.55  # room for names between rows
+        labels = [f"{method}\nmean {float(found.scores.mean()):.2f}" for method, found in aggregates.items()]
+        left, right, over, under = 0.4 + 0.07 * max(map(len, "\n".join(labels).split("\n"))), 0.9, 0.65, 0.55
+        across, down = left + right + (side + 0.1) * columns, over + under + tall * len(labels) + apart * (len(labels) - 1)
+        figure = Figure(figsize=(across, down), dpi=130)  # laid out by hand: a hundred panels keep the solver busy for long
+        place = {"left": left / across, "right": 1 - right / across, "top": 1 - over / down, "bottom": under / down}
+        axes = figure.subplots(len(labels), columns, squeeze=False, gridspec_kw={**place, "wspace": 0.1 / side, "hspace": apart / tall})
         above: list[str] = []
-        for row, (method, found) in zip(axes, aggregates.items(), strict=True):
-            names = bin_names(found.fractions)
+        for row, found, bins, label in zip(axes, aggregates.values(), names, labels, strict=True):
             top = _top(found.scale, found.maps)
             for ax in row[len(found.bins) :]:
                 ax.set_axis_off()
-            for ax, name, values, members in zip(row, names, found.maps, found.bins, strict=False):
+            for ax, name, values, members in zip(row, bins, found.maps, found.bins, strict=False):
                 _draw_map(ax, values, top, n, cell)
                 ax.set_xlabel(f"{float(found.scores[members].mean()):.2f}", fontsize=8, color=MUTED, labelpad=2)
-                if names != above:
+                if bins != above:
                     ax.set_title(name, fontsize=9, loc="center", pad=4)
-            above = names
-            label = f"{method}\nmean {float(found.scores.mean()):.2f}"
+            above = bins
             row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, parse_math=False)
-        bar = figure.colorbar(ScalarMappable(cmap=POSITIVE), ax=axes, ticks=[0, 1], aspect=30, fraction=0.02, pad=0.02, shrink=0.8)
+        beside = figure.add_axes(
+            (1 - (right - 0.2) / across, 0.5 - min(1.5, down / 3) / down, 0.14 / across, 2 * min(1.5, down / 3) / down)
+        )
+        bar = figure.colorbar(ScalarMappable(cmap=POSITIVE), cax=beside, ticks=[0, 1])
         bar.ax.set_yticklabels(["0", "row's\nscale"], fontsize=8)
         bar.outline.set_linewidth(0.5)
-        _note(figure, f"Below each map: mean localisation of the bin (chance {chance(n):.2f}).")
+        note = f"Below each map: mean localisation of the bin (chance {chance(n):.2f})."
+        figure.text(0.1 / across, 0.08 / down, note, fontsize=8, color=MUTED)
         _suptitle(figure, title)
     return figure
 
@@ -321,7 +326,8 @@ def _top(scale: float, values: Tensor) -> float:
 
 def _suptitle(figure: Figure, title: str) -> None:
     if title:
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left", parse_math=False)
+        above = {} if figure.get_layout_engine() is not None else {"y": 1 - 0.1 / figure.get_figheight()}
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left", va="top", parse_math=False, **above)
 
 
 def _note(figure: Figure, text: str) -> None:

@@ -250,8 +250,7 @@ def _load_maps(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         return {}
     with np.load(path, allow_pickle=False) as arrays:
-        settings = [name for name in arrays.files if not name.endswith("_scale")]
-        return {name: torch.from_numpy(arrays[name].astype(np.float32)) * float(arrays[f"{name}_scale"]) for name in settings}
+        return {name: _scaled_map(arrays, name) for name in arrays.files if not name.endswith("_scale")}
 
 
 def load_map(path: Path, setting: str) -> Tensor:
@@ -260,7 +259,12 @@ def load_map(path: Path, setting: str) -> Tensor:
     Raises:
         UserError: the file is gone, as after moving a report alone.
     """
-    maps = _load_maps(path)
-    if setting not in maps:
-        raise UserError(f"{path} holds no map of {setting}: run the benchmark again in its folder")
-    return maps[setting]
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            if setting in arrays.files:
+                return _scaled_map(arrays, setting)
+    raise UserError(f"{path} holds no map of {setting}: run the benchmark again in its folder")
+
+
+def _scaled_map(arrays: Any, setting: str) -> Tensor:
+    return torch.from_numpy(arrays[setting].astype(np.float32)) * float(arrays[f"{setting}_scale"])

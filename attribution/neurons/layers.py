@@ -1,0 +1,213 @@
+"""Where the neurons of a vision transformer are: the hidden units of its MLPs, at the tokens that its head reads.
+
+A neuron is an entry of the tensor that enters an MLP's last linear layer (the down projection): after the activation, after the gate
+of a gated MLP and after a normalisation between them, before the projection and layer scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attribution.classifier import Classifier
+from attribution.errors import NotApplicable, UserError
+from attribution.hooks import edited_inputs, frozen_parameters, record_inputs, record_outputs
+
+_MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronLayers:
+    """The MLPs of a vision transformer, and the tokens at which their neurons count.
+
+    Attributes:
+        names: of the down projections, input to output, L of them.
+        modules: the down projections; what enters them are the neurons.
+        width: F, hidden units of each MLP.
+        start, stop: the tokens that the head reads, [start, stop): the class token, class and distillation token, or the patches.
+        tokens: in all.
+        grid: (h, w) of the patches, which are the last h w tokens; None where they could not be told.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Linear, ...]
+    width: int
+    start: int
+    stop: int
+    tokens: int
+    grid: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def read(self) -> int:
+        """T, the number of tokens at which a neuron counts."""
+        return self.stop - self.start
+
+    @property
+    def place(self) -> str:
+        """Which tokens these are, in words."""
+        if self.read == 1:
+            return "class token" if self.start == 0 else f"token {self.start}"
+        return "class and distillation token" if (self.start, self.stop) == (0, 2) else f"{self.read} tokens that the head pools"
+
+    def at_tokens(self, hidden: Tensor) -> Tensor:
+        """What the head's tokens have of [n, tokens, F]: [n, T, F]."""
+        return hidden[:, self.start : self.stop]
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[int, Tensor]]:
+        """Collect the hidden activations [n, tokens, F] of each layer, by its number, in one forward pass."""
+        found: dict[int, Tensor] = {}
+        with record_inputs(self.modules) as calls:
+            yield found
+        number = {module: index for index, module in enumerate(self.modules)}
+        found.update({number[module]: hidden for module, hidden in calls if isinstance(module, nn.Linear)})
+
+    @contextmanager
+    def overridden(self, values: Mapping[int, Tensor]) -> Iterator[None]:
+        """Run the block with the neurons of some layers at given values [n, T, F]; other tokens keep what they have."""
+
+        def imposing(value: Tensor) -> Tensor | object:
+            def impose(hidden: Tensor) -> Tensor:
+                hidden = hidden.clone()
+                hidden[:, self.start : self.stop] = value
+                return hidden
+
+            return impose
+
+        with edited_inputs({self.modules[layer]: imposing(value) for layer, value in values.items()}):  # type: ignore[misc]
+            yield
+
+
+def find_neurons(classifier: Classifier, layers: Sequence[str] | None = None) -> NeuronLayers:
+    """Find the MLPs of a vision transformer (timm, torchvision, Hugging Face) and the tokens that its head reads.
+
+    The tokens are read off a gradient: after the last MLP nothing mixes tokens any more but the head's own pooling. A class token is
+    found whatever register tokens stand beside it, a distilled model has two tokens, a pooled one all its patches.
+
+    Args:
+        classifier: of images.
+        layers: names of the down projections, input to output; found automatically when None: linear layers [n, tokens, F] to
+            [n, tokens, D], outside attention, after one from D to F (or 2 F, for a gate), D being the width that the head reads.
+
+    Raises:
+        NotApplicable: no such layers, or neurons that cannot be compared from layer to layer, with the reason.
+        UserError: no layer of a given name.
+    """
+    module = classifier.module
+    if not isinstance(module, nn.Module):
+        raise NotApplicable(f"{classifier.name} is a black box: neurons need an nn.Module")
+    with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(module):
+        calls, logits, maps = _run(classifier, module)
+        chosen = _named(classifier, module, calls, layers) if layers is not None else _found(classifier, module, calls)
+        widths, tokens = {call.module.in_features for call in chosen}, {call.hidden.shape[1] for call in chosen}
+        if len(widths) > 1:
+            raise _refused(classifier, f"its MLPs have {_some(widths)} hidden units: expected as many in each")
+        if len(tokens) > 1:
+            raise _refused(classifier, f"its MLPs see {_some(tokens)} tokens: expected as many in each (no merging, no late class token)")
+        mlps = [call.hidden for call in calls if call.module.in_features in widths and call.hidden.shape[1:-1] == (max(tokens),)]
+        start, stop = _tokens_read(classifier, mlps[-1], logits)
+    names, modules = tuple(call.name for call in chosen), tuple(call.module for call in chosen)
+    count = tokens.pop()
+    fitting = [grid for grid in maps if 0 <= count - grid[0] * grid[1] <= _MOST_PREFIX_TOKENS]
+    return NeuronLayers(names, modules, widths.pop(), start, stop, count, fitting[-1] if fitting else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    name: str
+    module: nn.Linear
+    hidden: Tensor  # what entered it
+
+
+def _run(classifier: Classifier, module: nn.Module) -> tuple[list[_Call], Tensor, list[tuple[int, int]]]:
+    """One forward pass: the calls of all linear layers, the logits, and the sizes of the maps that convolutions returned."""
+    names = {each: name for name, each in module.named_modules() if isinstance(each, nn.Linear)}
+    convolutions = [each for each in module.modules() if isinstance(each, nn.Conv2d)]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, *classifier.preprocessing.shape, generator=generator).to(classifier.device)
+    with torch.no_grad():
+        classifier.logits(noise)  # what a classifier finds out once is not to be counted
+    with record_inputs(names) as calls, record_outputs(convolutions) as maps:
+        logits = classifier.logits(noise.requires_grad_())
+    sizes = [(found.shape[-2], found.shape[-1]) for _, found in maps]
+    return [_Call(names[each], each, hidden) for each, hidden in calls if isinstance(each, nn.Linear)], logits, sizes
+
+
+def _found(classifier: Classifier, module: nn.Module, calls: Sequence[_Call]) -> list[_Call]:
+    inside_attention = {
+        child for each in module.modules() if "attention" in type(each).__name__.lower() for child in each.modules() if child is not each
+    }
+    width = _stream_width(classifier)
+    chosen, before, streams = [], set[tuple[int, int]](), set[int]()
+    for call in calls:
+        if call.module in inside_attention or call.hidden.ndim != 3:
+            continue
+        hidden, out = call.module.in_features, call.module.out_features
+        if hidden != out and before & {(out, hidden), (out, 2 * hidden)}:
+            streams.add(out)
+            before = set()
+            if out == width:
+                chosen.append(call)
+        else:
+            before.add((hidden, out))
+    if len(streams) > 1:
+        raise _refused(
+            classifier, f"its tokens have {_some(streams)} channels, as where merging makes them fewer and wider: expected one width"
+        )
+    if not chosen:
+        raise _refused(classifier, "no MLP over tokens was found in it: expected a vision transformer; name the down projections as layers")
+    if len({call.module for call in chosen}) < len(chosen):
+        raise _refused(classifier, "it runs one MLP several times in a pass, so that its layers cannot be told apart")
+    return chosen
+
+
+def _stream_width(classifier: Classifier) -> int:
+    base = getattr(classifier, "_base", None)
+    head = (classifier if base is None else base)._heads[0]
+    return int(head.in_features if isinstance(head, nn.Linear) else head.in_channels)  # type: ignore[arg-type]
+
+
+def _named(classifier: Classifier, module: nn.Module, calls: Sequence[_Call], layers: Sequence[str]) -> list[_Call]:
+    known = dict(module.named_modules())
+    chosen = []
+    for name in layers:
+        if name not in known:
+            raise UserError(f"{classifier.name} has no layer {name!r}: expected names of down projections, such as blocks.0.mlp.fc2")
+        fitting = [call for call in calls if call.module is known[name]]
+        if len(fitting) != 1 or fitting[0].hidden.ndim != 3:
+            found = f"{name} of {classifier.name} was called {len(fitting)} times as a linear layer"
+            raise UserError(f"{found}: expected one called once on [n, tokens, F]")
+        if chosen and calls.index(fitting[0]) <= calls.index(chosen[-1]):
+            raise UserError(f"layers name {name} after {chosen[-1].name}: expected each once, from input to output")
+        chosen += fitting
+    if not chosen:
+        raise UserError("layers is empty: name at least one down projection")
+    return chosen
+
+
+def _tokens_read(classifier: Classifier, hidden: Tensor, logits: Tensor) -> tuple[int, int]:
+    """The tokens of the last MLP on which the logits depend."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), hidden, allow_unused=True)
+    read = [] if gradient is None else gradient[0].ne(0).any(dim=1).nonzero()[:, 0].tolist()
+    if not read:
+        raise _refused(classifier, "its logits do not depend on its last MLP at all")
+    if read != list(range(read[0], read[-1] + 1)):
+        raise _refused(classifier, f"its head reads the tokens {_some(read)}: expected neighbours")
+    return read[0], read[-1] + 1
+
+
+def _refused(classifier: Classifier, reason: str) -> NotApplicable:
+    return NotApplicable(f"neurons of {classifier.name} cannot be followed: {reason}")
+
+
+def _some(numbers: Sequence[int] | set[int]) -> str:
+    ordered = sorted(numbers)
+    return ", ".join(map(str, ordered[:6])) + (" ..." if len(ordered) > 6 else "")
