@@ -12,6 +12,7 @@ from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
+from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import FILLS, demo_image_path, load_image, make_fill
 from attribution.loading import load_classifier, save_classifier
 from attribution.masking import MaskedInputs
@@ -32,6 +33,7 @@ __all__ = [
     "SEARCHES",
     "Classifier",
     "Explanation",
+    "FailureExplanation",
     "MaskedInputs",
     "NeuronPath",
     "NotApplicable",
@@ -46,6 +48,7 @@ __all__ = [
     "demo_image_path",
     "edited_probability",
     "explain",
+    "explain_failure",
     "from_masks",
     "influence_pattern_path",
     "load_classifier",

@@ -73,7 +73,7 @@ def plot_path(
                 ax.imshow(shown_exemplar(pictures[exemplars[layer][row].index], exemplars[layer][row]), interpolation="nearest")
     if rows:
         position = figure.axes[-layers * rows].get_position()
-        figure.text(position.x0 - 0.012, position.y1, "images that\nexcite it most", ha="right", va="top", fontsize=8, color=_MUTED)
+        figure.text(position.x0 - 0.012, position.y1, "images that\nexcite it most;\nin colour where\npatches do", ha="right", va="top", fontsize=8, color=_MUTED)
     if image is not None:
         top = figure.axes[0].get_position()
         side = 1.25 / figure.get_figwidth()
@@ -175,5 +175,5 @@ def shown_exemplar(picture: Tensor, exemplar: Exemplar) -> np.ndarray:
     scale = max(1, -(-96 // min(image.shape[1:])))
     image = torch.nn.functional.interpolate(image[None], scale_factor=scale, mode="nearest")[0]
     inside = exemplar.mask(image.shape[1], image.shape[2])
-    pale = 0.62 + 0.38 * image.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    pale = 0.45 + 0.55 * image.mean(dim=0, keepdim=True).expand(3, -1, -1)
     return torch.where(inside, image, pale).permute(1, 2, 0).numpy()

@@ -121,7 +121,7 @@ class PathFinder:
         target_scores: float32 [B], clean.
         forwards, backwards: rows passed by the last method, the clean pass included.
 
-    Wang et al., "NeuronPath: Discovering Neuron Paths in Vision Transformers", ICLR 2025.
+    Wang et al., "Discovering Influential Neuron Path in Vision Transformers" (NeuronPath), ICLR 2025.
     """
 
     def __init__(

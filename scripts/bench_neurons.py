@@ -1,0 +1,106 @@
+"""Cost of the neuron path search: rows counted against those of the reference code, rows a second, and peak memory; prints tables.
+
+    python scripts/bench_neurons.py
+
+The reference differentiates each overridden layer on its own, m L (L + 1) / 2 backward rows for the search; here all gradients
+of a pass come from one backward. Weights do not matter for speed, so timm models are randomly initialised.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import attribution as at
+from attribution.hooks import frozen_parameters
+from attribution.neurons import PathFinder, find_neurons
+
+
+def reference_rows(layers: int, steps: int) -> tuple[int, int]:
+    """(forward, backward) rows of the reference code for one image: clean passes, search, and the score of the path."""
+    return layers + layers * steps + steps, steps * layers * (layers + 1) // 2 + steps * layers
+
+
+def measure(name: str, steps: int, repeats: int, threads: int) -> dict[str, Any]:
+    """Everything about one model, in a process of its own so that its peak memory is its own."""
+    torch.set_num_threads(threads)
+    classifier = at.load_classifier(name) if name.startswith("zoo:") else at.load_classifier(name, pretrained=False)
+    layers = find_neurons(classifier)
+    inputs = classifier.inputs(at.demo_image_path())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = min(classifier.batch_size, steps)
+    batch = inputs.expand(rows, -1, -1, -1)
+    forward = min(_seconds(partial(_forward, classifier, batch)) for _ in range(repeats)) / rows
+    both = min(_seconds(partial(_both, classifier, batch)) for _ in range(repeats)) / rows
+    finder = PathFinder(classifier, inputs, [0], steps=steps, layers=layers)
+    seconds = min(_seconds(finder.search) for _ in range(repeats))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"layers": len(layers), "forwards": finder.forwards, "backwards": finder.backwards, "seconds": seconds}
+    return {**found, "forward": forward, "both": both, "model_mib": before / 1024, "peak_mib": after / 1024, "rows": rows}
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help="zoo:NAME or timm:NAME.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(min=1, help="m, points of the Riemann sums.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 2,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Print the tables."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"One image, m = {steps}, {threads} threads, torch {torch.__version__}", title_justify="left")
+    headings = ("model", "layers", "rows forward", "backward", "reference forward", "backward", "seconds", "rows/s", "of pure rate")
+    for heading in (*headings, "reference / ours", "peak MiB", "of it model"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name in models or ["zoo:vit", "timm:vit_tiny_patch16_224", "timm:vit_base_patch16_224"]:
+        print(f"{name} ...", file=sys.stderr)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(measure, (name, steps, repeats, threads))
+        theirs_forward, theirs_backward = reference_rows(found["layers"], steps)
+        backward = max(0.0, found["both"] - found["forward"])
+        theirs = theirs_forward * found["forward"] + theirs_backward * backward  # its rows at the rates measured here
+        pure = (found["forwards"] - found["backwards"]) * found["forward"] + found["backwards"] * found["both"]
+        table.add_row(
+            name,
+            str(found["layers"]),
+            str(found["forwards"]),
+            str(found["backwards"]),
+            str(theirs_forward),
+            str(theirs_backward),
+            f"{found['seconds']:.2f}",
+            f"{found['forwards'] / found['seconds']:.1f}",
+            f"{pure / found['seconds']:.2f}",
+            f"{theirs / found['seconds']:.2f}",
+            f"{found['peak_mib']:.0f}",
+            f"{found['model_mib']:.0f}",
+        )
+    Console(width=170).print(table)
+
+
+def _seconds(job: Any) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def _forward(classifier: at.Classifier, batch: torch.Tensor) -> None:
+    with torch.no_grad():
+        classifier.logits(batch)
+
+
+def _both(classifier: at.Classifier, batch: torch.Tensor) -> None:
+    inputs = batch.clone().requires_grad_()
+    with frozen_parameters(classifier.module):
+        torch.autograd.grad(classifier.probabilities(inputs)[:, 0].sum(), inputs)
+
+
+if __name__ == "__main__":
+    typer.run(main)
