@@ -266,7 +266,7 @@ class _Job:
             for path in (found, *others):
                 row = {"joint score": path.score, "clean": float(self.classifier.probabilities(inputs)[0, found.target])}
                 for edit in ("remove", "enhance"):
-                    edited = edited_probabilities(self.classifier, inputs, path.neurons[None], edit, layers=self.layers)  # type: ignore[arg-type]
+                    edited = edited_probabilities(self.classifier, inputs, path.neurons[None], edit, layers=self.layers)
                     row[edit] = float(edited[0, found.target])
                 table["neuron_path" if path is found else path.method] = row
         return table

@@ -287,7 +287,7 @@ def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
     answers = torch.stack([head(values) for head, values in zip(heads, read, strict=True)]).mean(dim=0).detach().float()
     if not inner._probe[1] and not torch.allclose(answers, logits.detach(), atol=1e-3):
         raise _refused(classifier, "its logits are not what its linear head returns")
-    weight = torch.stack([head.weight.detach().float() for head in heads]).mean(dim=0)  # type: ignore[operator, union-attr]
+    weight = torch.stack([head.weight.detach().float() for head in heads]).mean(dim=0)  # type: ignore[operator]
     if base is not None:
         if classifier._normalize:  # type: ignore[attr-defined]
             raise _refused(classifier, "its scores are cosines, which no linear map gives")

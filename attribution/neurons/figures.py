@@ -73,7 +73,8 @@ def plot_path(
                 ax.imshow(shown_exemplar(pictures[exemplars[layer][row].index], exemplars[layer][row]), interpolation="nearest")
     if rows:
         position = figure.axes[-layers * rows].get_position()
-        figure.text(position.x0 - 0.012, position.y1, "images that\nexcite it most;\nin colour where\npatches do", ha="right", va="top", fontsize=8, color=_MUTED)
+        label = "images that\nexcite it most;\nin colour where\npatches do"
+        figure.text(position.x0 - 0.012, position.y1, label, ha="right", va="top", fontsize=8, color=_MUTED)
     if image is not None:
         top = figure.axes[0].get_position()
         side = 1.25 / figure.get_figwidth()
@@ -130,7 +131,7 @@ def _draw_shares(ax: Axes, path: NeuronPath) -> None:
     for layer in layers:
         text = f"{shares[layer]:.0%}\n" if np.isfinite(shares[layer]) else ""
         text += f"a = {path.activations[layer]:.2f}"
-        ax.text(layer, max(finite[layer], 0), text, ha="center", va="bottom", fontsize=7.5, color=INK)
+        ax.text(float(layer), max(finite[layer], 0), text, ha="center", va="bottom", fontsize=7.5, color=INK)
     ax.set_ylim(low * 1.1, high + 0.75 * (high - low))
     ax.axhline(0, color=_MUTED, linewidth=0.6)
     _columns(ax, len(layers), "share of\nthe score")

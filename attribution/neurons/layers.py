@@ -176,7 +176,7 @@ def _stream_width(classifier: Classifier) -> int:
 
 def _named(classifier: Classifier, module: nn.Module, calls: Sequence[_Call], layers: Sequence[str]) -> list[_Call]:
     known = dict(module.named_modules())
-    chosen = []
+    chosen: list[_Call] = []
     for name in layers:
         if name not in known:
             raise UserError(f"{classifier.name} has no layer {name!r}: expected names of down projections, such as blocks.0.mlp.fc2")

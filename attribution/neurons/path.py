@@ -79,7 +79,7 @@ class NeuronPath:
         both. Exact for one token, an account of the totals where the head pools several. NaN where a sum is 0.
         """
         parts = [values.reshape(len(self.neurons), -1).double().sum(dim=1) for values in (self.activations, self.gradients)]
-        return (sum(part / part.sum() for part in parts) / 2).float()
+        return (torch.stack([part / part.sum() for part in parts]).mean(dim=0)).float()
 
     def plain(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
@@ -191,8 +191,10 @@ class PathFinder:
         if mode == "reference":
             return found
         exact = self._searched(1, False, reranked, "exact")
-        rows = {"forwards": exact[0].forwards, "backwards": exact[0].backwards}
-        return [e if e.score >= f.score else replace(f, method="exact", **rows) for e, f in zip(exact, found, strict=True)]
+        return [
+            e if e.score >= f.score else replace(f, method="exact", forwards=e.forwards, backwards=e.backwards)
+            for e, f in zip(exact, found, strict=True)
+        ]
 
     @_finding
     def activation(self) -> list[NeuronPath]:
@@ -343,7 +345,9 @@ class PathFinder:
         """The target's score [P] when units [P, l] of the first layers are 0."""
         found = []
         for rows in even_chunks(torch.arange(len(owners), device=owners.device), rows_at_once(self.classifier)):
-            edits = {module: self._removing(units[rows, layer]) for layer, module in enumerate(self.layers.modules[: units.shape[1]])}
+            edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+                module: self._removing(units[rows, layer]) for layer, module in enumerate(self.layers.modules[: units.shape[1]])
+            }
             with torch.no_grad(), edited_inputs(edits):
                 found.append(self._score(self.inputs[owners[rows]], owners[rows]))
             self.forwards += len(rows)

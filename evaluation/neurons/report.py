@@ -66,7 +66,9 @@ def conclusion(summary: NeuronSummary) -> list[str]:
         f"Removing one neuron of each of {len(results.layers)} layers, found by the search ({_words(first)}), changes the probability "
         f"of {explained} by {_points(change.interval)} points on average."
     ]
-    weaker, undecided, stronger = [], [], []
+    weaker: list[str] = []
+    undecided: list[str] = []
+    stronger: list[str] = []
     for kind in others:
         other = summary.change(kind, "own", "remove", "probability")
         assert other.difference is not None and other.p is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ class _Run:
             if not read:
                 continue
             try:
-                for index, record in zip(read, attempted(lambda k=kind, i=inputs, r=read: self._found(k, i, r)), strict=True):
+                for index, record in zip(read, attempted(partial(self._found, kind, inputs, read)), strict=True):
                     self.log.append(self._key(index, kind), record)
             except Broken as error:
                 if len(read) > 1:  # one image may spoil its batch
@@ -251,11 +251,14 @@ class _Run:
         found, read = [], []
         for index in batch:
             try:
-                found.append(attempted(lambda i=index: self.classifier.inputs(self.dataset[i].image)))
+                found.append(attempted(partial(self._input, index)))
                 read.append(index)
             except Broken as error:
                 self.failures[self.dataset.ids[index]] = str(error)
         return (torch.cat(found) if found else torch.empty(0)), read
+
+    def _input(self, index: int) -> Tensor:
+        return self.classifier.inputs(self.dataset[index].image)
 
     def _found(self, kind: str, inputs: Tensor, batch: Sequence[int]) -> list[Record]:
         settings = self.settings
@@ -333,9 +336,9 @@ class _Run:
             found = self._edited(inputs[judged], by_class[labels[judged]], edit, means[True])
             class_probabilities[edit] = found[np.arange(len(judged)), targets[judged]]
             class_correct[edit] = found.argmax(axis=1) == labels[judged]
-        rows = [float(np.mean([record[name] for record in records])) for name in ("forwards", "backwards")]
+        passed = [float(np.mean([record[name] for record in records])) for name in ("forwards", "backwards")]
         scores = np.array([record["score"] for record in records])
-        return Measured(neurons, scores, probabilities, correct, class_probabilities, class_correct, *rows)
+        return Measured(neurons, scores, probabilities, correct, class_probabilities, class_correct, *passed)
 
     def _edited(self, inputs: Tensor, neurons: np.ndarray, edit: Any, means: Tensor) -> np.ndarray:
         units, factor = torch.from_numpy(neurons), self.settings.enhance

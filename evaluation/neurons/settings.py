@@ -100,4 +100,5 @@ class NeuronSettings:
             raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         if "data" not in values:
             raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**given)

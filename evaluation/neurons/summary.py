@@ -134,15 +134,17 @@ def _changes(results: NeuronResults) -> Sequence[Change]:
     for whose in ("own", "class"):
         for edit in EDITED:
             for quantity in QUANTITIES:
-                values = {kind: changed(results, results.measured[kind], whose, edit, quantity) for kind in kinds}  # type: ignore[arg-type]
+                values = {kind: changed(results, results.measured[kind], whose, edit, quantity) for kind in kinds}
                 base = values[kinds[0]]
-                p = holm([sign_flip(values[kind], base, seed=seed) for kind in kinds[1:]]) if len(kinds) > 1 else []
+                p: Sequence[float] | np.ndarray = (
+                    holm([sign_flip(values[kind], base, seed=seed) for kind in kinds[1:]]) if len(kinds) > 1 else []
+                )
                 for kind, adjusted in zip(kinds, [None, *p], strict=True):
                     own = values[kind]
                     made.append(
                         Change(
                             kind,
-                            whose,  # type: ignore[arg-type]
+                            whose,
                             edit,
                             quantity,
                             bootstrap_interval(own, seed=seed),
