@@ -13,7 +13,7 @@ from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.explain import classifier_fill, explain
 from attribution.explanation import Explanation
-from attribution.image import Fill, ImageSource
+from attribution.image import Fill, ImageSource, load_image
 from attribution.loading import load_classifier
 from attribution.masking import MaskedInputs
 from attribution.search import Progress
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AREAS = (0.25, 0.5, 0.75, 1.0)
+_PRUNED = 4  # smallest sets found that are looked into for regions too many
 _NEAR_PEAK = 0.005  # prefixes whose probability is that close to the highest count as the highest
 
 
@@ -158,6 +159,8 @@ class FailureExplanation:
         probabilities = self.truth.probabilities
         wrong, right = float(probabilities[self.mistake.target]), float(probabilities[self.truth.target])
         sentences = [f"The model says {self.predicted_name} ({wrong:.2f}), the image shows {self.true_name} ({right:.2f})."]
+        if bool(self.shown.right[0]):
+            sentences.append(f"To the model the fill alone is {self.true_name}, so that little is enough.")
         if self.cause is not None:
             sentences.append(
                 f"Hiding {_share(self.cause.area)} of the image, {_these(self.cause)}, turns {self.predicted_name} {wrong:.2f} into "
@@ -212,10 +215,11 @@ def explain_failure(
     if predicted == true:
         found = f"{classifier.class_names[true]}, p = {truth.confidence:.2f}"
         raise UserError(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
+    original = load_image(image)
+    hidden = classifier_fill(truth.image, fill, classifier, (original.shape[1], original.shape[2]))
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
-    mistake = explain(truth.image, classifier, predicted, fill=fill, regions=truth.regions, progress=half(1), **again)
+    mistake = explain(truth.image, classifier, predicted, fill=hidden, regions=truth.regions, progress=half(1), **again)
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
-    hidden = classifier_fill(truth.image, fill, classifier)
     masked = MaskedInputs(classifier, truth.image, truth.regions.labels, hidden)
     judge = _Judge(classifier, masked, true, predicted, truth.regions.area)
     prefixes = {name: _prefixes(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
@@ -271,15 +275,16 @@ class _Judge:
             tried = hidden.repeat(len(left), 1)
             tried[torch.arange(len(left)), left] = True
             found = self.probabilities(~tried)
-            best = int((found[:, self.true] - found[:, self.predicted]).argmax())
-            hidden = tried[best]
-            if int(found[best].argmax()) == self.true:
-                return [hidden]
+            right = found.argmax(dim=1) == self.true
+            if right.any():
+                return list(tried[right])
+            hidden = tried[int((found[:, self.true] - found[:, self.predicted]).argmax())]
         return []
 
     def smallest(self, candidates: list[Tensor], shown: bool) -> Tensor | None:
         """The candidate of the least area after pruning: what is not needed leaves it, largest regions first."""
-        pruned = [self._pruned(candidate.clone(), shown) for candidate in candidates]
+        by_area = sorted(candidates, key=lambda rows: float(self.area[rows].sum()))[:_PRUNED]
+        pruned = [self._pruned(candidate.clone(), shown) for candidate in by_area]
         return min(pruned, key=lambda rows: float(self.area[rows].sum()), default=None)
 
     def repair(self, chosen: Tensor | None, shown: bool, order: Tensor) -> Repair | None:

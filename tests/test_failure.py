@@ -209,3 +209,26 @@ def test_trajectories_of_the_reference(shared: Path, cnn: at.Classifier, vit: at
         assert found.truth.order.tolist() == record["order"]  # type: ignore[union-attr]
         np.testing.assert_allclose(found.shown.predicted[1:].numpy(), record["failure_scores"], atol=1e-5)
         np.testing.assert_allclose(found.shown.true[1:].numpy(), record["insertion_scores"], atol=1e-5)
+
+
+def test_a_fill_image_of_a_photo_that_is_shrunk() -> None:
+    photo, fill = torch.ones(3, 2 * SIDE, 2 * SIDE), torch.full((3, 2 * SIDE, 2 * SIDE), 0.25)
+    found = at.explain_failure(photo, classifier(planted()), "cat", fill=fill, max_side=SIDE, regions="grid", region_options={"count": 9})
+    assert found.truth.image.shape == found.fill.shape == (3, SIDE, SIDE)
+    torch.testing.assert_close(found.fill, torch.full((3, SIDE, SIDE), 0.25))
+    assert float(found.mistake_shown.predicted[0]) == pytest.approx(float((0.25 * planted().sum(dim=1)).softmax(0)[1]), abs=1e-5)
+
+
+def test_a_fill_that_is_the_truth_already_is_said() -> None:
+    weights = planted()
+    model = at.Classifier(
+        lambda x: torch.cat(
+            [2 - x.mean(dim=(1, 2, 3))[:, None], 3 * x[:, :, 4:8, 4:8].mean(dim=(1, 2, 3))[:, None], 0 * x[:, 0, 0, :1]], dim=1
+        ),
+        size=SIDE,
+        class_names=NAMES,
+        scores="logits",
+    )
+    found = at.explain_failure(torch.ones(3, SIDE, SIDE), model, "cat", regions=GRID)
+    assert bool(found.shown.right[0]) and "To the model the fill alone is cat" in found.text
+    assert "the fill alone" not in failure(weights[[1, 0, 2]], "dog").text

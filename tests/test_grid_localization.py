@@ -622,7 +622,7 @@ def test_whatever_the_gradient_mode_of_the_caller(toy: at.Classifier) -> None:
 # --- every method on every kind of network ---
 
 
-@pytest.fixture(scope="module", params=["cnn", "vit"])
+@pytest.fixture(scope="module", params=["cnn", pytest.param("vit", marks=pytest.mark.slow)])
 def views(request: pytest.FixtureRequest) -> dict[str, GridView]:
     """One grid at the three layers of a network of the zoo; every method has them one after the other, as in a benchmark."""
     used: at.Classifier = request.getfixturevalue(request.param)

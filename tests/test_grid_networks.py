@@ -519,7 +519,13 @@ METHODS_WITH_MEMORY: list[GridMethod] = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS_WITH_MEMORY, ids=lambda each: each.method)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(each, id=each.method, marks=() if each.method in ("rise", "occlusion") else pytest.mark.slow)
+        for each in METHODS_WITH_MEMORY
+    ],
+)
 def test_what_is_remembered_changes_no_map(method: GridMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     used, image, labels = classifier(KINDS["vgg"].module), grid(), [[0, 1, 2, 3]]
     cases = [(setting, layer) for setting in SETTINGS for layer in ("input", "final")]
@@ -569,7 +575,7 @@ def test_gridpg_and_dipart_share_their_passes() -> None:
         assert apart(second, first) < 1e-5
 
 
-@pytest.mark.parametrize("shown", [SETTINGS, ("gridpg",)])
+@pytest.mark.parametrize("shown", [SETTINGS, pytest.param(("gridpg",), marks=pytest.mark.slow)])
 def test_what_is_remembered_is_what_gradients_see(shown: tuple[str, ...], vit: at.Classifier) -> None:
     """The two ways to a head's logits, with gradients and without, for every kind of network and whatever settings share a view."""
     kinds_of = {name: classifier(KINDS[name].module) for name in ("pooled", "vgg", "fixed pooling", "residual", "tokens")}

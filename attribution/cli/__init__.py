@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from attribution import __version__
-from attribution.cli import benchmark, explain, neurons
+from attribution.cli import benchmark, debug, explain, neurons
 from attribution.errors import UserError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ def _root(
 
 app.command()(explain.explain)
 app.command()(benchmark.benchmark)
+app.command()(debug.debug)
 app.command()(neurons.neurons)
 
 

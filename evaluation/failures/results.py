@@ -1,0 +1,72 @@
+"""What is known of the misclassified samples of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attribution.classifier import Classifier
+from attribution.explanation import Explanation
+from evaluation.dataset import ImageDataset
+from evaluation.failures.settings import FailureSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """One misclassified sample, explained.
+
+    Attributes:
+        sample, index: id and place in the data set.
+        label, predicted: class indices.
+        group: of the data list, or None.
+        found: ``FailureExplanation.plain()``: orders, curves, repairs, highest confidence, text.
+        truth: file of the ``Explanation`` of the true class, with image and regions.
+        on_mask, chance_on_mask: share of the causing regions' area on the object, and of the image; None without a mask.
+        object_share: of each region, the share of its pixels on the object; None without a mask.
+    """
+
+    sample: str
+    index: int
+    label: int
+    predicted: int
+    group: str | None
+    found: Mapping[str, Any]
+    truth: Path
+    on_mask: float | None = None
+    chance_on_mask: float | None = None
+    object_share: tuple[float, ...] | None = None
+
+    def explanation(self) -> Explanation:
+        """The stored explanation of the true class."""
+        return Explanation.load(self.truth)
+
+
+@dataclass(frozen=True, eq=False)
+class FailureResults:
+    """What ``run_failures`` found.
+
+    Attributes:
+        settings: as given.
+        classifier, dataset: the model and the samples.
+        looked_at, right: images that the model saw, and those that it gets right.
+        by_class: images looked at by label.
+        by_group: (images looked at, wrong) by group, where the data have groups.
+        failures: explained, in the order of the samples.
+        broken: (sample, reason) of what could not be read or explained.
+        out: folder.
+        confusions: images by (label, predicted) among all that were looked at, explained or not.
+    """
+
+    settings: FailureSettings
+    classifier: Classifier
+    dataset: ImageDataset
+    looked_at: int
+    right: int
+    by_class: Mapping[int, int]
+    by_group: Mapping[str, tuple[int, int]]
+    failures: tuple[Failed, ...]
+    broken: tuple[tuple[str, str], ...]
+    out: Path
+    confusions: Mapping[tuple[int, int], int] = field(default_factory=dict)

@@ -1,0 +1,488 @@
+"""What the failures of a data set have in common: pairs, causes, clusters, suspected labels, shortcuts, groups."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage, stats
+
+from attribution.errors import UserError
+from attribution.explain import versions
+from attribution.failure import AREAS
+from evaluation.benchmark import sample_seed
+from evaluation.failures.causes import CELLS, CausePlace, cause_place, cell_words
+from evaluation.failures.clusters import cause_features, cluster_numbers, coordinates, medoid_of, tightness_test
+from evaluation.failures.results import Failed, FailureResults
+from evaluation.statistics import Interval, bootstrap_interval, holm
+
+SIGNIFICANCE = 0.05
+_FEW = 2  # regions
+_LEAST_CLUSTERED = 3  # failures with a cause
+_LEAST_SHORTCUT = 5  # failures that one must cause
+_LEAST_PAIRS = 3  # of classes that one appearance must mislead between
+_SHUFFLES = 1999
+_FAILURE_COLUMNS = (
+    *("model", "sample", "group", "label", "predicted", "probability_true", "probability_predicted"),
+    *("cause_regions", "cause_area", "cause_true", "cause_predicted"),
+    *("sufficient_regions", "sufficient_area", "sufficient_true", "sufficient_predicted"),
+    *(f"highest_{limit:g}" for limit in AREAS),
+    *("border_share", "on_object", "on_object_by_chance", "cluster", "suspected_label", "explanation", "text"),
+)
+_PAIR_COLUMNS = (
+    *("model", "label", "predicted", "images", "share_of_label", "explained", "repaired"),
+    *("cause_area", "cause_area_low", "cause_area_high", "sufficient_area", "sufficient_area_low", "sufficient_area_high"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One confusion: images of a label that are taken for another class.
+
+    Attributes:
+        label, predicted: class indices.
+        count: explained failures of the pair.
+        share: of the label's images that were looked at, those taken for the other class, explained or not; NaN where not known.
+        repaired: of count, those that hiding or keeping some regions makes right.
+        cause_area: mean share of the image of the smallest removal that makes the model right, over failures that have one.
+        sufficient_area: likewise of the smallest set that makes the model right on its own.
+        seen: all images of the pair that were looked at, explained or not; pairs are ranked by it.
+    """
+
+    label: int
+    predicted: int
+    count: int
+    share: float
+    repaired: int
+    cause_area: Interval
+    sufficient_area: Interval
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Failures whose causing regions look alike to the model.
+
+    Attributes:
+        number: 0, 1 ... from the largest.
+        members: sample ids, nearest to the centre first.
+        medoid: the member with the least sum of distances to the others.
+        top_pair: (label, predicted), the most frequent among the members.
+        tightness_p: of ``tightness_test``, whether it is tighter than k-means makes clusters where there are none, adjusted by Holm
+            over the clusters; NaN where it cannot be tested.
+    """
+
+    number: int
+    members: tuple[str, ...]
+    medoid: str
+    top_pair: tuple[int, int]
+    tightness_p: float
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A sample that may be wrongly labelled: the model is sure, and no set of regions shows it the label.
+
+    Attributes:
+        sample: id.
+        label, predicted: class indices.
+        confidence: probability of the predicted class.
+        reason: one sentence.
+    """
+
+    sample: str
+    label: int
+    predicted: int
+    confidence: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """Something that the model may rely on where it should not.
+
+    Attributes:
+        kind: "area", the same place of the image, or "appearance", causes that look alike in different pairs of classes.
+        text: one sentence with the numbers.
+        samples: ids of the failures that it causes.
+        p: of the test, adjusted by Holm.
+    """
+
+    kind: str
+    text: str
+    samples: tuple[str, ...]
+    p: float
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group of the data list against all others.
+
+    Attributes:
+        group: its name.
+        images, wrong: looked at, and misclassified.
+        error_rate: wrong / images, with a bootstrap interval.
+        cause_area: mean share of the image of the smallest removal, over its explained failures that have one.
+        p_error: of its error rate against the rest, adjusted by Holm over the groups.
+        p_area: likewise of its cause area; NaN where there is nothing to compare.
+    """
+
+    group: str
+    images: int
+    wrong: int
+    error_rate: Interval
+    cause_area: Interval
+    p_error: float
+    p_area: float
+
+
+@dataclass(frozen=True, eq=False)
+class FailureSummary:
+    """Everything that the tables and the atlas show.
+
+    Attributes:
+        results: what was explained.
+        pairs: of which a failure was explained, most frequent first.
+        clusters: largest first; empty where fewer than three failures have a cause, or the model has no features.
+        cluster_of: number of the cluster by sample; -1 for none.
+        suspected: most confident first.
+        shortcuts: least p first.
+        groups: of the data list, highest error rate first; empty without groups.
+        highest: mean highest probability of the true class among the first regions that cover at most this share of the image.
+        shares: of the explained failures: those "repaired" by hiding or keeping some regions; those whose smallest removal takes
+            "few regions" (at most two), has most of its area in regions at the "border" of the image, or most of it off the object
+            ("background", of the failures with a mask). A failure that no removal repairs counts as none of these.
+        by_chance: "border" and "background" if the causing regions were as many random ones of the same image.
+        fill_right: share of the explained failures whose true class the model sees in the fill alone: what is sufficient then says
+            little.
+        border_share: by sample, share of the cause's area in regions at the border.
+        unclustered: why there are no clusters, or "".
+    """
+
+    results: FailureResults
+    pairs: tuple[Pair, ...]
+    clusters: tuple[Cluster, ...]
+    cluster_of: Mapping[str, int]
+    suspected: tuple[Suspect, ...]
+    shortcuts: tuple[Shortcut, ...]
+    groups: tuple[GroupRow, ...]
+    highest: Mapping[float, Interval]
+    shares: Mapping[str, Interval]
+    by_chance: Mapping[str, Interval] = field(default_factory=dict)
+    fill_right: Interval | None = None
+    border_share: Mapping[str, float] = field(default_factory=dict)
+    unclustered: str = ""
+
+
+def summarise_failures(results: FailureResults) -> FailureSummary:
+    """What the failures of ``run_failures`` have in common; intervals, tests and clusters draw with the seed of the settings."""
+    places = {failed.sample: _place(results, failed) for failed in results.failures if failed.found["cause"] is not None}
+    clusters, unclustered = _clusters(results)
+    found = [*_areas(results, places), *_appearances(results, clusters)]
+    shares, by_chance = _shares(results, places)
+    cluster_of = {failed.sample: -1 for failed in results.failures}
+    cluster_of.update({sample: cluster.number for cluster in clusters for sample in cluster.members})
+    fill_right = [float(failed.found["curves"]["shown"]["right"][0]) for failed in results.failures]
+    return FailureSummary(
+        results=results,
+        pairs=_pairs(results),
+        clusters=clusters,
+        cluster_of=cluster_of,
+        suspected=_suspected(results),
+        shortcuts=tuple(sorted(found, key=lambda shortcut: shortcut.p)),
+        groups=_groups(results),
+        highest={limit: _interval(results, [_highest(failed, limit) for failed in results.failures]) for limit in AREAS},
+        shares=shares,
+        by_chance=by_chance,
+        fill_right=_interval(results, fill_right),
+        border_share={sample: place.border_share for sample, place in places.items()},
+        unclustered=unclustered,
+    )
+
+
+def repair_area(failed: Failed, kind: str) -> float:
+    """Share of the image of the smallest "cause" or "sufficient" set; NaN where none was found."""
+    found = failed.found[kind]
+    return math.nan if found is None else float(found["area"])
+
+
+def _interval(results: FailureResults, values: Sequence[float]) -> Interval:
+    return bootstrap_interval(values, seed=results.settings.seed)
+
+
+def _highest(failed: Failed, limit: float) -> float:
+    value = failed.found["highest_confidence"].get(f"{limit:g}")
+    return math.nan if value is None else float(value)
+
+
+def _place(results: FailureResults, failed: Failed) -> CausePlace:
+    regions = failed.explanation().regions
+    assert regions is not None
+    return cause_place(regions, failed.found["cause"]["regions"], failed.object_share, sample_seed(results.settings.seed, failed.sample))
+
+
+def _pairs(results: FailureResults) -> tuple[Pair, ...]:
+    by_pair: dict[tuple[int, int], list[Failed]] = {}
+    for failed in results.failures:
+        by_pair.setdefault((failed.label, failed.predicted), []).append(failed)
+    made = []
+    for (label, predicted), members in by_pair.items():
+        seen = max(len(members), results.confusions.get((label, predicted), 0))
+        images = results.by_class.get(label, 0)
+        repaired = sum(failed.found["cause"] is not None or failed.found["sufficient"] is not None for failed in members)
+        areas = [_interval(results, [repair_area(failed, kind) for failed in members]) for kind in ("cause", "sufficient")]
+        share = seen / images if images else math.nan
+        made.append(Pair(label, predicted, len(members), share, repaired, areas[0], areas[1], seen))
+    return tuple(sorted(made, key=lambda pair: (-pair.seen, -pair.count, pair.label, pair.predicted)))
+
+
+def _shares(results: FailureResults, places: Mapping[str, CausePlace]) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Observed shares and those by chance."""
+    failures = results.failures
+    found = [places.get(failed.sample) for failed in failures]
+    repaired = [failed.found["cause"] is not None or failed.found["sufficient"] is not None for failed in failures]
+    shares = {
+        "repaired": _interval(results, repaired),
+        "few regions": _interval(results, [place is not None and place.regions <= _FEW for place in found]),
+        "border": _interval(results, [place is not None and place.at_border for place in found]),
+    }
+    by_chance = {"border": _interval(results, [0.0 if place is None else place.border_by_chance for place in found])}
+    masked = [place for failed, place in zip(failures, found, strict=True) if failed.object_share is not None]
+    if masked:
+        shares["background"] = _interval(results, [bool(place is not None and place.background) for place in masked])
+        by_chance["background"] = _interval(results, [0.0 if place is None else float(place.background_by_chance or 0) for place in masked])
+    return shares, by_chance
+
+
+def _clusters(results: FailureResults) -> tuple[tuple[Cluster, ...], str]:
+    """Clusters of the failures that have a cause, or why there are none."""
+    failures = [failed for failed in results.failures if failed.found["cause"] is not None]
+    if len(failures) < _LEAST_CLUSTERED:
+        return (), f"{len(failures)} failures have a cause: clusters need at least {_LEAST_CLUSTERED}"
+    try:
+        points = coordinates(cause_features(results, failures))
+    except UserError as error:
+        return (), str(error)
+    seed = results.settings.seed
+    numbers = cluster_numbers(points, results.settings.clusters, seed)
+    tightness = holm(tightness_test(points, numbers, seed))
+    made = []
+    for number, p in enumerate(tightness):
+        inside = np.flatnonzero(numbers == number)
+        distances = np.linalg.norm(points[inside] - points[inside].mean(axis=0), axis=1)
+        members = [failures[index] for index in inside[distances.argsort(kind="stable")]]
+        medoid = failures[inside[medoid_of(points[inside])]].sample
+        pairs = Counter((failed.label, failed.predicted) for failed in members)
+        top = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        made.append(Cluster(number, tuple(failed.sample for failed in members), medoid, top, float(p)))
+    return tuple(made), ""
+
+
+def _suspected(results: FailureResults) -> tuple[Suspect, ...]:
+    names, made = results.classifier.class_names, []
+    for failed in results.failures:
+        confidence = float(failed.found["probability_predicted"])
+        hopeless = failed.found["cause"] is None and failed.found["sufficient"] is None
+        if hopeless and confidence >= results.settings.min_confidence:
+            best = failed.found["highest_confidence"].get("1")
+            shown = "" if best is None else f" (at most {best:.2f})"
+            reason = (
+                f"The model is sure of {names[failed.predicted]} ({confidence:.2f}), and no set of regions, shown or hidden, makes it "
+                f"say {names[failed.label]}{shown}."
+            )
+            made.append(Suspect(failed.sample, failed.label, failed.predicted, confidence, reason))
+    return tuple(sorted(made, key=lambda suspect: (-suspect.confidence, suspect.sample)))
+
+
+def _areas(results: FailureResults, places: Mapping[str, CausePlace]) -> list[Shortcut]:
+    """Places of the image that cause more failures than random regions would: neighbouring cells together, the strongest counts."""
+    if not places:
+        return []
+    hit = np.array([place.cells for place in places.values()])
+    expected = np.array([place.cells_by_chance for place in places.values()]).mean(axis=0)
+    counts = hit.sum(axis=0)
+    p = holm([math.nan if math.isnan(q) else _binomial(n, len(hit), q) for n, q in zip(counts, expected, strict=True)])
+    significant = (p < SIGNIFICANCE) & (counts >= _LEAST_SHORTCUT)
+    joined, number = ndimage.label(significant.reshape(CELLS, CELLS))
+    made = []
+    for each in range(1, number + 1):
+        cells = np.flatnonzero(joined.ravel() == each)
+        strongest = min(cells, key=lambda cell: (p[cell], -counts[cell], cell))
+        samples = tuple(sample for sample, place in places.items() if place.cells[strongest])
+        text = (
+            f"Causes lie at {cell_words(cells.tolist())}: there in {len(samples)} of {len(hit)} failures ({len(samples) / len(hit):.0%}), "
+            f"where random regions would be in {expected[strongest]:.0%}."
+        )
+        made.append(Shortcut("area", text, samples, float(p[strongest])))
+    return made
+
+
+def _binomial(count: int, total: int, probability: float) -> float:
+    """One-sided. The images' probabilities differ; at their mean the tail above it is never too small (Hoeffding, 1956)."""
+    return float(stats.binomtest(int(count), total, float(probability), alternative="greater").pvalue)
+
+
+def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[Shortcut]:
+    """Tight clusters of causes that mislead the model in at least three different pairs of classes."""
+    names = results.classifier.class_names
+    pair_of = {failed.sample: (failed.label, failed.predicted) for failed in results.failures}
+    made = []
+    for cluster in clusters:
+        pairs = {pair_of[sample] for sample in cluster.members}
+        if len(pairs) < _LEAST_PAIRS or len(cluster.members) < _LEAST_SHORTCUT or not cluster.tightness_p < SIGNIFICANCE:
+            continue
+        label, predicted = (names[index] for index in cluster.top_pair)
+        text = (
+            f"Causes look alike in {len(cluster.members)} failures of {len(pairs)} different pairs, most often {label} taken for "
+            f"{predicted} (cluster {cluster.number}, typical: {cluster.medoid})."
+        )
+        made.append(Shortcut("appearance", text, cluster.members, cluster.tightness_p))
+    return made
+
+
+def _groups(results: FailureResults) -> tuple[GroupRow, ...]:
+    """Every group against all others."""
+    groups = results.by_group
+    areas = {group: [repair_area(failed, "cause") for failed in results.failures if failed.group == group] for group in groups}
+    images, wrong = (sum(row[part] for row in groups.values()) for part in (0, 1))
+    p_error, p_area = [], []
+    for group, (own, own_wrong) in groups.items():
+        rest = [area for other, each in areas.items() if other != group for area in each]
+        table = [[own_wrong, own - own_wrong], [wrong - own_wrong, images - own - (wrong - own_wrong)]]
+        p_error.append(float(stats.fisher_exact(table).pvalue) if own < images else math.nan)
+        p_area.append(_shuffle_test(areas[group], rest, results.settings.seed))
+    if len(groups) != 2:  # with two groups, both rows are one and the same test
+        p_error, p_area = list(holm(p_error)), list(holm(p_area))
+    rows = [
+        GroupRow(
+            group,
+            own,
+            own_wrong,
+            _interval(results, [1.0] * own_wrong + [0.0] * (own - own_wrong)),
+            _interval(results, areas[group]),
+            float(error),
+            float(area),
+        )
+        for (group, (own, own_wrong)), error, area in zip(groups.items(), p_error, p_area, strict=True)
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.error_rate.estimate, row.group)))
+
+
+def _shuffle_test(first: Sequence[float], second: Sequence[float], seed: int) -> float:
+    """Two-sided permutation test of the difference of means; NaN with fewer than two values on a side."""
+    a, b = (np.array([value for value in values if not math.isnan(value)]) for values in (first, second))
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    pooled, generator = np.concatenate([a, b]), np.random.default_rng(seed)
+    observed = abs(a.mean() - b.mean())
+    extreme = 0
+    for _ in range(_SHUFFLES):
+        shuffled = generator.permutation(pooled)
+        extreme += abs(shuffled[: len(a)].mean() - shuffled[len(a) :].mean()) >= observed - 1e-12
+    return (1 + int(extreme)) / (1 + _SHUFFLES)
+
+
+def failures_csv(summary: FailureSummary) -> str:
+    """One row a failure: what the model says, both smallest sets, the highest confidences, where the cause lies, its cluster."""
+    results, names = summary.results, summary.results.classifier.class_names
+    suspected = {suspect.sample for suspect in summary.suspected}
+    rows: list[list[Any]] = []
+    for failed in results.failures:
+        found = failed.found
+        row: list[Any] = [results.classifier.name, failed.sample, failed.group or "", names[failed.label], names[failed.predicted]]
+        row += [_number(found["probability_true"]), _number(found["probability_predicted"])]
+        for kind in ("cause", "sufficient"):
+            each = found[kind]
+            row += [""] * 4 if each is None else [len(each["regions"]), *(_number(each[name]) for name in ("area", "true", "predicted"))]
+        row += [_number(_highest(failed, limit)) for limit in AREAS]
+        row += [_number(summary.border_share.get(failed.sample)), _number(failed.on_mask), _number(failed.chance_on_mask)]
+        cluster = summary.cluster_of[failed.sample]
+        row += ["" if cluster < 0 else cluster, "yes" if failed.sample in suspected else "", _relative(results, failed.truth)]
+        rows.append([*row, found["text"]])
+    return _csv(_FAILURE_COLUMNS, rows)
+
+
+def pairs_csv(summary: FailureSummary) -> str:
+    """One row a pair of classes."""
+    results, names = summary.results, summary.results.classifier.class_names
+    rows: list[list[Any]] = []
+    for pair in summary.pairs:
+        areas = [_number(getattr(i, end)) for i in (pair.cause_area, pair.sufficient_area) for end in ("estimate", "low", "high")]
+        row = [results.classifier.name, names[pair.label], names[pair.predicted], pair.seen, _number(pair.share), pair.count, pair.repaired]
+        rows.append([*row, *areas])
+    return _csv(_PAIR_COLUMNS, rows)
+
+
+def plain_summary(summary: FailureSummary) -> dict[str, Any]:
+    """failures.json: settings, versions, everything summed up, and each failure without its curves (records.jsonl holds these)."""
+    results, names = summary.results, summary.results.classifier.class_names
+    left_out = ("curves", "truth_order", "mistake_order", "truth_area", "mistake_area", "causes", "true", "predicted")
+    return {
+        "settings": results.settings.plain(),
+        "versions": versions(),
+        "model": {"name": results.classifier.name, "weights_digest": results.classifier.weights_digest},
+        "looked_at": results.looked_at,
+        "right": results.right,
+        "explained": len(results.failures),
+        "confusions": [{"label": names[a], "predicted": names[b], "images": n} for (a, b), n in results.confusions.items()],
+        "pairs": [_plain({**vars(pair), "label": names[pair.label], "predicted": names[pair.predicted]}) for pair in summary.pairs],
+        "shares": _plain(summary.shares),
+        "shares_by_chance": _plain(summary.by_chance),
+        "true_class_in_fill": _plain(summary.fill_right),
+        "highest_confidence": {f"{limit:g}": _plain(interval) for limit, interval in summary.highest.items()},
+        "clusters": [_plain({**vars(c), "top_pair": [names[index] for index in c.top_pair]}) for c in summary.clusters],
+        "unclustered": summary.unclustered,
+        "suspected": [_plain({**vars(s), "label": names[s.label], "predicted": names[s.predicted]}) for s in summary.suspected],
+        "shortcuts": [_plain(vars(shortcut)) for shortcut in summary.shortcuts],
+        "groups": [_plain(vars(row)) for row in summary.groups],
+        "failures": [
+            {
+                "sample": failed.sample,
+                "group": failed.group,
+                "label": names[failed.label],
+                "predicted": names[failed.predicted],
+                **{name: value for name, value in failed.found.items() if name not in left_out},
+                "border_share": _plain(summary.border_share.get(failed.sample)),
+                "on_object": failed.on_mask,
+                "on_object_by_chance": failed.chance_on_mask,
+                "cluster": summary.cluster_of[failed.sample],
+                "explanation": _relative(results, failed.truth),
+            }
+            for failed in results.failures
+        ],
+        "broken": [{"sample": sample, "reason": reason} for sample, reason in results.broken],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: intervals as objects, what is not a number as null."""
+    if isinstance(value, Interval):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _relative(results: FailureResults, path: Path) -> str:
+    return Path(os.path.relpath(path, results.out)).as_posix()
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return buffer.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"
