@@ -136,7 +136,7 @@ def _blurred(image: Tensor) -> Tensor:
     for side in (width, height):
         reach = min(int(3 * sigma + 0.5), side - 1)  # reflection needs a border narrower than the image
         sizes.append(2 * reach + 1)
-    return gaussian_blur(image, sizes, [sigma, sigma])
+    return gaussian_blur(image, sizes, [sigma, sigma]).clamp(0, 1)  # its weights sum to 1 up to rounding
 
 
 def _read_file(path: Path) -> bytes:

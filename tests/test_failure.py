@@ -194,7 +194,7 @@ def test_trajectories_of_the_reference(shared: Path, cnn: at.Classifier, vit: at
     labels = np.load(shared / "golden" / "submodular_search_regions.npz")
     wrong = [r for r in records if r["target"] != r["predicted"] and "failure_scores" in r and r["algorithm"] == "bidirectional"]
     assert wrong
-    for record in wrong[:2]:
+    for record in wrong[:1]:  # about 10 seconds each
         with tarfile.open(shared / "data" / "cifar10" / "test.tar") as archive:
             data = archive.extractfile(record["file"]).read()  # type: ignore[union-attr]
         found = at.explain_failure(
@@ -232,3 +232,10 @@ def test_a_fill_that_is_the_truth_already_is_said() -> None:
     found = at.explain_failure(torch.ones(3, SIDE, SIDE), model, "cat", regions=GRID)
     assert bool(found.shown.right[0]) and "To the model the fill alone is cat" in found.text
     assert "the fill alone" not in failure(weights[[1, 0, 2]], "dog").text
+
+
+def test_a_white_image_is_blurred_into_its_range() -> None:
+    """The weights of a blur sum to 1 up to rounding; the second search takes the first one's fill as an image."""
+    found = failure(planted(), fill="blur")
+    assert float(found.fill.max()) <= 1
+    torch.testing.assert_close(found.fill, torch.ones(3, SIDE, SIDE))
