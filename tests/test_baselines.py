@@ -111,7 +111,13 @@ def test_contract(model: str, method: str, models: dict[str, at.Classifier], wid
     assert torch.equal(explanation.pixel_map, other) != METHODS[method].stochastic
 
 
-@pytest.mark.parametrize(("model", "method"), RUNNING)
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each[0] == "vit" and METHODS[each[1]].family != "transformer" else ())
+        for each in RUNNING
+    ],
+)
 def test_the_batch_size_changes_nothing(model: str, method: str, models: dict[str, at.Classifier], small_cat: Tensor) -> None:
     slow = method in ("score_cam", "ablation_cam")  # a pass for every channel
     used, image = (classifier(tiny_vit()), photo(16)) if slow and model == "vit" else (models[model], small_cat)
