@@ -318,6 +318,19 @@ def make_settings(values: Mapping[str, Any], source: str = "the benchmark") -> B
     return BenchmarkSettings(**made)
 
 
+def check_fields(settings: type, values: Mapping[str, Any]) -> None:
+    """Whether plain values are fields of the settings of a job on labelled data.
+
+    Raises:
+        UserError: an unknown field, or no data.
+    """
+    known = {f.name for f in fields(settings)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+    if "data" not in values:
+        raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
+
+
 def _plain_option(value: Any) -> Any:
     if isinstance(value, ScoreWeights | Smoothing):
         return dict(vars(value))

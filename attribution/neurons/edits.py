@@ -11,7 +11,6 @@ from torch import Tensor
 
 from attribution.classifier import Classifier, even_chunks
 from attribution.errors import UserError, describe
-from attribution.hooks import edited_inputs
 from attribution.image import ImageSource
 from attribution.loading import load_classifier
 from attribution.neurons.layers import NeuronLayers, find_neurons
@@ -192,14 +191,9 @@ def _run(
     for rows in even_chunks(torch.arange(len(inputs)), rows_at_once(classifier)):
 
         def at_layer(layer: int, rows: Tensor = rows) -> Callable[[Tensor], Tensor]:
-            def replace(hidden: Tensor) -> Tensor:
-                changed = hidden.clone()
-                changed[:, layers.start : layers.stop] = edit(layers.at_tokens(hidden), layer, rows)
-                return changed
+            return lambda hidden: edit(hidden, layer, rows)
 
-            return replace
-
-        with torch.no_grad(), edited_inputs({module: at_layer(layer) for layer, module in enumerate(layers.modules)}):
+        with torch.no_grad(), layers.edited({layer: at_layer(layer) for layer in range(len(layers))}):
             found.append(scores(inputs[rows]))
     return torch.cat(found).cpu()
 

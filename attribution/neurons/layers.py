@@ -6,7 +6,7 @@ of a gated MLP and after a normalisation between them, before the projection and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,15 +73,25 @@ class NeuronLayers:
     def overridden(self, values: Mapping[int, Tensor]) -> Iterator[None]:
         """Run the block with the neurons of some layers at given values [n, T, F]; other tokens keep what they have."""
 
-        def imposing(value: Tensor) -> Tensor | object:
-            def impose(hidden: Tensor) -> Tensor:
-                hidden = hidden.clone()
-                hidden[:, self.start : self.stop] = value
-                return hidden
+        def imposing(value: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda _hidden: value
 
-            return impose
+        with self.edited({layer: imposing(value) for layer, value in values.items()}):
+            yield
 
-        with edited_inputs({self.modules[layer]: imposing(value) for layer, value in values.items()}):  # type: ignore[misc]
+    @contextmanager
+    def edited(self, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Run the block with the neurons of some layers replaced by ``edits[layer]`` of what they are at the head's tokens, [n, T, F]."""
+
+        def replacing(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def replace(hidden: Tensor) -> Tensor:
+                changed = hidden.clone()
+                changed[:, self.start : self.stop] = edit(self.at_tokens(hidden))
+                return changed
+
+            return replace
+
+        with edited_inputs({self.modules[layer]: replacing(edit) for layer, edit in edits.items()}):
             yield
 
 

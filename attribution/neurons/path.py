@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attribution.classifier import Classifier, even_chunks
 from attribution.errors import UserError, describe
 from attribution.explain import plain_settings, provenance
-from attribution.hooks import edited_inputs, frozen_parameters
+from attribution.hooks import frozen_parameters
 from attribution.image import ImageSource
 from attribution.loading import load_classifier
 from attribution.neurons.layers import NeuronLayers, find_neurons
@@ -345,23 +345,11 @@ class PathFinder:
         """The target's score [P] when units [P, l] of the first layers are 0."""
         found = []
         for rows in even_chunks(torch.arange(len(owners), device=owners.device), rows_at_once(self.classifier)):
-            edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {
-                module: self._removing(units[rows, layer]) for layer, module in enumerate(self.layers.modules[: units.shape[1]])
-            }
-            with torch.no_grad(), edited_inputs(edits):
+            edits = {layer: _removing(units[rows, layer]) for layer in range(units.shape[1])}
+            with torch.no_grad(), self.layers.edited(edits):
                 found.append(self._score(self.inputs[owners[rows]], owners[rows]))
             self.forwards += len(rows)
         return torch.cat(found)
-
-    def _removing(self, units: Tensor) -> Callable[[Tensor], Tensor]:
-        index = units[:, None, None].expand(-1, self.layers.read, 1)
-
-        def remove(hidden: Tensor) -> Tensor:
-            changed = hidden.clone()
-            changed[:, self.layers.start : self.layers.stop].scatter_(2, index, 0)
-            return changed
-
-        return remove
 
     def _reranked(self, chosen: Sequence[Tensor], order: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The first candidates of each image by the true joint score of the path that ends in them, best first, with these scores."""
@@ -581,6 +569,11 @@ def _one(
         found = find(PathFinder(classifier, inputs, [wanted], steps=steps, output=output, layers=neurons))[0]
     used = plain_settings({**settings, "steps": steps, "output": output, "target": target})
     return replace(found, provenance=provenance(classifier, used, started))
+
+
+def _removing(units: Tensor) -> Callable[[Tensor], Tensor]:
+    """Sets units [P] of neurons [P, T, F] to 0."""
+    return lambda hidden: hidden.scatter(2, units[:, None, None].expand(-1, hidden.shape[1], 1), 0)
 
 
 def _summed(values: Sequence[Tensor], compat: bool) -> Tensor:

@@ -14,6 +14,7 @@ from attribution.image import Fill
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.perturbation import Protocol
+from evaluation.settings import check_fields
 
 MOST_CLUSTERS = 8  # that are tried where the number is not given
 
@@ -90,9 +91,5 @@ class FailureSettings:
         Raises:
             UserError: an unknown field, or no data.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
-        if "data" not in values:
-            raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
+        check_fields(cls, values)
         return cls(**values)

@@ -158,8 +158,6 @@ class _Run:
         kept = tuple(index for index in chosen if self.dataset.ids[index] not in self.failures)
         if len(kept) < 4:
             raise UserError(f"{len(kept)} of {len(chosen)} images could be followed, such as not {next(iter(self.failures.items()), '')}")
-        first = self._record(kept[0], settings.paths[0])
-        assert first is not None
         every = {kind: [self._known(index, kind) for index in kept] for kind in settings.paths}
         leading = every[settings.paths[0]]
         labels, targets, predicted = (np.array([r[name] for r in leading]) for name in ("label", "target", "predicted"))
@@ -308,7 +306,7 @@ class _Run:
         return ways[kind]()
 
     def _inputs(self, kept: Sequence[int]) -> Tensor:
-        return torch.cat([self.classifier.inputs(self.dataset[index].image) for index in kept])
+        return torch.cat([self._input(index) for index in kept])
 
     def _measured(
         self,

@@ -10,6 +10,7 @@ from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.explain import plain_settings
 from attribution.neurons.path import STEPS
+from evaluation.settings import check_fields
 
 PATHS = {
     "neuron_path": "the published search",
@@ -95,10 +96,6 @@ class NeuronSettings:
         Raises:
             UserError: an unknown field, or no data.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
-        if "data" not in values:
-            raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
+        check_fields(cls, values)
         given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**given)
