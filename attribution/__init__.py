@@ -9,7 +9,7 @@
 
 from attribution.baselines import METHOD_PRESETS, METHODS, attribute
 from attribution.classifier import Classifier
-from attribution.errors import NotApplicable, UserError
+from attribution.errors import NotApplicable, NotMisclassified, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.failure import FailureExplanation, explain_failure
@@ -37,6 +37,7 @@ __all__ = [
     "MaskedInputs",
     "NeuronPath",
     "NotApplicable",
+    "NotMisclassified",
     "Preset",
     "Regions",
     "ScoreWeights",

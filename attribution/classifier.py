@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -178,6 +179,17 @@ class Classifier:
         if value < 1:
             raise UserError(f"batch size {value}: expected at least 1")
         self._batch_size = value
+
+    @contextmanager
+    def forwarding(self, batch_size: int | None) -> Iterator[None]:
+        """Forward at most so many images at once within the context; None changes nothing."""
+        own = self._batch_size
+        if batch_size is not None:
+            self.batch_size = batch_size
+        try:
+            yield
+        finally:
+            self._batch_size = own
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,10 @@ class NotApplicable(UserError):
     """A method that is not defined for this model, whatever the image: a comparison leaves it out and says why."""
 
 
+class NotMisclassified(UserError):
+    """An image that the model is right about: there is no failure to explain."""
+
+
 def describe(value: Any) -> str:
     """What a value is, in a few words, for the 'received' part of a message: ``float32 [3, 32, 32]``."""
     shape = getattr(value, "shape", None)

@@ -90,10 +90,7 @@ def explain(
     search = chosen.search if search is None else search
     if regions is None:
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
-    own_batch_size = classifier.batch_size
-    if batch_size is not None:
-        classifier.batch_size = batch_size
-    try:
+    with classifier.forwarding(batch_size):
         loaded = original = load_image(image).cpu()
         if isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions)):
             loaded = limit_size(loaded, max_side)
@@ -115,8 +112,6 @@ def explain(
         searching.update(search_options or {})
         order = _run_search(search, objective, offered, searching)
         insertion, deletion = prefix_probabilities(classifier, masked, order, wanted)
-    finally:
-        classifier.batch_size = own_batch_size
 
     settings = {
         "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(options)},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.errors import UserError
+from attribution.errors import NotMisclassified, UserError
 from attribution.explain import classifier_fill, explain
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
@@ -200,7 +200,8 @@ def explain_failure(
         options: further arguments of ``explain``: regions, search, weights, pending, seed, preset, ...
 
     Raises:
-        UserError: the model is right about the image, or any input that does not fit.
+        NotMisclassified: the model is right about the image.
+        UserError: any input that does not fit.
     """
     if "target" in options:
         raise UserError("explain_failure takes no target: it explains the true class and the predicted one")
@@ -214,14 +215,20 @@ def explain_failure(
     predicted = int(truth.probabilities.argmax())
     if predicted == true:
         found = f"{classifier.class_names[true]}, p = {truth.confidence:.2f}"
-        raise UserError(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
+        raise NotMisclassified(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
     original = load_image(image)
     hidden = classifier_fill(truth.image, fill, classifier, (original.shape[1], original.shape[2]))
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
     mistake = explain(truth.image, classifier, predicted, fill=hidden, regions=truth.regions, progress=half(1), **again)
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
     masked = MaskedInputs(classifier, truth.image, truth.regions.labels, hidden)
-    judge = _Judge(classifier, masked, true, predicted, truth.regions.area)
+    with classifier.forwarding(options.get("batch_size")):
+        return _judged(_Judge(classifier, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
+
+
+def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Tensor) -> FailureExplanation:
+    """Both orders with their curves and the smallest sets that make the model right."""
+    assert truth.regions is not None and truth.order is not None and mistake.order is not None
     prefixes = {name: _prefixes(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
     along = {(name, kept): judge.along(rows if kept else ~rows) for name, rows in prefixes.items() for kept in (True, False)}
     sufficient = judge.smallest([rows for name in prefixes for rows in judge.right_rows(prefixes[name], along[name, True])], shown=True)

@@ -21,7 +21,7 @@ from evaluation.ranking import significance_groups
 from evaluation.report import write_report
 from evaluation.results import Results
 from evaluation.settings import BenchmarkSettings, MethodSpec, make_settings, read_settings
-from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, sign_flip, wilcoxon
+from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, share_interval, sign_flip, wilcoxon
 from evaluation.summary import Summary, summarise, summary_csv
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "road",
     "run_benchmark",
     "sensitivity",
+    "share_interval",
     "sign_flip",
     "significance_groups",
     "summarise",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from attribution.errors import NotApplicable, UserError
+from attribution.errors import NotApplicable, NotMisclassified, UserError
 
 T = TypeVar("T")
 
@@ -20,10 +20,11 @@ def attempted(compute: Callable[[], T]) -> T:
     Raises:
         Broken: it failed, with the reason.
         NotApplicable: it is not defined for the model.
+        NotMisclassified: the model is right after all.
     """
     try:
         return compute()
-    except NotApplicable:
+    except (NotApplicable, NotMisclassified):
         raise
     except UserError as error:
         raise Broken(str(error)) from None

@@ -32,7 +32,7 @@ class Interval:
         estimate: the mean or ratio; NaN without values.
         low, high: ends of the interval; NaN where there is none, as for one value.
         level: nominal coverage in (0, 1).
-        method: "bca", "percentile", or "percentile (bca undefined)" where BCa was wanted and does not exist.
+        method: "wilson", "bca", "percentile", or "percentile (bca undefined)" where BCa was wanted and does not exist.
         count: number of finite values (or pairs) used.
     """
 
@@ -91,6 +91,31 @@ def bootstrap_interval(
     """
     checked = vector(values, "values")
     return bootstrap_ratio(checked, np.ones_like(checked), groups=groups, resamples=resamples, level=level, method=method, seed=seed)
+
+
+def share_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share (1927): unlike a bootstrap's it is not empty where all or none are hits.
+
+    Args:
+        hits: [N], 0 or 1 (or bool) a sample; those that are not finite are left out.
+        level: nominal coverage in (0, 1).
+
+    Returns:
+        The interval; NaN without samples.
+
+    Raises:
+        UserError: values other than 0 and 1, or a level out of range.
+    """
+    values = vector(hits, "hits")
+    values = values[np.isfinite(values)]
+    if not np.isin(values, (0, 1)).all():
+        raise UserError("hits hold values other than 0 and 1: expected one of both for each sample")
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}: expected a number between 0 and 1, such as 0.95")
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan, level, "wilson", 0)
+    found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+    return Interval(float(values.mean()), float(found.low), float(found.high), level, "wilson", len(values))
 
 
 def bootstrap_ratio(

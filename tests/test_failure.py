@@ -239,3 +239,19 @@ def test_a_white_image_is_blurred_into_its_range() -> None:
     found = failure(planted(), fill="blur")
     assert float(found.fill.max()) <= 1
     torch.testing.assert_close(found.fill, torch.ones(3, SIDE, SIDE))
+
+
+def test_no_more_images_are_forwarded_at_once_than_asked_for() -> None:
+    wrapped = classifier(planted())
+    sizes: list[int] = []
+    assert isinstance(wrapped.module, nn.Module)
+    wrapped.module.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    own = wrapped.batch_size
+    found = at.explain_failure(torch.ones(3, SIDE, SIDE), wrapped, "cat", regions=GRID, batch_size=3)
+    assert max(sizes) <= 3 and wrapped.batch_size == own
+    assert found.plain() == failure(planted()).plain()
+
+
+def test_an_image_that_the_model_is_right_about_has_an_error_of_its_own() -> None:
+    with pytest.raises(at.NotMisclassified, match="there is no failure to explain"):
+        failure(planted(), "dog")

@@ -32,7 +32,7 @@ from evaluation.failures.runner import explain_sample, object_shares, run_failur
 from evaluation.failures.settings import FailureSettings
 from evaluation.failures.summary import FailureSummary, failures_csv, pairs_csv, plain_summary, summarise_failures
 from evaluation.records import read_log
-from evaluation.statistics import bootstrap_interval, holm
+from evaluation.statistics import bootstrap_interval, holm, share_interval
 
 NAMES = ("cat", "dog", "ship")
 SIDE = 8
@@ -464,7 +464,7 @@ def test_shares_of_errors_by_border_few_regions_and_background(tmp_path: Path) -
     three = stats.hypergeom(64, 28, 3).sf(1)
     assert summary.by_chance["border"].estimate == pytest.approx((6 * border + 4 * three) / 12, abs=0.03)
     assert summary.by_chance["background"].estimate == pytest.approx(9 * 0.5 / 10, abs=0.04)
-    same(summary.shares["border"], bootstrap_interval([1.0] * 6 + [0.0] * 4 + [1.0, 0.0]))
+    same(summary.shares["border"], share_interval([1] * 6 + [0] * 4 + [1, 0]))
     assert "background" not in Planter(tmp_path / "none", black_box()).summary().shares
 
 
@@ -778,3 +778,29 @@ def test_bad_commands_are_one_line(run_command: Run, tmp_path: Path, arguments: 
     code, _, err = run_command("debug", *arguments, "--out", tmp_path / "out")
     assert code == 2
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_image_that_is_right_alone_but_wrong_in_its_batch_counts_as_right(folder: Path, tmp_path: Path) -> None:
+    plain = run_failures(settings(folder), tmp_path / "plain")
+    near = plain.failures[0]
+
+    class Near(nn.Module):
+        """Two classes so close that the batch decides: right about the near image alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear().module
+            self.image = nn.Parameter(near_inputs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.inner(x)
+            if len(x) == 1 and torch.equal(x, self.image):
+                return torch.nn.functional.one_hot(torch.tensor([near.label]), 3).float()
+            return found
+
+    near_inputs = linear().inputs(plain.dataset[near.index].image)
+    model = at.Classifier(Near().eval(), size=SIDE, class_names=NAMES, scores="logits", name="near")
+    found = run_failures(settings(folder, model=model), tmp_path / "near")
+    assert near.sample not in {failed.sample for failed in found.failures} and not found.broken
+    assert found.right == plain.right + 1 and len(found.failures) == len(plain.failures) - 1
+    assert found.confusions.get((near.label, near.predicted), 0) == plain.confusions[near.label, near.predicted] - 1

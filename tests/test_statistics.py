@@ -501,3 +501,21 @@ def test_mistakes_are_named(mistake: Callable[[], object], message: str) -> None
     with pytest.raises(UserError, match=message) as caught:
         mistake()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (10, 10), (3, 10), (1, 1)])
+def test_the_interval_of_a_share_solves_wilsons_equation(hits: int, count: int) -> None:
+    found = es.share_interval([1] * hits + [0] * (count - hits) + [NAN])
+    z, share = stats.norm.ppf(0.975), hits / count
+    for end in (found.low, found.high):
+        assert (share - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / count, abs=1e-12)
+    assert found.low <= share <= found.high and found.low < found.high
+    assert (found.estimate, found.method, found.count) == (share, "wilson", count)
+
+
+def test_a_share_takes_hits_and_misses_only() -> None:
+    assert math.isnan(es.share_interval([]).low)
+    with pytest.raises(UserError, match="values other than 0 and 1"):
+        es.share_interval([0.5, 1])
+    with pytest.raises(UserError, match="level is 1"):
+        es.share_interval([0, 1], level=1)

@@ -111,10 +111,7 @@ def attribute(
             f"{method} does not apply to {classifier.name}: it is a black box, and the method needs an nn.Module to look inside; use "
             f"{', '.join(name for name, each in METHODS.items() if each.family == 'perturbation')} or a region search"
         )
-    own_batch_size = classifier.batch_size
-    if batch_size is not None:
-        classifier.batch_size = batch_size
-    try:
+    with classifier.forwarding(batch_size):
         original = load_image(image).cpu()
         loaded = limit_size(original, max_side)
         filled = classifier_fill(loaded, fill, classifier, (original.shape[1], original.shape[2]))
@@ -126,8 +123,6 @@ def attribute(
         pixel_map = run_method(chosen, task, settings)
         if window is not None:
             pixel_map = smoothed(pixel_map, window, pixel_map.shape[-1] / task.size[1])
-    finally:
-        classifier.batch_size = own_batch_size
     made = {
         "method": method,
         "preset": preset,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.errors import UserError
+from attribution.errors import NotMisclassified, UserError
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import limit_size
 from attribution.loading import load_classifier
@@ -112,6 +112,9 @@ class _Run:
                 failures.append(self._failed(index))
             except Broken as error:
                 self.broken[dataset.ids[index]] = str(error)
+            except NotMisclassified:  # two classes so close that the other images of its batch decided between them
+                predicted[index] = self._label(index)
+        wrong = [index for index in wrong if predicted[index] != self._label(index)]
         self._report(len(wrong[: settings.most]), len(wrong[: settings.most]), "done")
         looked_at = Counter(self._group(index) for index in predicted)
         wrong_of = Counter(self._group(index) for index in wrong)

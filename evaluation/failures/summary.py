@@ -22,7 +22,7 @@ from evaluation.benchmark import sample_seed
 from evaluation.failures.causes import CELLS, CausePlace, cause_place, cell_words
 from evaluation.failures.clusters import cause_features, cluster_numbers, coordinates, medoid_of, tightness_test
 from evaluation.failures.results import Failed, FailureResults
-from evaluation.statistics import Interval, bootstrap_interval, holm
+from evaluation.statistics import Interval, bootstrap_interval, holm, share_interval
 
 SIGNIFICANCE = 0.05
 _FEW = 2  # regions
@@ -129,7 +129,7 @@ class GroupRow:
     Attributes:
         group: its name.
         images, wrong: looked at, and misclassified.
-        error_rate: wrong / images, with a bootstrap interval.
+        error_rate: wrong / images, with Wilson's interval.
         cause_area: mean share of the image of the smallest removal, over its explained failures that have one.
         p_error: of its error rate against the rest, adjusted by Holm over the groups.
         p_area: likewise of its cause area; NaN where there is nothing to compare.
@@ -190,7 +190,7 @@ def summarise_failures(results: FailureResults) -> FailureSummary:
     shares, by_chance = _shares(results, places)
     cluster_of = {failed.sample: -1 for failed in results.failures}
     cluster_of.update({sample: cluster.number for cluster in clusters for sample in cluster.members})
-    fill_right = [float(failed.found["curves"]["shown"]["right"][0]) for failed in results.failures]
+    fill_right = [failed.found["curves"]["shown"]["right"][0] for failed in results.failures]
     return FailureSummary(
         results=results,
         pairs=_pairs(results),
@@ -202,7 +202,7 @@ def summarise_failures(results: FailureResults) -> FailureSummary:
         highest={limit: _interval(results, [_highest(failed, limit) for failed in results.failures]) for limit in AREAS},
         shares=shares,
         by_chance=by_chance,
-        fill_right=_interval(results, fill_right),
+        fill_right=share_interval(fill_right),
         border_share={sample: place.border_share for sample, place in places.items()},
         unclustered=unclustered,
     )
@@ -250,14 +250,14 @@ def _shares(results: FailureResults, places: Mapping[str, CausePlace]) -> tuple[
     found = [places.get(failed.sample) for failed in failures]
     repaired = [failed.found["cause"] is not None or failed.found["sufficient"] is not None for failed in failures]
     shares = {
-        "repaired": _interval(results, repaired),
-        "few regions": _interval(results, [place is not None and place.regions <= _FEW for place in found]),
-        "border": _interval(results, [place is not None and place.at_border for place in found]),
+        "repaired": share_interval(repaired),
+        "few regions": share_interval([place is not None and place.regions <= _FEW for place in found]),
+        "border": share_interval([place is not None and place.at_border for place in found]),
     }
     by_chance = {"border": _interval(results, [0.0 if place is None else place.border_by_chance for place in found])}
     masked = [place for failed, place in zip(failures, found, strict=True) if failed.object_share is not None]
     if masked:
-        shares["background"] = _interval(results, [bool(place is not None and place.background) for place in masked])
+        shares["background"] = share_interval([bool(place is not None and place.background) for place in masked])
         by_chance["background"] = _interval(results, [0.0 if place is None else float(place.background_by_chance or 0) for place in masked])
     return shares, by_chance
 
@@ -366,7 +366,7 @@ def _groups(results: FailureResults) -> tuple[GroupRow, ...]:
             group,
             own,
             own_wrong,
-            _interval(results, [1.0] * own_wrong + [0.0] * (own - own_wrong)),
+            share_interval([1] * own_wrong + [0] * (own - own_wrong)),
             _interval(results, areas[group]),
             float(error),
             float(area),
