@@ -10,14 +10,14 @@
 from attribution.baselines import METHOD_PRESETS, METHODS, attribute
 from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, NotMisclassified, UserError
-from attribution.explain import explain
+from attribution.explain import explain, polish
 from attribution.explanation import Explanation
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import FILLS, demo_image_path, load_image, make_fill
 from attribution.loading import load_classifier, save_classifier
 from attribution.masking import MaskedInputs
 from attribution.neurons import NeuronPath, activation_path, edited_probability, influence_pattern_path, neuron_path
-from attribution.objective import Scores, ScoreWeights, SubmodularObjective
+from attribution.objective import MeanObjective, Scores, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS, Preset
 from attribution.regions import REGIONS, Regions, from_masks, make_regions
 from attribution.search import SEARCHES
@@ -35,6 +35,7 @@ __all__ = [
     "Explanation",
     "FailureExplanation",
     "MaskedInputs",
+    "MeanObjective",
     "NeuronPath",
     "NotApplicable",
     "NotMisclassified",
@@ -57,5 +58,6 @@ __all__ = [
     "make_fill",
     "make_regions",
     "neuron_path",
+    "polish",
     "save_classifier",
 ]

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.budget import default_budget
 from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
-from attribution.image import MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
+from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
 from attribution.loading import load_classifier
 from attribution.masking import MaskedInputs
-from attribution.objective import ScoreWeights, SubmodularObjective
-from attribution.presets import PRESETS, Preset
+from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
+from attribution.presets import BALANCED, PRESETS, Preset
 from attribution.regions import Regions, make_regions
 from attribution.search import SEARCHES, Objective, Progress
 
@@ -38,6 +39,7 @@ def explain(
     weights: ScoreWeights | None = None,
     fill: Fill = "black",
     pending: int | None = None,
+    evaluations: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     preset: str | None = None,
@@ -56,9 +58,12 @@ def explain(
         regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
             ``Regions``.
         search: a key of ``SEARCHES`` (default "bidirectional"), or a callable from an objective to an order.
-        weights: of the four scores; default LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
-        fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour.
+        weights: of the four scores; default LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0. Search
+            "budget" takes 1, 1, 0, 0 by default: what it then raises is Insertion - Deletion.
+        fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
+            fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own.
         pending: p of the bidirectional search, default 8.
+        evaluations: N, images that search "budget" may forward; 16 R by default.
         seed: of searches that draw.
         batch_size: most images forwarded at once; the classifier's own by default. It never changes the result.
         preset: a key of ``PRESETS``; what is given beside it overrides it.
@@ -66,7 +71,7 @@ def explain(
             ``SubmodularObjective``.
         max_side: longer images are shrunk to this side before they are cut into regions; None for no limit. With a label map
             or masks the image keeps its size.
-        progress: called with (regions placed, R).
+        progress: called with (regions placed, R); by search "budget" with (images forwarded, N).
 
     Returns:
         The order, its trajectories over all R + 1 prefixes and its provenance. ``evaluations`` counts the images that the
@@ -78,9 +83,6 @@ def explain(
     """
     started = time.perf_counter()
     chosen = _preset(preset)
-    weights = chosen.weights if weights is None else weights
-    if not isinstance(weights, ScoreWeights):
-        raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed}: expected 0 to 2**63 - 1")
     if isinstance(classifier, torch.nn.Module):
@@ -88,6 +90,10 @@ def explain(
     classifier = load_classifier(classifier)
     regions = chosen.regions if regions is None else regions
     search = chosen.search if search is None else search
+    if weights is None:
+        weights = BALANCED if search == "budget" and preset is None else chosen.weights
+    if not isinstance(weights, ScoreWeights):
+        raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
     if regions is None:
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
     with classifier.forwarding(batch_size):
@@ -97,21 +103,30 @@ def explain(
         published = isinstance(regions, str) and regions == chosen.regions
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
-        hidden = classifier_fill(loaded, fill, classifier, (original.shape[1], original.shape[2]))
-        masked = MaskedInputs(classifier, loaded, cut.labels, hidden)
+        photo_size = (original.shape[1], original.shape[2])
+        masked = [
+            MaskedInputs(classifier, loaded, cut.labels, classifier_fill(loaded, each, classifier, photo_size))
+            for each in several_fills(fill)
+        ]
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
 
         scoring = {**chosen.objective_options, **(objective_options or {})}
         _check_options(SubmodularObjective, scoring, "objective")
-        objective = SubmodularObjective(classifier, masked, wanted, weights, **scoring)
+        objectives = [SubmodularObjective(classifier, each, wanted, weights, **scoring) for each in masked]
+        objective = objectives[0] if len(objectives) == 1 else MeanObjective(objectives)
         p = _pending(chosen.pending if pending is None else pending, cut.count)
         offered = {"pending": p, "seed": seed, "progress": progress}
         theirs = chosen.search_options if search == chosen.search else {}
         searching = {key: min(value, cut.count) if key == "count" else value for key, value in theirs.items()}
         searching.update(search_options or {})
+        if evaluations is not None:
+            searching["evaluations"] = evaluations
+        if search == "budget":
+            searching.setdefault("evaluations", default_budget(cut.count))
         order = _run_search(search, objective, offered, searching)
-        insertion, deletion = prefix_probabilities(classifier, masked, order, wanted)
+        along = [prefix_probabilities(classifier, each, order, wanted) for each in masked]
+        insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
 
     settings = {
         "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(options)},
@@ -139,6 +154,49 @@ def explain(
     )
 
 
+def polish(
+    explanation: Explanation,
+    classifier: Classifier | str,
+    *,
+    regions: Any = None,
+    evaluations: int | None = None,
+    **options: Any,
+) -> Explanation:
+    """A better order of the same regions, by local search from the one that is there.
+
+    The mean of F along the order never falls: with the default weights that is Insertion - Deletion under the fill given.
+
+    Args:
+        explanation: of any search, or a heatmap of any method; its regions are ordered by it first where it has no order of them.
+        classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
+        regions: a label map int [H, W], bool masks or ``Regions`` of the explanation's image; its own by default.
+        evaluations: N, images forwarded at most; 16 R by default.
+        options: further arguments of ``explain``: fill, weights, seed, batch_size, progress, ...
+
+    Raises:
+        UserError: a heatmap without regions, or any input that does not fit.
+    """
+    cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
+    if cut is None:
+        raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")
+    for name in ("target", "search", "search_options", "region_options"):
+        if name in options:
+            raise UserError(f"polish takes no {name}: it keeps the target and the regions, and searches from the order that is there")
+    own = explanation.order is not None and explanation.regions is not None and torch.equal(explanation.regions.labels, cut.labels)
+    start = (explanation if own else explanation.ranked_over(cut)).order
+    assert start is not None
+    return explain(
+        explanation.image,
+        classifier,
+        explanation.target,
+        regions=cut,
+        search="budget",
+        search_options={"start": start.tolist()},
+        evaluations=evaluations,
+        **options,
+    )
+
+
 def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
     """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
     return {
@@ -149,6 +207,17 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def several_fills(fill: Fill) -> list[Fill]:
+    """The fills that a text such as "black+blur+mean" names; any other fill alone."""
+    if isinstance(fill, str) and "+" in fill:
+        names = fill.split("+")
+        if all(name in FILLS or name == "model_mean" for name in names):
+            if len(set(names)) < len(names):
+                raise UserError(f"fill {fill!r} names one twice: give each once")
+            return list(names)
+    return [fill]
 
 
 def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
@@ -222,7 +291,7 @@ def _pending(value: int | str, size: int) -> int:
     return value
 
 
-def _run_search(search: Any, objective: SubmodularObjective, offered: dict[str, Any], given: dict[str, Any]) -> Tensor:
+def _run_search(search: Any, objective: SubmodularObjective | MeanObjective, offered: dict[str, Any], given: dict[str, Any]) -> Tensor:
     """Offered arguments reach the searches that take them; given ones must be taken."""
     if isinstance(search, str):
         if search not in SEARCHES:

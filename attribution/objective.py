@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -72,6 +73,10 @@ class SubmodularObjective:
     Attributes:
         size: R, the number of regions.
         evaluations: images forwarded so far. It only counts; no result depends on it.
+        area: float64 [R], share of the image that each region covers.
+        highest: the highest that either of ``parts`` can be; infinite where that is not known.
+        needed: whether F depends on either of ``parts``.
+        cost: images that ``parts`` forwards for a row.
     """
 
     def __init__(
@@ -99,6 +104,13 @@ class SubmodularObjective:
         self.size = masked.size
         self.evaluations = 0
         self.weights = weights or ScoreWeights()
+        self.area = masked.area
+        shown = self.weights.consistency, self.weights.confidence
+        self.highest = (sum(max(0.0, weight) for weight in shown), max(0.0, self.weights.collaboration))
+        if self.weights.effectiveness:
+            self.highest = (math.inf, self.highest[1])
+        self.needed = (any(shown) or bool(self.weights.effectiveness), bool(self.weights.collaboration))
+        self.cost = 1 + bool(confidence_classifier is not None and self.weights.confidence)
         self._classifier, self._masked, self._target = classifier, masked, target
         self._consistency, self._confidence = consistency, confidence
         self._evidence_scale = evidence_scale
@@ -123,6 +135,27 @@ class SubmodularObjective:
         """The part of F that depends on the set alone and forwards no image, the weighted effectiveness: bool [n, R] -> [n]."""
         return self.weights.effectiveness * self._effectiveness(subsets)
 
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What one image adds to F as the image of shown regions, and as that of hidden ones, from one forward pass.
+
+        F(S) is the first part of S plus the second of its complement, so an image serves two subsets.
+
+        Args:
+            rows: bool [n, R], regions that the image shows.
+
+        Returns:
+            float32 [n] each.
+        """
+        rows = rows.to(self._classifier.device)
+        weights = self.weights
+        logits, features = self._forward(rows)
+        shown = self._consistency_of(logits, features) * weights.consistency
+        if weights.confidence:
+            shown = shown + weights.confidence * self._confidence_of(self._confidence_outputs(logits, rows))
+        if weights.effectiveness:
+            shown = shown + self.set_score(rows)
+        return shown, weights.collaboration * (1 - logits.softmax(dim=1)[:, self._target])
+
     def scores(self, subsets: Tensor) -> Scores:
         """The four scores of each subset, shown and hidden regions forwarded in one batch: bool [n, R] -> ``Scores``."""
         subsets = subsets.to(self._classifier.device)
@@ -133,23 +166,10 @@ class SubmodularObjective:
         hidden = count if weights.collaboration else 0
         rows = torch.cat([subsets[:shown], ~subsets[:hidden]])
         logits, features = self._forward(rows)
-        probabilities = logits.softmax(dim=1)[:, self._target]
-
-        consistency = probabilities[:shown] if weights.consistency else zeros
-        if weights.consistency and self._feature is not None and features is not None:
-            consistency = 1 - _angle(features[:shown], self._feature[None])[:, 0]
-        confidence = zeros
-        if weights.confidence:
-            outputs = logits[:shown]
-            if self._confidence_classifier is not None:
-                parts = [self._confidence_classifier.logits(inputs) for inputs in self._masked.parts(subsets)]
-                outputs = torch.cat(parts).to(subsets.device)
-                self.evaluations += count
-            confidence = self._confidence_of(outputs)
         return Scores(
-            consistency=consistency,
-            collaboration=1 - probabilities[shown:] if weights.collaboration else zeros,
-            confidence=confidence,
+            consistency=self._consistency_of(logits, features)[:shown] if weights.consistency else zeros,
+            collaboration=1 - logits.softmax(dim=1)[shown:, self._target] if weights.collaboration else zeros,
+            confidence=self._confidence_of(self._confidence_outputs(logits[:shown], subsets)) if weights.confidence else zeros,
             effectiveness=self._effectiveness(subsets) if weights.effectiveness else zeros,
         )
 
@@ -167,6 +187,19 @@ class SubmodularObjective:
         logits = [part[0] for part in both] or [torch.zeros(0, self._classifier.num_classes, device=rows.device)]
         features = [part[1] for part in both] or [torch.zeros(0, len(self._feature), device=rows.device)]
         return torch.cat(logits), torch.cat(features)
+
+    def _consistency_of(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        if self._feature is None or features is None:
+            return logits.softmax(dim=1)[:, self._target]
+        return 1 - _angle(features, self._feature[None])[:, 0]
+
+    def _confidence_outputs(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """What the confidence is taken from: the logits, or those of the second classifier for the same rows."""
+        if self._confidence_classifier is None:
+            return logits
+        parts = [self._confidence_classifier.logits(inputs) for inputs in self._masked.parts(rows)]
+        self.evaluations += len(rows)
+        return torch.cat(parts).to(logits.device)
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]
@@ -208,6 +241,46 @@ class SubmodularObjective:
         everything = torch.ones(1, self.size, dtype=torch.bool, device=self._classifier.device)
         self.evaluations += 1
         return self._classifier.features(self._masked(everything))[0]
+
+
+class MeanObjective:
+    """The mean of several objectives over the same regions, such as one for each fill: an order that does not rest on one fill.
+
+    Args:
+        objectives: at least one, on the same regions.
+
+    Attributes:
+        size, area, evaluations, highest, needed, cost: as of ``SubmodularObjective``; images of all are counted.
+    """
+
+    def __init__(self, objectives: Sequence[SubmodularObjective]) -> None:
+        sizes = {objective.size for objective in objectives}
+        if len(sizes) != 1:
+            raise UserError(f"objectives over {', '.join(map(str, sorted(sizes))) or 'no'} regions: expected one or more over the same")
+        self._objectives = tuple(objectives)
+        first = objectives[0]
+        self.size, self.area = first.size, first.area
+        self.highest = tuple(sum(each.highest[half] for each in objectives) / len(objectives) for half in (0, 1))
+        self.needed = tuple(any(each.needed[half] for each in objectives) for half in (0, 1))
+        self.cost = sum(each.cost for each in objectives)
+
+    @property
+    def evaluations(self) -> int:
+        """Images forwarded so far."""
+        return sum(each.evaluations for each in self._objectives)
+
+    def __call__(self, subsets: Tensor) -> Tensor:
+        """F of each subset: bool [n, R] -> float32 [n]."""
+        return torch.stack([each(subsets) for each in self._objectives]).mean(dim=0)
+
+    def set_score(self, subsets: Tensor) -> Tensor:
+        """Mean of the parts of F that forward no image: bool [n, R] -> [n]."""
+        return torch.stack([each.set_score(subsets) for each in self._objectives]).mean(dim=0)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of what one image adds to F as the shown and as the hidden one: bool [n, R] -> float32 [n] each."""
+        shown, hidden = zip(*(each.parts(rows) for each in self._objectives), strict=True)
+        return torch.stack(shown).mean(dim=0), torch.stack(hidden).mean(dim=0)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:

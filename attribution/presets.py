@@ -50,6 +50,8 @@ _CUB = {"side": 10, "cells_per_region": 4}
 _EVIDENTIAL_FACES = {"confidence": "evidential", "evidence_scale": 5.0}
 _EVIDENTIAL_CUB = {"confidence": "evidential", "evidence_scale": 1.0}
 
+BALANCED = ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0, effectiveness=0.0)  # F along an order: Insertion - Deletion
+
 PRESETS: dict[str, Preset] = {
     "default": Preset(_weights(0.01, 0.0, 20, 5), "slico", "bidirectional", "LiMA single-modal weights with p = 8"),
     "smdl-celeba": Preset(

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from attribution.budget import budget_search
 from attribution.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -254,8 +255,11 @@ def _report(progress: Progress | None, done: int, total: int) -> None:
         progress(done, total)
 
 
+SEEDED = frozenset({"budget", "stochastic_greedy"})  # keys of SEARCHES that draw
+
 SEARCHES: dict[str, Callable[..., Tensor]] = {
     "bidirectional": bidirectional_greedy,
+    "budget": budget_search,
     "bidirectional_v1": bidirectional_greedy_v1,
     "greedy": greedy,
     "lazy_greedy": lazy_greedy,

@@ -22,7 +22,7 @@ from attribution.image import MAX_SIDE
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS, Regions
-from attribution.search import SEARCHES
+from attribution.search import SEARCHES, SEEDED
 from evaluation.grids.layers import LAYERS
 from evaluation.grids.localize import GridMethod
 from evaluation.metrics import METRICS, Measure, expand_metrics
@@ -86,7 +86,7 @@ class MethodSpec:
     @property
     def stochastic(self) -> bool:
         """Whether its result depends on the seed."""
-        return self.method == "stochastic_greedy" or (not self.is_search and METHODS[self.method].stochastic)
+        return self.method in SEEDED or (not self.is_search and METHODS[self.method].stochastic)
 
     @property
     def cuts(self) -> bool:

@@ -267,3 +267,19 @@ def test_parts_do_not_change_the_result(cnn: at.Classifier, small_cat: Tensor, m
     assert torch.equal(whole.order, parts.order)
     assert whole.evaluations == parts.evaluations
     assert torch.allclose(whole.insertion_scores, parts.insertion_scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("search", ["bidirectional", "budget"])
+def test_several_fills_are_averaged(cnn: at.Classifier, small_cat: Tensor, search: str) -> None:
+    options = {"regions": "grid", "region_options": {"count": 9}}
+    found = at.explain(small_cat, cnn, fill="black+mean", search=search, **options)
+    again = [at.explain(small_cat, cnn, fill=fill, search=lambda _: found.order, **options) for fill in ("black", "mean")]
+    assert torch.allclose(found.insertion_scores, (again[0].insertion_scores + again[1].insertion_scores) / 2, atol=1e-5)
+    assert torch.allclose(found.deletion_scores, (again[0].deletion_scores + again[1].deletion_scores) / 2, atol=1e-5)
+    assert found.provenance["settings"]["fill"] == "black+mean"
+    if search == "bidirectional":
+        assert found.evaluations == 2 * at.explain(small_cat, cnn, search=search, **options).evaluations
+    with pytest.raises(at.UserError, match="names one twice"):
+        at.explain(small_cat, cnn, fill="black+black", **options)
+    with pytest.raises(at.UserError, match="unknown fill 'black\\+pink'"):
+        at.explain(small_cat, cnn, fill="black+pink", **options)

@@ -153,3 +153,43 @@ def test_effectiveness_needs_features(small_cat: Tensor) -> None:
         at.SubmodularObjective(black_box, prepared(black_box, small_cat), 0, ALL)
     plain = at.SubmodularObjective(black_box, prepared(black_box, small_cat), 0)
     assert plain(torch.ones(1, 9, dtype=torch.bool)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        at.ScoreWeights(),
+        at.ScoreWeights(1.0, 1.0, 0.0, 0.0),
+        at.ScoreWeights(1.0, 1.0, 0.5, 0.3),
+        at.ScoreWeights(0.0, 2.0, 0.0, 0.0),
+        at.ScoreWeights(1.0, -1.0, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"consistency": "cosine", "confidence": "evidential"}])
+def test_the_two_parts_of_an_image_make_f(cnn: at.Classifier, small_cat: Tensor, weights: at.ScoreWeights, options: dict) -> None:
+    masked = at.MaskedInputs(cnn, small_cat, at.make_regions(small_cat, "grid", rows=3, columns=3).labels, torch.zeros_like(small_cat))
+    objective = at.SubmodularObjective(cnn, masked, 3, weights, **options)
+    rows = torch.rand(20, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    before = objective.evaluations
+    shown, _ = objective.parts(rows)
+    assert objective.evaluations - before == objective.cost * len(rows)
+    _, hidden = objective.parts(~rows)
+    assert torch.allclose(shown + hidden, objective(rows), atol=1e-5)
+    assert float(shown.max()) <= objective.highest[0] + 1e-6 and float(hidden.max()) <= objective.highest[1] + 1e-6
+    assert objective.needed == (any((weights.consistency, weights.confidence, weights.effectiveness)), bool(weights.collaboration))
+
+
+def test_the_mean_of_objectives(cnn: at.Classifier, small_cat: Tensor) -> None:
+    labels = at.make_regions(small_cat, "grid", rows=3, columns=3).labels
+    fills = [at.make_fill(small_cat, fill) for fill in ("black", "mean", "blur")]
+    each = [at.SubmodularObjective(cnn, at.MaskedInputs(cnn, small_cat, labels, fill), 3) for fill in fills]
+    mean = at.MeanObjective(each)
+    rows = torch.rand(12, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert torch.allclose(mean(rows), sum(one(rows) for one in each) / 3, atol=1e-5)
+    assert torch.allclose(mean.parts(rows)[0] + mean.parts(~rows)[1], mean(rows), atol=1e-5)
+    assert (mean.cost, mean.size, mean.highest) == (3, 9, pytest.approx((20.01, 5.0)))
+    assert mean.evaluations == sum(one.evaluations for one in each)
+    other = at.SubmodularObjective(cnn, at.MaskedInputs(cnn, small_cat, labels // 3, fills[0]), 3)
+    for wrong in ([], [each[0], other]):
+        with pytest.raises(at.UserError, match="expected one or more over the same"):
+            at.MeanObjective(wrong)

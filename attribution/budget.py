@@ -1,0 +1,430 @@
+"""Search by budget: the best order that so many forwarded images can buy, and the polishing of an order that is already there.
+
+Both raise the mean of F along the order, over the share of the image that its first regions cover: with weights 1 and 1 that is
+Insertion - Deletion itself. F(S) is the sum of what the image of S gives and what the image of its complement gives, so the first
+half alone often shows that a set cannot be better than one already known, and the second is then never forwarded. Every image is
+forwarded once and remembered; whatever chain through the sets known is best is the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.errors import UserError, describe
+
+_TIE = 1e-9  # gains below this are rounding
+_WINDOW = 12  # places of an order that are filled again together
+_LANES = 2  # windows filled again side by side
+_LEAST_ROOM = 0.3  # of a window, against the one with most
+_SWEEPS = 16  # of neighbours, at most in a row
+_PATIENCE = 30  # rounds in which no new image was asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best order so far.
+
+    Attributes:
+        order: int64 [R], region ids, most important first.
+        value: mean of F along the order, over the area; NaN while some of its prefixes are unknown.
+        evaluations: images forwarded so far.
+    """
+
+    order: Tensor
+    value: float
+    evaluations: int
+
+
+class _Spent(Exception):
+    """The budget does not reach for all images asked for; those that it reached for are known."""
+
+
+class _Sets:
+    """What is known of subsets, each an integer whose bit r says whether region r is shown."""
+
+    def __init__(self, objective: Any, evaluations: int) -> None:
+        self.objective = objective if hasattr(objective, "parts") else _Whole(objective)
+        self.size = int(objective.size)
+        self.full = (1 << self.size) - 1
+        self.left = evaluations
+        self.used = 0
+        area = getattr(objective, "area", None)
+        self.area = [1 / self.size] * self.size if area is None else torch.as_tensor(area, dtype=torch.float64).tolist()
+        self._parts: dict[int, tuple[float, float]] = {}
+        most = self.objective.highest
+        self._most = (float(most[0]), float(most[1]))
+        self._needed = self.objective.needed
+        self.range = sum(part for part, needed in zip(most, self._needed, strict=True) if needed)
+
+    def forward(self, images: Iterable[int]) -> None:
+        """Get to know images; as many as the budget allows, in the order given.
+
+        Raises:
+            _Spent: not all of them.
+        """
+        new = [image for image in dict.fromkeys(images) if image not in self._parts]
+        cost = self.objective.cost
+        affordable = new[: self.left // cost]
+        if affordable:
+            shown, hidden = self.objective.parts(self.rows(affordable))
+            pairs = torch.stack([shown, hidden], dim=1).double().cpu()
+            if pairs.isnan().any():
+                raise UserError("the objective returned NaN: expected a finite number for every subset")
+            self._parts.update(zip(affordable, map(tuple, pairs.tolist()), strict=True))
+            self.left -= cost * len(affordable)
+            self.used += cost * len(affordable)
+        if len(affordable) < len(new):
+            raise _Spent
+
+    def know(self, subsets: Sequence[int]) -> None:
+        """Get to know F of subsets."""
+        self.forward(image for subset in subsets for image in self._images(subset))
+
+    def known(self, subset: int) -> bool:
+        return all(image in self._parts for image in self._images(subset))
+
+    def most(self, subset: int) -> float:
+        """F where it is known, and else the highest that it can be."""
+        shown, hidden = self._parts.get(subset), self._parts.get(self.full ^ subset)
+        first = (self._most[0] if shown is None else shown[0]) if self._needed[0] else 0.0
+        second = (self._most[1] if hidden is None else hidden[1]) if self._needed[1] else 0.0
+        return first + second
+
+    def room(self, subset: int) -> float:
+        """How much higher than F of this subset any F can be."""
+        return self._most[0] * self._needed[0] + self._most[1] * self._needed[1] - self.most(subset)
+
+    def first_half(self, subsets: Sequence[int]) -> None:
+        """Forward one image of each: that of the shown regions, where F needs it."""
+        self.forward(subsets if self._needed[0] else [self.full ^ subset for subset in subsets])
+
+    def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
+        """Index of the subset with the highest F in each group, the first among equals.
+
+        Second halves are forwarded, a few at a time and those of all groups together, only while they could win.
+        """
+        self.first_half([subset for group in groups for subset in group])
+        ranked = [sorted(range(len(group)), key=lambda at, group=group: -self.most(group[at])) for group in groups]  # type: ignore[misc]
+        winners, values = [-1] * len(groups), [-math.inf] * len(groups)
+        undecided = list(range(len(groups)))
+        while undecided:
+            tried = {g: ranked[g][:together] for g in undecided}
+            self.know([groups[g][at] for g, part in tried.items() for at in part])
+            for g, part in tried.items():
+                ranked[g] = ranked[g][together:]
+                for at in part:
+                    found = self.most(groups[g][at])
+                    if found > values[g] or (found == values[g] and at < winners[g]):
+                        winners[g], values[g] = at, found
+                hopeful = [at for at in ranked[g] if self.most(groups[g][at]) > values[g]]  # others may be known by now
+                ranked[g] = sorted(hopeful, key=lambda at, group=groups[g]: -self.most(group[at]))  # type: ignore[misc]
+            undecided = [g for g in undecided if ranked[g]]
+        return winners
+
+    def mean(self, chain: Sequence[int]) -> float:
+        """Mean of F along sets of which each contains the one before, over the area; unknown F count as the highest possible."""
+        values = [self.most(subset) for subset in chain]
+        return sum(
+            (before + after) / 2 * self.share(small, large)
+            for small, large, before, after in zip(chain, chain[1:], values, values[1:], strict=False)
+        )
+
+    def share(self, small: int, large: int) -> float:
+        """Area of the regions that the larger set has and the smaller has not."""
+        return sum(self.area[region] for region in members(large ^ small))
+
+    def chain(self, order: Sequence[int]) -> list[int]:
+        """The R + 1 prefixes of an order."""
+        found = [0]
+        for region in order:
+            found.append(found[-1] | 1 << region)
+        return found
+
+    def best_chain(self, order: Sequence[int]) -> list[int]:
+        """The order with the highest mean F among all whose prefixes are known; the given one, known too, where none is better."""
+        levels: list[list[int]] = [[] for _ in range(self.size + 1)]
+        for subset in self._parts:
+            if self.known(subset):
+                levels[subset.bit_count()].append(subset)
+        reached: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+        for level in levels[1:]:
+            found: dict[int, tuple[float, int]] = {}
+            for subset in level:
+                for before, (total, _) in reached[-1].items():
+                    if before & subset == before:
+                        step = subset ^ before
+                        gained = total + (self.most(before) + self.most(subset)) / 2 * self.area[step.bit_length() - 1]
+                        if subset not in found or gained > found[subset][0]:
+                            found[subset] = (gained, before)
+            reached.append(found)
+        if reached[-1][self.full][0] <= self.mean(self.chain(order)) + _TIE:
+            return list(order)
+        best, subset = [], self.full
+        for found in reversed(reached[1:]):
+            before = found[subset][1]
+            best.append((subset ^ before).bit_length() - 1)
+            subset = before
+        return best[::-1]
+
+    def chain_known(self, order: Sequence[int]) -> bool:
+        return all(self.known(subset) for subset in self.chain(order))
+
+    def found(self, order: Sequence[int]) -> Found:
+        chain = self.chain(order)
+        value = self.mean(chain) if all(self.known(subset) for subset in chain) else math.nan
+        return Found(torch.tensor(order, dtype=torch.int64), value, self.used)
+
+    def rows(self, subsets: Sequence[int]) -> Tensor:
+        """bool [n, R]."""
+        width = (self.size + 7) // 8
+        packed = np.frombuffer(b"".join(subset.to_bytes(width, "little") for subset in subsets), dtype=np.uint8)
+        bits = np.unpackbits(packed.reshape(-1, width), axis=1, bitorder="little", count=self.size)
+        return torch.from_numpy(bits.astype(bool))
+
+    def _images(self, subset: int) -> list[int]:
+        return [image for image, needed in zip((subset, self.full ^ subset), self._needed, strict=True) if needed]
+
+
+class _Whole:
+    """An objective of which nothing is known but F: all of F counts as the shown half, without a bound."""
+
+    highest = (math.inf, 0.0)
+    needed = (True, False)
+
+    def __init__(self, objective: Callable[[Tensor], Tensor]) -> None:
+        self.objective = objective
+        self.cost = int(getattr(objective, "cost", 1))
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.as_tensor(self.objective(rows))
+        return found, torch.zeros_like(found)
+
+
+def members(subset: int) -> list[int]:
+    """Regions of a subset, ascending."""
+    found = []
+    while subset:
+        lowest = subset & -subset
+        found.append(lowest.bit_length() - 1)
+        subset ^= lowest
+    return found
+
+
+def eliminate(sets: _Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: float = 0.02) -> Iterator[list[int]]:
+    """Backward elimination: hide the region whose loss F minds least, then the next, until nothing is shown.
+
+    Only the ``pool`` regions that mattered least when last looked at are looked at again, all of them whenever a quarter is gone
+    (1 - ``refresh``). While F keeps what the first loses, up to a share of its range, others go with it: 1, 2, 4 ... more.
+
+    Yields:
+        The order after each round: regions still shown, as they mattered when last looked at, then those hidden.
+    """
+    shown, left, hidden = sets.full, list(range(sets.size))[::-1], []  # of equals the last is hidden first
+    last = dict.fromkeys(left, 0.0)
+    refreshed = math.inf
+    while len(left) > 1:
+        looked_at = left[:pool]
+        if len(left) <= refresh * refreshed:
+            looked_at, refreshed = left, len(left)
+        without = {region: shown ^ 1 << region for region in looked_at}
+        first = looked_at[sets.best([list(without.values())])[0]]
+        last.update((region, sets.most(without[region])) for region in looked_at)
+        ranked = sorted((region for region in looked_at if region != first), key=lambda region: -last[region])
+        gone = [first, *_gone_with(sets, shown ^ 1 << first, ranked[: len(left) // 4], tolerance * sets.range)]
+        for region in gone:
+            shown ^= 1 << region
+        hidden += gone
+        left = sorted((region for region in left if region not in gone), key=lambda region: -last[region])
+        yield left[::-1] + hidden[::-1]
+
+
+def _gone_with(sets: _Sets, shown: int, others: Sequence[int], margin: float) -> Sequence[int]:
+    """As many of the others, doubling, as can be hidden too while F loses no more than the margin."""
+    if not 0 < margin < math.inf:
+        return []
+    least, count, more = sets.most(shown) - margin, 0, 1
+    while count + more <= len(others):
+        rest = shown
+        for region in others[: count + more]:
+            rest ^= 1 << region
+        sets.first_half([rest])
+        if sets.most(rest) >= least:
+            sets.know([rest])
+        if sets.most(rest) < least:
+            break
+        count += more
+        more = count + 1
+    return others[:count]
+
+
+def swap_neighbours(sets: _Sets, order: list[int], first: int) -> bool:
+    """One odd or even sweep: neighbours at first, first + 2, ... change places where the one changed prefix gains, in place.
+
+    Returns:
+        Whether any did. All prefixes of the order must be known.
+    """
+    chain = sets.chain(order)
+    places = [at for at in range(first, sets.size - 1, 2) if sets.room(chain[at + 1]) > _TIE]
+    swapped = [[chain[at], chain[at] | 1 << order[at + 1], chain[at + 2]] for at in places]
+    better = _gains(sets, [(new, chain[at : at + 3]) for new, at in zip(swapped, places, strict=True)])
+    for at, gain in zip(places, better, strict=True):
+        if gain:
+            order[at], order[at + 1] = order[at + 1], order[at]
+    return any(better)
+
+
+def _gains(sets: _Sets, changes: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+    """Which pieces of chains (new, old) gain; second halves are forwarded for those that still can."""
+    sets.first_half([subset for new, _ in changes for subset in new])
+    hopeful = [sets.mean(new) > sets.mean(old) + _TIE for new, old in changes]
+    sets.know([subset for (new, _), hope in zip(changes, hopeful, strict=True) if hope for subset in new])
+    return [hope and sets.mean(new) > sets.mean(old) + _TIE for (new, old), hope in zip(changes, hopeful, strict=True)]
+
+
+def rebuild(sets: _Sets, order: list[int], windows: Sequence[tuple[int, int]], backward: bool) -> None:
+    """Fill windows (start, stop) of the order again greedily, from their last place to the first or the other way, in place.
+
+    The windows do not overlap; candidates of all are forwarded together. A window that does not gain stays.
+    """
+    chain = sets.chain(order)
+    left = [sorted(order[start:stop], reverse=backward) for start, stop in windows]
+    placed: list[list[int]] = [[] for _ in windows]
+    here = [chain[stop] if backward else chain[start] for start, stop in windows]
+    while busy := [at for at, regions in enumerate(left) if len(regions) > 1]:
+        steps = [[here[at] ^ 1 << region for region in left[at]] for at in busy]
+        for at, group, best in zip(busy, steps, sets.best(steps), strict=True):
+            placed[at].append(left[at].pop(best))
+            here[at] = group[best]
+    for (start, stop), rest, found in zip(windows, left, placed, strict=True):
+        filled = rest + found[::-1] if backward else found + rest
+        new = sets.chain([*order[:start], *filled])[start:]
+        if sets.mean(new) > sets.mean(chain[start : stop + 1]) + _TIE:
+            order[start:stop] = filled
+
+
+def improve(sets: _Sets, order: Sequence[int], seed: int = 0) -> Iterator[list[int]]:
+    """Local search: neighbours change places, then windows are filled again where F has most room to rise.
+
+    Yields:
+        The best order known after each round, until no new set is found to try.
+    """
+    sets.know(sets.chain(order))
+    found = sets.best_chain(order)
+    yield list(found)
+    generator = np.random.default_rng(seed)
+    unchanged = 0
+    while unchanged < _PATIENCE:
+        used = sets.used
+        for _ in _swept(sets, found):
+            yield list(found)
+        windows = _windows(sets, found, generator)
+        if not windows:
+            return
+        rebuild(sets, found, windows, backward=bool(generator.integers(2)))
+        found = sets.best_chain(found)
+        yield list(found)
+        unchanged = unchanged + 1 if sets.used == used else 0
+
+
+def _swept(sets: _Sets, order: list[int]) -> Iterator[None]:
+    """Odd and even sweeps in turn, until two in a row change nothing."""
+    quiet = 0
+    for parity in range(_SWEEPS):
+        quiet = 0 if swap_neighbours(sets, order, parity % 2) else quiet + 1
+        yield
+        if quiet == 2:
+            return
+
+
+def _windows(sets: _Sets, order: Sequence[int], generator: np.random.Generator) -> list[tuple[int, int]]:
+    """Windows that do not overlap, drawn by how much F could still rise in them."""
+    width = min(_WINDOW, sets.size)
+    starts = range(int(generator.integers(width)) - width, sets.size, width)
+    tiles = [(max(0, start), min(sets.size, start + width)) for start in starts]
+    tiles = [(start, stop) for start, stop in tiles if stop - start > 2]
+    chain = sets.chain(order)
+    room = np.array([sum(sets.room(subset) for subset in chain[start + 1 : stop]) for start, stop in tiles])
+    room = np.where(np.isfinite(room), room.clip(0), 1.0)
+    room[room < _LEAST_ROOM * room.max(initial=0)] = 0
+    if not room.sum() > 0:
+        return []
+    drawn = generator.choice(len(tiles), size=min(_LANES, int((room > 0).sum())), replace=False, p=room / room.sum())
+    return [tiles[at] for at in sorted(drawn)]
+
+
+def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | None = None, seed: int = 0) -> Iterator[Found]:
+    """Ever better orders, as long as the budget lasts; stop whenever one is good enough.
+
+    Args:
+        objective: F, such as ``SubmodularObjective``. Any other callable from subsets to F (with ``size``) will do: each subset
+            then counts as one image, or as ``cost`` images where it says so.
+        evaluations: N, images forwarded at most.
+        start: an order to begin with; by default one is made by backward elimination.
+        seed: of the windows.
+
+    Yields:
+        ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls.
+
+    Raises:
+        UserError: N below 1, a start that is no order of the regions, or an objective that returns NaN.
+    """
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
+        raise UserError(f"evaluations is {evaluations!r}: expected a whole number of images, at least 1")
+    sets = _Sets(objective, evaluations)
+    order = list(range(sets.size)) if start is None else [int(region) for region in start]
+    if sorted(order) != list(range(sets.size)):
+        raise UserError(f"start is {describe(start)}: expected each region from 0 to {sets.size - 1} once")
+    try:
+        if start is None:
+            for order in eliminate(sets):
+                yield sets.found(order)
+        for better in improve(sets, order, seed):
+            order = better
+            yield sets.found(order)
+    except _Spent:
+        yield sets.found(sets.best_chain(order) if sets.chain_known(order) else order)
+
+
+def default_budget(size: int) -> int:
+    """Images forwarded where no budget is given: 16 for each region, where the curve of quality against budget flattens."""
+    return 16 * size
+
+
+def budget_search(
+    objective: Any,
+    *,
+    evaluations: int | None = None,
+    start: Sequence[int] | None = None,
+    seed: int = 0,
+    callback: Callable[[Found], bool | None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The best order that a budget of forwarded images can buy: backward elimination, then local search with what is left.
+
+    Args:
+        objective, start, seed: see ``search_orders``.
+        evaluations: N, images forwarded at most; 16 R by default.
+        callback: called with the best order so far after each round; the search ends when it returns True.
+        progress: called with (images forwarded, N).
+
+    Returns:
+        int64 [R], region ids, most important first.
+    """
+    budget = default_budget(int(objective.size)) if evaluations is None else evaluations
+    best = torch.arange(int(objective.size))
+    for found in search_orders(objective, evaluations=budget, start=start, seed=seed):
+        best = found.order
+        if progress is not None:
+            progress(found.evaluations, budget)
+        if callback is not None and callback(found):
+            break
+    if progress is not None:
+        progress(budget, budget)
+    return best

@@ -1,0 +1,218 @@
+"""Search by budget: exact about what it knows, never over its budget, never worse with more of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attribution as at
+from attribution.budget import Found, _Sets, budget_search, members, search_orders
+
+WEIGHTS = at.ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0)
+
+
+class Halves:
+    """An objective of two random halves in [0, 1]: F(S) = shown(S) + hidden(complement); remembers every image forwarded."""
+
+    highest = (1.0, 1.0)
+    needed = (True, True)
+    cost = 1
+
+    def __init__(self, size: int, seed: int = 0, area: list[float] | None = None) -> None:
+        self.size, self.seed, self.images = size, seed, list[frozenset[int]]()
+        if area is not None:
+            self.area = torch.tensor(area, dtype=torch.float64)
+
+    def half(self, name: str, shown: frozenset[int]) -> float:
+        return random.Random(f"{self.seed} {name} {sorted(shown)}").random()
+
+    def f(self, subset: frozenset[int]) -> float:
+        return self.half("shown", subset) + self.half("hidden", frozenset(range(self.size)) - subset)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        images = [frozenset(row.nonzero()[:, 0].tolist()) for row in rows]
+        self.images += images
+        return tuple(torch.tensor([self.half(name, image) for image in images], dtype=torch.float64) for name in ("shown", "hidden"))
+
+
+def mean_along(objective: Halves, order: list[int], area: list[float]) -> float:
+    """The area under F over the share of the image, by the trapezoid rule, written out."""
+    total, before = 0.0, objective.f(frozenset())
+    for k, region in enumerate(order):
+        after = objective.f(frozenset(order[: k + 1]))
+        total += area[region] * (before + after) / 2
+        before = after
+    return total
+
+
+def run(objective: Halves, evaluations: int, **options: object) -> list[Found]:
+    return list(search_orders(objective, evaluations=evaluations, **options))
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 14), evaluations=st.integers(1, 300), seed=st.integers(0, 99), given_start=st.booleans())
+def test_the_budget_holds_and_no_image_is_forwarded_twice(size: int, evaluations: int, seed: int, given_start: bool) -> None:
+    objective = Halves(size, seed)
+    found = run(objective, evaluations, start=list(range(size)) if given_start else None)
+    assert found and all(sorted(each.order.tolist()) == list(range(size)) for each in found)
+    assert len(objective.images) == len(set(objective.images)) == found[-1].evaluations <= evaluations
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(2, 12), seed=st.integers(0, 99))
+def test_values_are_means_along_the_order_and_never_fall(size: int, seed: int) -> None:
+    generator = random.Random(seed)
+    area = [generator.uniform(0.5, 2) for _ in range(size)]
+    area = [each / sum(area) for each in area]
+    objective = Halves(size, seed, area)
+    found = run(objective, 400, start=generator.sample(range(size), size))
+    known = [each for each in found if not math.isnan(each.value)]
+    assert known[-1] is found[-1]
+    for each in known:
+        assert each.value == pytest.approx(mean_along(objective, each.order.tolist(), area))
+    assert all(later.value >= earlier.value - 1e-9 for earlier, later in itertools.pairwise(known))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_budget_is_never_worse_than_the_same_search_at_any_moment(seed: int) -> None:
+    for each in run(Halves(12, seed), 500):
+        again = run(Halves(12, seed), each.evaluations)[-1]
+        assert math.isnan(each.value) or again.value >= each.value - 1e-9
+        if math.isnan(each.value) and again.evaluations == each.evaluations:
+            assert sorted(again.order.tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_chain_through_all_sets_is_the_best_of_all_orders(seed: int) -> None:
+    objective = Halves(6, seed, area := [0.1, 0.3, 0.1, 0.2, 0.2, 0.1])
+    sets = _Sets(objective, 10**6)
+    sets.know(range(2**6))
+    best = max(itertools.permutations(range(6)), key=lambda order: mean_along(objective, list(order), area))
+    assert mean_along(objective, sets.best_chain(list(range(6))), area) == pytest.approx(mean_along(objective, list(best), area))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), together=st.integers(1, 6))
+def test_pruned_candidates_could_not_have_won(seed: int, together: int) -> None:
+    generator = random.Random(seed)
+    objective = Halves(7, seed)
+    sets = _Sets(objective, 10**6)
+    groups = [generator.sample(range(1, 127), generator.randint(1, 12)) for _ in range(3)]
+    for group, winner in zip(groups, sets.best(groups, together), strict=True):
+        values = [objective.f(frozenset(members(subset))) for subset in group]
+        assert winner == values.index(max(values))
+    assert len(objective.images) <= 2 * sum(map(len, groups))
+
+
+def test_half_of_the_images_is_saved_where_the_first_half_decides() -> None:
+    class Decided(Halves):
+        def half(self, name: str, shown: frozenset[int]) -> float:
+            return 0.0 if name == "hidden" else len(shown) / self.size + (0 in shown) / 100
+
+    class Tight(Decided):
+        highest = (1.01, 0.0)
+
+    loose, tight = Decided(20), Tight(20)
+    for objective in (loose, tight):
+        _Sets(objective, 10**6).best([[1 << region for region in range(20)]])
+    assert len(tight.images) == 20 + 4 < len(loose.images)
+
+
+def test_halves_that_f_does_not_need_are_never_forwarded(cnn: at.Classifier, small_cat: Tensor) -> None:
+    regions = at.make_regions(small_cat, "grid", rows=3, columns=3)
+    insertion = at.explain(small_cat, cnn, regions=regions, search="budget", weights=at.ScoreWeights(1.0, 0.0, 0.0), evaluations=60)
+    both = at.explain(small_cat, cnn, regions=regions, search="budget", evaluations=60)
+    assert insertion.insertion_auc >= both.insertion_auc - 1e-6
+    assert insertion.evaluations <= 60 and both.evaluations <= 60
+
+
+@pytest.mark.parametrize("start", ["integrated_gradients", "random"])
+def test_polish_never_loses(vit: at.Classifier, small_cat: Tensor, start: str) -> None:
+    regions = at.make_regions(small_cat, "grid", rows=4, columns=4)
+    heatmap = at.attribute(small_cat, vit, start, fill="gray")
+    before = at.explain(
+        small_cat, vit, regions=regions, search=lambda objective: heatmap.ranked_over(regions).order, weights=WEIGHTS, fill="gray"
+    )
+    gains = []
+    for evaluations in (34, 60, 120, 240):
+        after = at.polish(heatmap, vit, regions=regions, evaluations=evaluations, fill="gray")
+        assert after.target == heatmap.target and torch.equal(after.regions.labels, regions.labels)
+        gains.append(after.insertion_auc - after.deletion_auc - (before.insertion_auc - before.deletion_auc))
+    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise([0.0, *gains])) and gains[-1] > 0
+    again = at.polish(before, vit, evaluations=240, fill="gray")
+    assert again.order.tolist() == after.order.tolist()
+
+
+def test_polish_refuses_what_it_cannot_keep(vit: at.Classifier, small_cat: Tensor) -> None:
+    heatmap = at.attribute(small_cat, vit, "saliency")
+    with pytest.raises(at.UserError, match="a heatmap without regions: give regions="):
+        at.polish(heatmap, vit)
+    with pytest.raises(at.UserError, match="polish takes no target"):
+        at.polish(heatmap, vit, regions=at.make_regions(small_cat, "grid", count=9), target=1)
+
+
+def test_the_callback_sees_every_order_and_stops_the_search() -> None:
+    seen: list[Found] = []
+
+    def enough(found: Found) -> bool:
+        seen.append(found)
+        return found.evaluations > 60
+
+    objective = Halves(10)
+    order = budget_search(objective, evaluations=10**4, callback=enough)
+    assert torch.equal(order, seen[-1].order) and seen[-1].evaluations == len(objective.images)
+    assert [each.evaluations > 60 for each in seen] == [False] * (len(seen) - 1) + [True]
+
+
+def test_the_search_ends_by_itself_when_nothing_is_left_to_try() -> None:
+    objective = Halves(5)
+    budget_search(objective, evaluations=10**9)
+    assert len(objective.images) <= 2**5
+
+
+def test_no_images_are_spent_where_f_cannot_rise() -> None:
+    class Full(Halves):
+        def half(self, name: str, shown: frozenset[int]) -> float:
+            return 1.0
+
+    objective = Full(40)
+    order = budget_search(objective, evaluations=10**6)
+    assert order.tolist() == list(range(40))
+    assert len(objective.images) < 40 * 8  # plain greedy forwards 1640
+
+
+@pytest.mark.parametrize("bad", [0, -3, True, 2.5])
+def test_a_budget_is_a_positive_number_of_images(bad: object) -> None:
+    with pytest.raises(at.UserError, match="expected a whole number of images, at least 1"):
+        budget_search(Halves(4), evaluations=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", [[0, 1], [0, 1, 2, 2], [1, 2, 3, 4]])
+def test_a_start_names_each_region_once(start: list[int]) -> None:
+    with pytest.raises(at.UserError, match="expected each region from 0 to 3 once"):
+        budget_search(Halves(4), start=start)
+
+
+def test_nan_is_refused() -> None:
+    class Broken(Halves):
+        def half(self, name: str, shown: frozenset[int]) -> float:
+            return math.nan
+
+    with pytest.raises(at.UserError, match="returned NaN"):
+        budget_search(Broken(4))
+
+
+def test_evaluations_belong_to_the_search_by_budget(cnn: at.Classifier, small_cat: Tensor) -> None:
+    with pytest.raises(at.UserError, match="search options evaluations are unknown"):
+        at.explain(small_cat, cnn, regions="grid", region_options={"count": 9}, evaluations=50)
+    found = at.explain(small_cat, cnn, regions="grid", region_options={"count": 9}, search="budget")
+    settings = found.provenance["settings"]
+    assert settings["search_options"]["evaluations"] == 144 and found.evaluations <= 144
+    assert settings["weights"] == {"consistency": 1.0, "collaboration": 1.0, "confidence": 0.0, "effectiveness": 0.0}
