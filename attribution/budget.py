@@ -22,6 +22,7 @@ from attribution.errors import UserError, describe
 _TIE = 1e-9  # gains below this are rounding
 _WINDOW = 12  # places of an order that are filled again together
 _LANES = 2  # windows filled again side by side
+_NEIGHBOURHOODS = 11  # that an image is cut into where regions are hidden with those around them
 _LEAST_ROOM = 0.3  # of a window, against the one with most
 _SWEEPS = 16  # of neighbours, at most in a row
 _PATIENCE = 30  # rounds in which no new image was asked for
@@ -217,6 +218,26 @@ def members(subset: int) -> list[int]:
     return found
 
 
+def survey(sets: _Sets) -> list[int]:
+    """Regions by how little F minds when their neighbourhood is hidden, the one that matters least first: R images.
+
+    A region alone is often too small to be missed; where the objective does not say where regions lie, they are hidden one by one.
+    """
+    centres = getattr(sets.objective, "centres", None)
+    if centres is None:
+        around = [[region] for region in range(sets.size)]
+    else:
+        nearest = torch.cdist(centres, centres).argsort(dim=1, stable=True)
+        around = nearest[:, : max(1, round(sets.size / _NEIGHBOURHOODS))].tolist()
+    without = [sets.full ^ sum(1 << region for region in regions) for regions in around]
+    sets.first_half(without)
+    values: list[list[float]] = [[] for _ in range(sets.size)]
+    for regions, subset in zip(around, without, strict=True):
+        for region in regions:
+            values[region].append(sets.most(subset))
+    return sorted(range(sets.size), key=lambda region: (-sum(values[region]) / len(values[region]), -region))
+
+
 def eliminate(sets: _Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: float = 0.02) -> Iterator[list[int]]:
     """Backward elimination: hide the region whose loss F minds least, then the next, until nothing is shown.
 
@@ -226,9 +247,10 @@ def eliminate(sets: _Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: f
     Yields:
         The order after each round: regions still shown, as they mattered when last looked at, then those hidden.
     """
-    shown, left, hidden = sets.full, list(range(sets.size))[::-1], []  # of equals the last is hidden first
-    last = dict.fromkeys(left, 0.0)
-    refreshed = math.inf
+    left = survey(sets)
+    yield left[::-1]
+    shown, hidden, refreshed = sets.full, [], len(left)
+    last = {region: -float(place) for place, region in enumerate(left)}
     while len(left) > 1:
         looked_at = left[:pool]
         if len(left) <= refresh * refreshed:

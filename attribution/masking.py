@@ -30,13 +30,18 @@ class MaskedInputs:
     Attributes:
         size: R, the number of regions.
         area: float64 [R], share of the image's pixels in each, on the CPU.
+        centres: float64 [R, 2], mean row and column of each, pixels, on the CPU.
     """
 
     def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, fill: Tensor) -> None:
         device, preprocess = classifier.device, classifier.preprocessing
         image, labels, fill = image.to(device), labels.to(device), fill.to(device)
         self.size = int(labels.max()) + 1
-        self.area = labels.flatten().bincount(minlength=self.size).double().cpu() / labels.numel()
+        pixels = labels.flatten().cpu()
+        count = pixels.bincount(minlength=self.size).double()
+        self.area = count / pixels.numel()
+        places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in labels.shape))
+        self.centres = torch.stack([pixels.bincount(place, self.size) / count for place in places.T], dim=1)
         self._shape = preprocess.shape
         self._hidden = preprocess(fill[None]).flatten()
         self._contributions = self._hidden.new_empty(self.size, self._hidden.numel())

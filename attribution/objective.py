@@ -73,7 +73,7 @@ class SubmodularObjective:
     Attributes:
         size: R, the number of regions.
         evaluations: images forwarded so far. It only counts; no result depends on it.
-        area: float64 [R], share of the image that each region covers.
+        area, centres: float64 [R] and [R, 2], share of the image that each region covers, and its mean row and column.
         highest: the highest that either of ``parts`` can be; infinite where that is not known.
         needed: whether F depends on either of ``parts``.
         cost: images that ``parts`` forwards for a row.
@@ -104,7 +104,7 @@ class SubmodularObjective:
         self.size = masked.size
         self.evaluations = 0
         self.weights = weights or ScoreWeights()
-        self.area = masked.area
+        self.area, self.centres = masked.area, masked.centres
         shown = self.weights.consistency, self.weights.confidence
         self.highest = (sum(max(0.0, weight) for weight in shown), max(0.0, self.weights.collaboration))
         if self.weights.effectiveness:
@@ -250,7 +250,7 @@ class MeanObjective:
         objectives: at least one, on the same regions.
 
     Attributes:
-        size, area, evaluations, highest, needed, cost: as of ``SubmodularObjective``; images of all are counted.
+        size, area, centres, evaluations, highest, needed, cost: as of ``SubmodularObjective``; images of all are counted.
     """
 
     def __init__(self, objectives: Sequence[SubmodularObjective]) -> None:
@@ -259,7 +259,7 @@ class MeanObjective:
             raise UserError(f"objectives over {', '.join(map(str, sorted(sizes))) or 'no'} regions: expected one or more over the same")
         self._objectives = tuple(objectives)
         first = objectives[0]
-        self.size, self.area = first.size, first.area
+        self.size, self.area, self.centres = first.size, first.area, first.centres
         self.highest = tuple(sum(each.highest[half] for each in objectives) / len(objectives) for half in (0, 1))
         self.needed = tuple(any(each.needed[half] for each in objectives) for half in (0, 1))
         self.cost = sum(each.cost for each in objectives)

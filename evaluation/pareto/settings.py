@@ -1,0 +1,121 @@
+"""What the study of quality against evaluations measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from attribution.classifier import Classifier
+from attribution.errors import UserError
+from attribution.explain import plain_settings
+from attribution.regions import REGIONS
+from attribution.search import SEARCHES
+from evaluation.settings import check_fields
+
+BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
+SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS whose cost is chosen
+BALANCED_SUFFIX = " 1:1"  # of a search with weights 1 and 1, as the search by budget has them
+POLISHED = "polished"
+REFERENCE = "bidirectional"
+
+
+@dataclass(frozen=True)
+class ParetoSettings:
+    """Settings of ``run_pareto``.
+
+    Attributes:
+        data, root, split: of ``open_dataset``; the samples must be labelled.
+        model: a classifier, or a name that ``load_classifier`` takes.
+        regions: a key of ``REGIONS``.
+        count: R, about how many regions.
+        fill: what hides regions while methods work, and in the curves.
+        methods: keys of ``SEARCHES`` (with " 1:1" for balanced weights), "polished", or of ``SAMPLED``.
+        budgets: evaluations, ascending.
+        samples: so many images, the first of a seeded permutation that the model gets right with enough confidence.
+        confidence: least probability of the label.
+        seed: of the images, and of methods that draw.
+    """
+
+    data: str
+    root: str | None = None
+    split: str = "test"
+    model: str | Classifier = "zoo:cnn"
+    regions: str = "grid"
+    count: int = 64
+    fill: str = "black"
+    methods: tuple[str, ...] = ("budget", REFERENCE)
+    budgets: tuple[int, ...] = BUDGETS
+    samples: int = 100
+    confidence: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [*SEARCHES, *(f"{name}{BALANCED_SUFFIX}" for name in SEARCHES), POLISHED, *SAMPLED]
+        if unknown := [name for name in self.methods if name not in known]:
+            raise UserError(f"unknown methods {', '.join(unknown)}: expected some of {', '.join(known)}")
+        if self.regions not in REGIONS:
+            raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
+            raise UserError(f"budgets are {list(self.budgets)}: expected ascending numbers of images")
+        for name, least in (("count", 2), ("samples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+
+    @property
+    def partition(self) -> str:
+        """What tables call the regions."""
+        return f"{self.regions} {self.count}"
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        return plain_settings({f.name: getattr(self, f.name) for f in fields(self) if f.name != "root"})
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> ParetoSettings:
+        """From plain values.
+
+        Raises:
+            UserError: an unknown field, or no data.
+        """
+        check_fields(cls, values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Point:
+    """One explanation of one image.
+
+    Attributes:
+        method: its name.
+        budget: what it was allowed; 0 for a search that cannot be told.
+        evaluations: images that it forwarded.
+        insertion, deletion: areas under its curves.
+    """
+
+    method: str
+    budget: int
+    evaluations: int
+    insertion: float
+    deletion: float
+
+    @property
+    def difference(self) -> float:
+        """Insertion - Deletion."""
+        return self.insertion - self.deletion
+
+
+@dataclass(frozen=True)
+class ParetoResults:
+    """Points of every image.
+
+    Attributes:
+        settings: what was measured.
+        model: name of the classifier.
+        points: by sample id, in the order measured.
+    """
+
+    settings: ParetoSettings
+    model: str
+    points: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
