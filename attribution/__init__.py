@@ -15,6 +15,7 @@ from attribution.explanation import Explanation
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import FILLS, demo_image_path, load_image, make_fill
 from attribution.loading import load_classifier, save_classifier
+from attribution.many import explain_many
 from attribution.masking import MaskedInputs
 from attribution.neurons import NeuronPath, activation_path, edited_probability, influence_pattern_path, neuron_path
 from attribution.objective import MeanObjective, Scores, ScoreWeights, SubmodularObjective
@@ -51,6 +52,7 @@ __all__ = [
     "edited_probability",
     "explain",
     "explain_failure",
+    "explain_many",
     "from_masks",
     "influence_pattern_path",
     "load_classifier",

@@ -126,7 +126,8 @@ class Classifier:
             are non-negative and sum to 1, else logits).
         head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
         name: what reports call it.
-        batch_size: most images forwarded at once; None lets the input size decide.
+        batch_size: most images forwarded at once; None lets the input size decide. Where a batch does not fit into memory, it is
+            halved until it does.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward where the
@@ -183,9 +184,11 @@ class Classifier:
     @contextmanager
     def forwarding(self, batch_size: int | None) -> Iterator[None]:
         """Forward at most so many images at once within the context; None changes nothing."""
+        if batch_size is None:
+            yield
+            return
         own = self._batch_size
-        if batch_size is not None:
-            self.batch_size = batch_size
+        self.batch_size = batch_size
         try:
             yield
         finally:
@@ -324,6 +327,19 @@ class Classifier:
         count, returns_probabilities = self._probe
         if self._class_names is not None and len(self._class_names) != count:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
+        while True:
+            try:
+                return self._forward_chunks(inputs, want_features, returns_probabilities)
+            except RuntimeError as error:
+                tried = min(self._batch_size, len(inputs))
+                if tried <= 1 or not is_out_of_memory(error):
+                    raise
+            # outside the except block, where the traceback no longer holds the tensors of the failed batch
+            self._batch_size = tried // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _forward_chunks(self, inputs: Tensor, want_features: bool, returns_probabilities: bool) -> tuple[Tensor, Tensor]:
         rows, features = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and inputs.requires_grad):
             for chunk in even_chunks(inputs.to(self.device), self.batch_size):
@@ -467,6 +483,12 @@ def automatic_batch_size(pixels: int, device: torch.device) -> int:
     """Images forwarded at once: on a CPU few enough for the caches, on an accelerator enough to fill it."""
     least, budget = (16, 2**16) if device.type == "cpu" else (32, 2**23)
     return max(least, min(512, budget // max(1, pixels)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a forward pass failed for want of memory, on an accelerator or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def even_chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ FLOORS = [
     {"search"},
     {"presets"},
     {"explain"},
-    {"failure"},
+    {"failure", "many"},
     {"baselines"},
     {"plotting"},
     {"failure_plotting"},

@@ -548,3 +548,51 @@ def test_the_digest_tells_weights_apart(change: str) -> None:
 
 def test_a_black_box_has_no_digest() -> None:
     assert black_box().weights_digest is None
+
+
+class Small(nn.Module):
+    """A model that only so many images fit into."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        super().__init__()
+        self.most, self.error, self.tried = most, error, list[int]()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tried.append(len(x))
+        if len(x) > self.most:
+            raise self.error
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_batches_are_halved_until_they_fit(error: Exception) -> None:
+    module = Small(5, error)
+    classifier = at.Classifier(module, size=8, batch_size=32)
+    inputs = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = module.head(inputs.mean(dim=(2, 3)))
+    assert torch.allclose(classifier.logits(inputs), expected)
+    assert module.tried[1:5] == [32, 16, 8, 4] and classifier.batch_size == 4
+    assert torch.allclose(classifier.logits_and_features(inputs)[0], expected)
+    assert max(module.tried[12:]) == 4  # it is remembered
+
+
+def test_other_errors_and_single_images_are_not_tried_again() -> None:
+    none_fits = Small(2, RuntimeError("out of memory"))
+    classifier = at.Classifier(none_fits, size=8, batch_size=8, class_names=list("abcd"))
+    classifier.logits(torch.rand(1, 3, 8, 8))
+    none_fits.most = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        classifier.logits(torch.rand(8, 3, 8, 8))
+    assert none_fits.tried[-4:] == [8, 4, 2, 1]
+    broken = Small(2, RuntimeError("shapes do not fit"))
+    classifier = at.Classifier(broken, size=8, batch_size=8)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        classifier.logits(torch.rand(8, 3, 8, 8))
+    assert broken.tried[-1] == 8

@@ -1,0 +1,111 @@
+"""Several images at once: the same explanations, fuller batches, one thread for the model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attribution as at
+
+OPTIONS = {"regions": "grid", "region_options": {"count": 9}}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(3, 32, 32, generator=generator) for _ in range(5)]
+
+
+class Watched(nn.Module):
+    """Counts the images of every call, and the threads that it is called from."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.batches, self.threads = inner, list[int](), set[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        self.threads.add(threading.get_ident())
+        return self.inner(x)
+
+
+def watched(classifier: at.Classifier) -> tuple[at.Classifier, Watched]:
+    module = Watched(classifier.module)  # type: ignore[arg-type]
+    way = classifier.preprocessing
+    return at.Classifier(module, size=way.size, mean=way.mean, std=way.std, class_names=classifier.class_names, batch_size=256), module
+
+
+@pytest.mark.parametrize("search", ["bidirectional", "budget", "greedy"])
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_the_same_as_one_by_one(cnn: at.Classifier, images: list[Tensor], search: str, together: int) -> None:
+    many = at.explain_many(images, cnn, together=together, search=search, **OPTIONS)
+    assert len(many) == len(images)
+    for image, found in zip(images, many, strict=True):
+        alone = at.explain(image, cnn, search=search, **OPTIONS)
+        assert found.target == alone.target and found.evaluations == alone.evaluations
+        assert found.order.tolist() == alone.order.tolist()
+        assert torch.allclose(found.insertion_scores, alone.insertion_scores, atol=1e-5)
+        assert torch.allclose(found.deletion_scores, alone.deletion_scores, atol=1e-5)
+
+
+def test_batches_are_fuller_and_one_thread_calls_the_model(cnn: at.Classifier, images: list[Tensor]) -> None:
+    alone, single = watched(cnn)
+    for image in images:
+        at.explain(image, alone, **OPTIONS)
+    packed, module = watched(cnn)
+    at.explain_many(images, packed, together=5, **OPTIONS)
+    assert sum(module.batches) - 2 == sum(single.batches) - 2  # two images of each are the probe
+    assert len(module.batches) < len(single.batches) / 3
+    assert module.threads == {threading.get_ident()}
+
+
+def test_features_and_prototypes_travel_too(cnn: at.Classifier, images: list[Tensor]) -> None:
+    matrix = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))[:, : cnn.features(cnn.inputs(images[0])).shape[1]]
+    clip = cnn.with_prototypes(matrix, scale=5.0, normalize=True, class_names=["a", "b", "c", "d"])
+    options = {**OPTIONS, "objective_options": {"consistency": "cosine"}, "weights": at.ScoreWeights(1.0, 1.0, 0.0, 0.1)}
+    for found, image in zip(at.explain_many(images, clip, "b", **options), images, strict=True):
+        alone = at.explain(image, clip, "b", **options)
+        assert found.target_name == "b" and found.order.tolist() == alone.order.tolist()
+
+
+def test_targets_of_each_image(cnn: at.Classifier, images: list[Tensor]) -> None:
+    found = at.explain_many(images[:3], cnn, [0, "dog", None], **OPTIONS)
+    assert [each.target for each in found[:2]] == [0, cnn.target_index("dog")]
+    assert found[2].target == int(found[2].probabilities.argmax())
+
+
+def test_progress_counts_images(cnn: at.Classifier, images: list[Tensor]) -> None:
+    seen: list[tuple[int, int]] = []
+    at.explain_many(images, cnn, together=2, progress=lambda done, total: seen.append((done, total)), **OPTIONS)
+    assert seen[-1] == (5, 5) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_nothing_is_left_behind(cnn: at.Classifier, images: list[Tensor]) -> None:
+    before, own = threading.active_count(), cnn.batch_size
+    assert at.explain_many([], cnn) == []
+    with pytest.raises(at.UserError, match="image 1: an image tensor of shape"):
+        at.explain_many([images[0], torch.rand(2, 2), images[2]], cnn, batch_size=4, **OPTIONS)
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        at.explain_many(images, cnn, together=2, progress=interrupted, **OPTIONS)
+    assert threading.active_count() == before and cnn.batch_size == own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": [1, 2]}, "2 targets for 5 images"),
+        ({"together": 0}, "together is 0"),
+        ({"images": torch.rand(3, 8, 8)}, "expected a list of images"),
+        ({"images": "cat.png"}, "expected a list of images"),
+    ],
+)
+def test_bad_input(cnn: at.Classifier, images: list[Tensor], arguments: dict, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.explain_many(**{"images": images, "classifier": cnn, **arguments}, **OPTIONS)
