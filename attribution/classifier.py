@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from attribution.errors import UserError, describe
 from attribution.hooks import evaluation_mode, record_inputs
 from attribution.image import ImageSource, load_image
 
+T = TypeVar("T")
 Resize = Literal["squash", "short_side", "long_side"]
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
@@ -161,6 +162,7 @@ class Classifier:
         self.batch_size = batch_size
         self._scores = scores
         self._head = head
+        self._whole_batches = False
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
 
     def __repr__(self) -> str:
@@ -327,12 +329,16 @@ class Classifier:
         count, returns_probabilities = self._probe
         if self._class_names is not None and len(self._class_names) != count:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
+        return self._fitting(lambda: self._forward_chunks(inputs, want_features, returns_probabilities), len(inputs))
+
+    def _fitting(self, forward: Callable[[], T], rows: int) -> T:
+        """Forward rows in batches, halved until they fit into memory."""
         while True:
             try:
-                return self._forward_chunks(inputs, want_features, returns_probabilities)
+                return forward()
             except RuntimeError as error:
-                tried = min(self._batch_size, len(inputs))
-                if tried <= 1 or not is_out_of_memory(error):
+                tried = min(self._batch_size, rows)
+                if self._whole_batches or tried <= 1 or not is_out_of_memory(error):
                     raise
             # outside the except block, where the traceback no longer holds the tensors of the failed batch
             self._batch_size = tried // 2
@@ -355,6 +361,12 @@ class Classifier:
                 self._check_probabilities(scores)
                 scores = scores.log()
             return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
+
+    def find_out(self, want_features: bool) -> None:
+        """What takes forward passes of its own to know, now: for callers under whose hooks they would be mistaken for others."""
+        self._probe  # noqa: B018
+        if want_features:
+            self._heads  # noqa: B018
 
     def _check_inputs(self, inputs: Any) -> None:
         expected = self.preprocessing.shape
@@ -463,6 +475,9 @@ class _PrototypeClassifier(Classifier):
         settings = f"{self._base.weights_digest} {self._scale} {self._normalize}"
         return hashlib.sha256(settings.encode() + self._matrix.cpu().numpy().tobytes()).hexdigest()
 
+    def find_out(self, want_features: bool) -> None:
+        self._base.find_out(True)
+
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(inputs)
         features = torch.cat([self._base.features(chunk) for chunk in even_chunks(inputs, self.batch_size)])
@@ -483,6 +498,23 @@ def automatic_batch_size(pixels: int, device: torch.device) -> int:
     """Images forwarded at once: on a CPU few enough for the caches, on an accelerator enough to fill it."""
     least, budget = (16, 2**16) if device.type == "cpu" else (32, 2**23)
     return max(least, min(512, budget // max(1, pixels)))
+
+
+@contextmanager
+def whole_batches(classifier: Classifier) -> Iterator[None]:
+    """Within the context a batch that does not fit into memory fails, for a caller that has to know which rows come when."""
+    chain: list[Classifier] = []
+    each: Classifier | None = classifier
+    while each is not None:
+        chain.append(each)
+        each = getattr(each, "_base", None)
+    for each in chain:
+        each._whole_batches = True
+    try:
+        yield
+    finally:
+        for each in chain:
+            each._whole_batches = False
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

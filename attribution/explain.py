@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attribution.budget import default_budget
 from attribution.classifier import Classifier
+from attribution.dropping import DROP, dropping, with_shown
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
@@ -61,7 +62,8 @@ def explain(
         weights: of the four scores; default LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0. Search
             "budget" takes 1, 1, 0, 0 by default: what it then raises is Insertion - Deletion.
         fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
-            fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own.
+            fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own; or
+            "drop": the tokens of hidden patches leave a vision transformer's sequence (regions must follow its patches).
         pending: p of the bidirectional search, default 8.
         evaluations: N, images that search "budget" may forward; 16 R by default.
         seed: of searches that draw.
@@ -104,16 +106,13 @@ def explain(
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
         photo_size = (original.shape[1], original.shape[2])
-        masked = [
-            MaskedInputs(classifier, loaded, cut.labels, classifier_fill(loaded, each, classifier, photo_size))
-            for each in several_fills(fill)
-        ]
+        masked = [masked_inputs(classifier, loaded, cut.labels, each, photo_size) for each in several_fills(fill)]
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
 
         scoring = {**chosen.objective_options, **(objective_options or {})}
         _check_options(SubmodularObjective, scoring, "objective")
-        objectives = [SubmodularObjective(classifier, each, wanted, weights, **scoring) for each in masked]
+        objectives = [SubmodularObjective(hiding, each, wanted, weights, **scoring) for hiding, each in masked]
         objective = objectives[0] if len(objectives) == 1 else MeanObjective(objectives)
         p = _pending(chosen.pending if pending is None else pending, cut.count)
         offered = {"pending": p, "seed": seed, "progress": progress}
@@ -125,7 +124,7 @@ def explain(
         if search == "budget":
             searching.setdefault("evaluations", default_budget(cut.count))
         order = _run_search(search, objective, offered, searching)
-        along = [prefix_probabilities(classifier, each, order, wanted) for each in masked]
+        along = [prefix_probabilities(hiding, each, order, wanted) for hiding, each in masked]
         insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
 
     settings = {
@@ -209,11 +208,27 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
     }
 
 
+def masked_inputs(
+    classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
+) -> tuple[Classifier, MaskedInputs]:
+    """Inputs of any subsets of an image's regions under a fill, and the classifier that takes them: another one for "drop".
+
+    Raises:
+        UserError: see ``make_fill``.
+        NotApplicable: "drop" with a model that is no vision transformer.
+    """
+    if isinstance(fill, str) and fill == DROP:
+        hiding = dropping(classifier)
+        blank = classifier_fill(image, "model_mean", classifier)
+        return hiding, MaskedInputs(hiding, with_shown(image, 1.0), labels, with_shown(blank, 0.0))
+    return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
+
+
 def several_fills(fill: Fill) -> list[Fill]:
     """The fills that a text such as "black+blur+mean" names; any other fill alone."""
     if isinstance(fill, str) and "+" in fill:
         names = fill.split("+")
-        if all(name in FILLS or name == "model_mean" for name in names):
+        if all(name in FILLS or name in ("model_mean", DROP) for name in names):
             if len(set(names)) < len(names):
                 raise UserError(f"fill {fill!r} names one twice: give each once")
             return list(names)
@@ -221,7 +236,13 @@ def several_fills(fill: Fill) -> list[Fill]:
 
 
 def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation."""
+    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation.
+
+    Raises:
+        UserError: see ``make_fill``; "drop", which is no image.
+    """
+    if isinstance(fill, str) and fill == DROP:
+        raise UserError("fill 'drop' takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity")
     if isinstance(fill, str) and fill == "model_mean":
         return make_fill(image, classifier.preprocessing.mean)
     return make_fill(image, fill, photo_size)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
+from attribution.dropping import DROP
 from attribution.errors import NotMisclassified, UserError
-from attribution.explain import classifier_fill, explain
+from attribution.explain import classifier_fill, explain, masked_inputs
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
 from attribution.loading import load_classifier
@@ -71,7 +72,7 @@ class FailureExplanation:
         mistake_shown, mistake_hidden: likewise along ``mistake``.
         sufficient: the smallest set found that makes the model right when nothing else is shown; None where none was found.
         cause: the smallest set found whose removal makes the model right; None where none was found.
-        fill: float32 [3, H, W], what hidden regions showed.
+        fill: float32 [3, H, W], what hidden regions showed; the model's mean colour where their tokens were dropped.
         evaluations: images forwarded by both searches, the curves and the search for the smallest sets.
     """
 
@@ -217,13 +218,16 @@ def explain_failure(
         found = f"{classifier.class_names[true]}, p = {truth.confidence:.2f}"
         raise NotMisclassified(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
     original = load_image(image)
-    hidden = classifier_fill(truth.image, fill, classifier, (original.shape[1], original.shape[2]))
+    dropped = isinstance(fill, str) and fill == DROP
+    hidden = classifier_fill(truth.image, "model_mean" if dropped else fill, classifier, (original.shape[1], original.shape[2]))
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
-    mistake = explain(truth.image, classifier, predicted, fill=hidden, regions=truth.regions, progress=half(1), **again)
+    mistake = explain(
+        truth.image, classifier, predicted, fill=fill if dropped else hidden, regions=truth.regions, progress=half(1), **again
+    )
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
-    masked = MaskedInputs(classifier, truth.image, truth.regions.labels, hidden)
+    hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, fill if dropped else hidden)
     with classifier.forwarding(options.get("batch_size")):
-        return _judged(_Judge(classifier, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
+        return _judged(_Judge(hiding, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
 
 
 def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Tensor) -> FailureExplanation:

@@ -72,7 +72,7 @@ class _Meeting:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        classifier.num_classes  # noqa: B018  found out here, where it may take a forward pass, not in the threads
+        classifier.find_out(False)  # here, not in the threads
         self.changed = threading.Condition()
         self.waiting: dict[int, tuple[Tensor, bool]] = {}
         self.answers: dict[int, tuple[Tensor, Tensor] | BaseException] = {}

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
-from attribution.explain import classifier_fill
+from attribution.explain import classifier_fill, masked_inputs
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
-from attribution.masking import MaskedInputs
 from attribution.regions import grid as grid_regions
 
 Output = Literal["probability", "logit"]
@@ -93,9 +92,9 @@ def mu_fidelity(
     if not 0 <= drop <= 1:
         raise UserError(f"drop is {drop}: expected a probability in [0, 1]")
     loaded, values = _image_and_map(image, explanation)
-    score = _scorer(classifier, target, output)
     cells = grid_regions(loaded, rows=grid, columns=grid)
-    masked = MaskedInputs(classifier, loaded, cells.labels, classifier_fill(loaded, fill, classifier))
+    hiding, masked = masked_inputs(classifier, loaded, cells.labels, fill)
+    score = _scorer(hiding, target, output)
     dropped = torch.rand(samples, cells.count, generator=_generator(seed)) < drop
 
     shown = torch.cat([torch.ones(1, cells.count, dtype=torch.bool), ~dropped])

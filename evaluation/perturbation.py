@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from attribution.classifier import Classifier, even_chunks
+from attribution.dropping import DROP
 from attribution.errors import UserError, describe
-from attribution.explain import classifier_fill, prefix_scores
+from attribution.explain import classifier_fill, masked_inputs, prefix_scores
 from attribution.explanation import Explanation
 from attribution.image import FILLS, Fill, ImageSource, limit_size, load_image, make_fill
 from attribution.masking import MaskedInputs
@@ -30,7 +31,7 @@ from attribution.regions import Regions
 from evaluation.imputation import impute
 
 HIGHEST_CONFIDENCE_SHARES = (0.25, 0.5, 0.75, 1.0)
-_NAMED_FILLS = (*FILLS, "model_mean", "linear")
+_NAMED_FILLS = (*FILLS, "model_mean", "linear", DROP)
 _IMAGE_VALUES = 2**24  # floats of composed full-size images held at once
 _CONTRIBUTION_VALUES = 2**27  # floats that the contributions of all steps may take, 512 MiB; above, images are composed one by one
 
@@ -45,7 +46,8 @@ class Protocol:
         steps: "regions", one region a step; or "pixels", an equal share of the pixels a step.
         count: number of pixel steps, at most one for each pixel; region steps have no use for it.
         fill: what hidden pixels show: whatever ``make_fill`` takes, "model_mean" (zero after the classifier's normalisation), or
-            "linear" (imputed from what is shown, noise 0.01; see ``evaluation.imputation``).
+            "linear" (imputed from what is shown, noise 0.01; see ``evaluation.imputation``), or "drop" (the tokens of hidden patches
+            leave a vision transformer's sequence; region steps whose regions follow its patches).
         output: "probability" or "logit" of the target.
         axis: "area", the exact share of pixels; or "black_unrevealed", LiMA's, on which black pixels of the image never count:
             insertion runs over 0...b and deletion over 1-b...1, b being the share of pixels that are not black.
@@ -67,6 +69,8 @@ class Protocol:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
             raise UserError(f"count is {self.count}: expected a whole number of steps, at least 1")
         object.__setattr__(self, "fill", _checked_fill(self.fill))
+        if isinstance(self.fill, str) and self.fill == DROP and self.steps == "pixels":
+            raise UserError("fill 'drop' with pixel steps: it hides whole patches; expected steps='regions'")
         if self.axis == "black_unrevealed" and not (isinstance(self.fill, str) and self.fill == "black"):
             raise UserError(f"axis 'black_unrevealed' with fill {describe(self.fill)}: expected fill 'black', or axis 'area'")
 
@@ -323,6 +327,9 @@ _Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 def _prefix_scorer(classifier: Classifier, image: Tensor, labels: Tensor, target: int, protocol: Protocol, seed: int) -> _Scorer:
     """A function from an order of the labels to the scores of its prefixes, shown and hidden: float32 [K+1] each."""
     here = image.to(classifier.device)
+    if isinstance(protocol.fill, str) and protocol.fill == DROP:
+        hiding, masked = masked_inputs(classifier, image, labels, DROP)
+        return lambda order: prefix_scores(_score(hiding, protocol.output), masked, order, target)
     if isinstance(protocol.fill, str) and protocol.fill == "linear":
         std = classifier.preprocessing.std
 

@@ -16,6 +16,7 @@ import torch
 from attribution.baselines import METHOD_PRESETS, METHODS
 from attribution.baselines.smoothing import Smoothing
 from attribution.classifier import Classifier
+from attribution.dropping import DROP
 from attribution.errors import UserError
 from attribution.explain import plain_settings
 from attribution.image import MAX_SIDE
@@ -232,7 +233,7 @@ class BenchmarkSettings:
         """What hides pixels while methods and searches work."""
         if self.method_fill is not None:
             return self.method_fill
-        fixed = [protocol.fill for protocol in self.protocols if protocol.fill != "linear"]
+        fixed = [protocol.fill for protocol in self.protocols if not (isinstance(protocol.fill, str) and protocol.fill in ("linear", DROP))]
         return fixed[0] if fixed else "black"
 
     @property

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"files", "image", "hooks", "zoo"},
     {"classifier", "regions"},
-    {"loading", "masking", "explanation"},
+    {"loading", "masking", "explanation", "dropping"},
     {"objective", "budget"},
     {"search"},
     {"presets"},

@@ -74,6 +74,9 @@ def explain(
         str | None, typer.Option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.", show_default=False)
     ] = None,
     pending: Annotated[int | None, typer.Option(min=1, help="p of the bidirectional search. Default: 8.", show_default=False)] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Images that search budget may forward. Default: 16 for each region.", show_default=False)
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.", show_default=False),
@@ -87,7 +90,8 @@ def explain(
         typer.Option(
             "--fill",
             "-f",
-            help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb' or an image file. "
+            help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb', an image file, several "
+            "named ones such as black+blur+mean, or drop (tokens of a vision transformer). "
             f"Default: black, as published; {DEMO_FILL} for the demo.",
             show_default=False,
         ),
@@ -124,6 +128,7 @@ def explain(
         "seed": seed,
         "max_side": max_side,
         "region_options": {} if region_count is None else {"count": region_count},
+        **({} if evaluations is None else {"evaluations": evaluations}),
     }
     if heatmap is not None:
         options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap

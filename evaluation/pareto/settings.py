@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from attribution.classifier import Classifier
 from attribution.errors import UserError
-from attribution.explain import plain_settings
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
-from evaluation.settings import check_fields
 
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
 SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS whose cost is chosen
@@ -67,20 +64,6 @@ class ParetoSettings:
     def partition(self) -> str:
         """What tables call the regions."""
         return f"{self.regions} {self.count}"
-
-    def plain(self) -> dict[str, Any]:
-        """The settings as JSON."""
-        return plain_settings({f.name: getattr(self, f.name) for f in fields(self) if f.name != "root"})
-
-    @classmethod
-    def make(cls, values: Mapping[str, Any]) -> ParetoSettings:
-        """From plain values.
-
-        Raises:
-            UserError: an unknown field, or no data.
-        """
-        check_fields(cls, values)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)

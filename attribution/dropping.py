@@ -1,0 +1,135 @@
+"""Missing instead of painted: the tokens of hidden patches are taken out of a vision transformer's sequence.
+
+A painted patch is still a patch, and to the model a black one may speak for a class (missingness bias: Jain et al., ICLR 2022).
+Here an image carries a fourth channel, 1 where it is shown; the patches where it is 0 never reach the first block. Rows with as
+many tokens are forwarded together, so that the cost falls with what is hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import vision_transformer
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from attribution.classifier import Classifier, Preprocessing, even_chunks, whole_batches
+from attribution.errors import NotApplicable, UserError
+from attribution.hooks import edited_inputs
+
+DROP = "drop"
+_SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that a resize has blurred
+
+
+def dropping(classifier: Classifier) -> Classifier:
+    """The same classifier on images of four channels, red green blue and shown.
+
+    Args:
+        classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
+
+    Raises:
+        NotApplicable: another model, with the reason.
+    """
+    return _Dropping(classifier)
+
+
+def with_shown(image: Tensor, shown: float) -> Tensor:
+    """An image [3, H, W] with its fourth channel, the same everywhere: [4, H, W]."""
+    return torch.cat([image, torch.full_like(image[:1], shown)])
+
+
+class _Dropping(Classifier):
+    """See ``dropping``."""
+
+    def __init__(self, base: Classifier) -> None:
+        self._first_block, self._prefix, self._patch = _known(base)
+        self.__dict__.update({name: value for name, value in base.__dict__.items() if name not in self.__dict__})
+        way = base.preprocessing
+        self.preprocessing = Preprocessing(way.size, (*way.mean, 0.0), (*way.std, 1.0), way.resize, way.resized, way.interpolation)
+        self._base = base
+
+    @property
+    def num_classes(self) -> int:
+        return self._base.num_classes
+
+    @property
+    def weights_digest(self) -> str | None:
+        return self._base.weights_digest
+
+    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        self._check_inputs(inputs)
+        self._base.find_out(want_features)
+        inputs = inputs.to(self.device)
+        shown = self._shown_patches(inputs[:, 3:])
+        return self._fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
+
+    def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        """Rows that keep as many tokens together: scores and features in the order of the rows."""
+        counts = shown.sum(dim=1).cpu()
+        places, rows, features = [], [], []
+        for count in counts.unique().tolist():
+            same = (counts == count).nonzero()[:, 0]
+            for part in even_chunks(same, self.batch_size):
+                at = part.to(pixels.device)
+                # stable, so that tokens keep their order
+                kept = shown[at].int().argsort(dim=1, descending=True, stable=True)[:, :count]
+                found = self._with_tokens(pixels[at], kept, want_features)
+                places.append(at)
+                rows.append(found[0])
+                features.append(found[1])
+        if not places:
+            return self._base._forward(pixels, want_features)
+        back = torch.cat(places).argsort()
+        return torch.cat(rows)[back], torch.cat(features)[back]
+
+    def _with_tokens(self, pixels: Tensor, kept: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        """One batch, every row with the tokens before those of patches and the patches kept: int [n, count]."""
+        start = 0
+
+        def without_the_rest(tokens: Tensor) -> Tensor:
+            nonlocal start
+            own = kept[start : start + len(tokens)] + self._prefix
+            start += len(tokens)
+            chosen = tokens.gather(1, own[:, :, None].expand(-1, -1, tokens.shape[2]))
+            return torch.cat([tokens[:, : self._prefix], chosen], dim=1)
+
+        with whole_batches(self._base), self._base.forwarding(self.batch_size), edited_inputs({self._first_block: without_the_rest}):
+            return self._base._forward(pixels, want_features)
+
+    def _shown_patches(self, shown: Tensor) -> Tensor:
+        """bool [n, patches] of the fourth channel [n, 1, h, w]."""
+        shares = F.avg_pool2d(shown, self._patch).flatten(1)
+        unclear = (shares > _SLACK) & (shares < 1 - _SLACK)
+        if bool(unclear.any()):
+            down, across = (side // patch for side, patch in zip(self.preprocessing.size, self._patch, strict=True))
+            raise UserError(
+                f"fill 'drop' hides whole patches of {self._patch[0]}x{self._patch[1]} pixels, but regions cover "
+                f"{float(shares[unclear][0]):.0%} of one: give regions that follow the {down}x{across} patches of {self.name}, "
+                f"such as regions='grid' with rows={down}, columns={across} or divisors of these"
+            )
+        return shares > 0.5
+
+
+def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
+    """First block, number of tokens before those of patches, and (height, width) of a patch."""
+    module: Any = classifier.module
+    if isinstance(module, vision_transformer.VisionTransformer):
+        if module.global_pool != "token" or not module.num_prefix_tokens:
+            raise _refused(
+                classifier, f"its head pools by {module.global_pool or 'all tokens'!s}, and without patches nothing is left to pool"
+            )
+        patch = module.patch_embed.patch_size
+        return module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1]))
+    if isinstance(module, VisionTransformer):
+        return module.encoder.layers[0], 1, (module.patch_size, module.patch_size)
+    kind = "a black box" if not isinstance(module, nn.Module) else f"a {type(module).__name__}"
+    raise _refused(classifier, f"it is {kind}")
+
+
+def _refused(classifier: Classifier, reason: str) -> NotApplicable:
+    return NotApplicable(
+        f"fill 'drop' does not apply to {classifier.name}: {reason}; expected a VisionTransformer of timm or torchvision that reads a "
+        "class token; use fill 'black', 'mean' or 'blur'"
+    )

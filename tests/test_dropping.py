@@ -1,0 +1,153 @@
+"""Missing instead of painted: hidden patches leave the sequence, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import attribution as at
+import evaluation as ev
+from attribution.dropping import dropping, with_shown
+from attribution.explain import masked_inputs
+from evaluation.perturbation import Protocol
+
+GRID = {"regions": "grid", "region_options": {"rows": 4, "columns": 4}}
+
+
+def small_timm(name: str = "vit_tiny_patch16_224", **options: object) -> at.Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model(name, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, **options)
+    for parameter in module.parameters():  # heads start at zero
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return at.Classifier(module.eval(), size=32, mean=0.5, std=0.5, scores="logits", name=name)
+
+
+def small_torchvision() -> at.Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = torchvision.models.VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=5)
+        nn.init.normal_(module.heads.head.weight, std=0.5)
+    return at.Classifier(module.eval(), size=32, mean=0.5, std=0.5, scores="logits", name="torchvision vit")
+
+
+MODELS = {
+    "timm": small_timm,
+    "timm distilled": lambda: small_timm("deit_tiny_distilled_patch16_224"),
+    "timm registers": lambda: small_timm(reg_tokens=3),
+    "torchvision": small_torchvision,
+}
+
+
+def one_by_one(classifier: at.Classifier, image: Tensor, kept: list[int]) -> Tensor:
+    """Logits with the kept patches alone, written out: embed, position, choose, blocks, norm, head."""
+    module, x = classifier.module, classifier.inputs(image)
+    if isinstance(module, torchvision.models.VisionTransformer):
+        tokens = torch.cat([module.class_token, module._process_input(x)], dim=1) + module.encoder.pos_embedding
+        tokens = tokens[:, [0, *(1 + patch for patch in kept)]]
+        return module.heads(module.encoder.ln(module.encoder.layers(tokens))[:, 0])
+    prefix = module.num_prefix_tokens
+    tokens = module._pos_embed(module.patch_embed(x))
+    tokens = module.blocks(tokens[:, [*range(prefix), *(prefix + patch for patch in kept)]])
+    logits = module.forward_head(module.norm(tokens))
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_tokens_equal_a_model_without_them(name: str, small_cat: Tensor) -> None:
+    classifier = MODELS[name]()
+    labels = at.make_regions(small_cat, "grid", rows=4, columns=4).labels
+    hiding, masked = masked_inputs(classifier, small_cat, labels, "drop")
+    rows = torch.rand(20, 16, generator=torch.Generator().manual_seed(2)) < torch.linspace(0, 1, 20)[:, None]
+    found = hiding.logits(masked(rows))
+    with torch.no_grad():
+        for row, logits in zip(rows, found, strict=True):
+            assert torch.allclose(logits[None], one_by_one(classifier, small_cat, row.nonzero()[:, 0].tolist()), atol=1e-5)
+    everything = masked(torch.ones(1, 16, dtype=torch.bool))
+    assert torch.allclose(hiding.logits(everything), classifier.logits(classifier.inputs(small_cat)), atol=1e-5)
+    logits, features = hiding.logits_and_features(masked(rows))
+    assert torch.allclose(logits, found, atol=1e-5) and len(features) == 20
+    assert not classifier.module._forward_pre_hooks and not hiding._first_block._forward_pre_hooks
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_rows_of_the_same_length_meet_in_batches(vit: at.Classifier, small_cat: Tensor, batch_size: int) -> None:
+    labels = at.make_regions(small_cat, "grid", rows=4, columns=4).labels
+    hiding, masked = masked_inputs(vit, small_cat, labels, "drop")
+    rows = torch.rand(40, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    vit.find_out(False)
+    lengths: list[tuple[int, int]] = []
+    handle = vit.module.blocks[1].register_forward_pre_hook(lambda _, args: lengths.append(tuple(args[0].shape[:2])))
+    with hiding.forwarding(batch_size):
+        found = hiding.probabilities(masked(rows))
+    handle.remove()
+    assert torch.allclose(found, hiding.probabilities(masked(rows)), atol=1e-5)
+    counts = rows.sum(dim=1)
+    assert sum(rows for rows, _ in lengths) == 40 and max(rows for rows, _ in lengths) <= batch_size
+    assert {length - 1 for _, length in lengths} == {4 * int(count) for count in counts}  # four patches a region
+    if batch_size == 64:
+        assert len(lengths) == len(counts.unique())
+
+
+def test_a_batch_that_does_not_fit_is_halved(small_cat: Tensor) -> None:
+    classifier = small_timm()
+    labels = at.make_regions(small_cat, "grid", rows=4, columns=4).labels
+    hiding, masked = masked_inputs(classifier, small_cat, labels, "drop")
+    rows = torch.rand(24, 16, generator=torch.Generator().manual_seed(4)).argsort(dim=1) < 8  # eight patches each
+    expected = hiding.logits(masked(rows))
+
+    def full(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = classifier.module.blocks[1].register_forward_pre_hook(full)
+    hiding.batch_size = 24
+    assert torch.allclose(hiding.logits(masked(rows)), expected, atol=1e-5) and hiding.batch_size <= 5
+    handle.remove()
+    assert not classifier._whole_batches
+
+
+@pytest.mark.parametrize("search", ["bidirectional", "budget"])
+def test_searches_and_evaluators_take_it(vit: at.Classifier, small_cat: Tensor, search: str) -> None:
+    found = at.explain(small_cat, vit, fill="drop", search=search, **GRID)
+    curves = ev.perturbation_curves(vit, small_cat, found, found.target, Protocol(fill="drop"))
+    assert torch.allclose(curves.insertion, found.insertion_scores, atol=1e-5)
+    assert torch.allclose(curves.deletion, found.deletion_scores, atol=1e-5)
+    painted = at.explain(small_cat, vit, fill="model_mean", search=search, **GRID)
+    assert not torch.allclose(painted.insertion_scores, found.insertion_scores, atol=1e-2)
+    assert -1 <= ev.mu_fidelity(vit, small_cat, found, found.target, grid=4, fill="drop") <= 1
+    both = at.explain(small_cat, vit, fill="black+drop", search=search, **GRID)
+    assert both.provenance["settings"]["fill"] == "black+drop"
+
+
+def test_a_failure_is_explained_with_dropped_tokens(vit: at.Classifier, small_cat: Tensor) -> None:
+    wrong = int(vit.probabilities(vit.inputs(small_cat))[0].argsort()[-2])
+    found = at.explain_failure(small_cat, vit, wrong, fill="drop", **GRID)
+    assert torch.allclose(found.shown.true, found.truth.insertion_scores, atol=1e-5)
+    assert torch.allclose(found.mistake_shown.predicted, found.mistake.insertion_scores, atol=1e-5)
+
+
+def test_what_cannot_drop_says_why(cnn: at.Classifier, vit: at.Classifier, small_cat: Tensor) -> None:
+    with pytest.raises(at.NotApplicable, match=r"does not apply to .*: it is a .*; expected a VisionTransformer"):
+        at.explain(small_cat, cnn, fill="drop", **GRID)
+    box = at.Classifier(lambda x: x.mean(dim=(2, 3)), size=32, scores="logits")
+    with pytest.raises(at.NotApplicable, match="it is a black box"):
+        at.explain(small_cat, box, fill="drop", **GRID)
+    with pytest.raises(at.NotApplicable, match="its head pools by avg"):
+        dropping(small_timm(global_pool="avg"))
+    with pytest.raises(at.UserError, match=r"regions that follow the 8x8 patches of .*rows=8, columns=8"):
+        at.explain(small_cat, vit, fill="drop", regions="grid", region_options={"rows": 3, "columns": 3})
+    with pytest.raises(at.UserError, match="fill 'drop' takes tokens away and is no image"):
+        at.attribute(small_cat, vit, "occlusion", fill="drop")
+    with pytest.raises(at.UserError, match="fill 'drop' with pixel steps"):
+        Protocol(fill="drop", steps="pixels")
+
+
+def test_regions_of_a_photo_follow_the_patches_up_to_the_resize(vit: at.Classifier, cat: Tensor) -> None:
+    found = at.explain(cat, vit, fill="drop", regions="grid", region_options={"rows": 8, "columns": 8}, search="budget", evaluations=200)
+    assert found.regions is not None and found.regions.count == 64
+    assert with_shown(cat, 1.0).shape == (4, *cat.shape[1:])
