@@ -107,7 +107,7 @@ class _Sets:
         self.forward(subsets if self._needed[0] else [self.full ^ subset for subset in subsets])
 
     def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
-        """Index of the subset with the highest F in each group, the first among equals.
+        """Index of the subset with the highest F in each group, of equals one that was tried first.
 
         Second halves are forwarded, a few at a time and those of all groups together, only while they could win.
         """
@@ -151,7 +151,8 @@ class _Sets:
     def best_chain(self, order: Sequence[int]) -> list[int]:
         """The order with the highest mean F among all whose prefixes are known; the given one, known too, where none is better."""
         levels: list[list[int]] = [[] for _ in range(self.size + 1)]
-        for subset in self._parts:
+        for image in self._parts:
+            subset = image if self._needed[0] else self.full ^ image
             if self.known(subset):
                 levels[subset.bit_count()].append(subset)
         reached: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
@@ -227,7 +228,8 @@ def survey(sets: _Sets) -> list[int]:
     if centres is None:
         around = [[region] for region in range(sets.size)]
     else:
-        nearest = torch.cdist(centres, centres).argsort(dim=1, stable=True)
+        distances = torch.cdist(centres, centres).fill_diagonal_(-1)  # its own first, also where others have the same centre
+        nearest = distances.argsort(dim=1, stable=True)
         around = nearest[:, : max(1, round(sets.size / _NEIGHBOURHOODS))].tolist()
     without = [sets.full ^ sum(1 << region for region in regions) for regions in around]
     sets.first_half(without)
@@ -250,20 +252,20 @@ def eliminate(sets: _Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: f
     left = survey(sets)
     yield left[::-1]
     shown, hidden, refreshed = sets.full, [], len(left)
-    last = {region: -float(place) for place, region in enumerate(left)}
+    last = {region: (0, -float(place)) for place, region in enumerate(left)}  # those looked at come before those surveyed
     while len(left) > 1:
         looked_at = left[:pool]
         if len(left) <= refresh * refreshed:
             looked_at, refreshed = left, len(left)
         without = {region: shown ^ 1 << region for region in looked_at}
         first = looked_at[sets.best([list(without.values())])[0]]
-        last.update((region, sets.most(without[region])) for region in looked_at)
-        ranked = sorted((region for region in looked_at if region != first), key=lambda region: -last[region])
+        last.update((region, (1, sets.most(without[region]))) for region in looked_at)
+        ranked = sorted((region for region in looked_at if region != first), key=lambda region: last[region][1], reverse=True)
         gone = [first, *_gone_with(sets, shown ^ 1 << first, ranked[: len(left) // 4], tolerance * sets.range)]
         for region in gone:
             shown ^= 1 << region
         hidden += gone
-        left = sorted((region for region in left if region not in gone), key=lambda region: -last[region])
+        left = sorted((region for region in left if region not in gone), key=last.__getitem__, reverse=True)
         yield left[::-1] + hidden[::-1]
 
 
@@ -346,9 +348,9 @@ def improve(sets: _Sets, order: Sequence[int], seed: int = 0) -> Iterator[list[i
         used = sets.used
         for _ in _swept(sets, found):
             yield list(found)
-        windows = _windows(sets, found, generator)
-        if not windows:
+        if not any(sets.room(subset) > _TIE for subset in sets.chain(found)):
             return
+        windows = _windows(sets, found, generator)
         rebuild(sets, found, windows, backward=bool(generator.integers(2)))
         found = sets.best_chain(found)
         yield list(found)
@@ -439,7 +441,7 @@ def budget_search(
     Returns:
         int64 [R], region ids, most important first.
     """
-    budget = default_budget(int(objective.size)) if evaluations is None else evaluations
+    budget = default_budget(int(objective.size)) * int(getattr(objective, "cost", 1)) if evaluations is None else evaluations
     best = torch.arange(int(objective.size))
     for found in search_orders(objective, evaluations=budget, start=start, seed=seed):
         best = found.order

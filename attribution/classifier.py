@@ -162,7 +162,6 @@ class Classifier:
         self.batch_size = batch_size
         self._scores = scores
         self._head = head
-        self._whole_batches = False
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
 
     def __repr__(self) -> str:
@@ -329,21 +328,31 @@ class Classifier:
         count, returns_probabilities = self._probe
         if self._class_names is not None and len(self._class_names) != count:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
-        return self._fitting(lambda: self._forward_chunks(inputs, want_features, returns_probabilities), len(inputs))
+        with_gradients = torch.is_grad_enabled() and inputs.requires_grad
+        return self._fitting(lambda: self._forward_chunks(inputs, want_features, returns_probabilities), len(inputs), with_gradients)
 
-    def _fitting(self, forward: Callable[[], T], rows: int) -> T:
-        """Forward rows in batches, halved until they fit into memory."""
+    def _fitting(self, forward: Callable[[], T], rows: int, with_gradients: bool = False) -> T:
+        """Forward rows in batches, halved until they fit into memory.
+
+        Not under gradients, which keep every batch, nor under hooks of others, who may count on one call for one batch.
+        """
+        own = self._batch_size
         while True:
             try:
                 return forward()
             except RuntimeError as error:
                 tried = min(self._batch_size, rows)
-                if self._whole_batches or tried <= 1 or not is_out_of_memory(error):
+                if tried <= 1 or with_gradients or not is_out_of_memory(error) or self._is_hooked:
+                    self._batch_size = own
                     raise
             # outside the except block, where the traceback no longer holds the tensors of the failed batch
             self._batch_size = tried // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @property
+    def _is_hooked(self) -> bool:
+        return isinstance(self.module, nn.Module) and any(each._forward_hooks or each._forward_pre_hooks for each in self.module.modules())
 
     def _forward_chunks(self, inputs: Tensor, want_features: bool, returns_probabilities: bool) -> tuple[Tensor, Tensor]:
         rows, features = [], []
@@ -498,23 +507,6 @@ def automatic_batch_size(pixels: int, device: torch.device) -> int:
     """Images forwarded at once: on a CPU few enough for the caches, on an accelerator enough to fill it."""
     least, budget = (16, 2**16) if device.type == "cpu" else (32, 2**23)
     return max(least, min(512, budget // max(1, pixels)))
-
-
-@contextmanager
-def whole_batches(classifier: Classifier) -> Iterator[None]:
-    """Within the context a batch that does not fit into memory fails, for a caller that has to know which rows come when."""
-    chain: list[Classifier] = []
-    each: Classifier | None = classifier
-    while each is not None:
-        chain.append(each)
-        each = getattr(each, "_base", None)
-    for each in chain:
-        each._whole_batches = True
-    try:
-        yield
-    finally:
-        for each in chain:
-            each._whole_batches = False
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,7 +1,7 @@
 """Missing instead of painted: the tokens of hidden patches are taken out of a vision transformer's sequence.
 
 A painted patch is still a patch, and to the model a black one may speak for a class (missingness bias: Jain et al., ICLR 2022).
-Here an image carries a fourth channel, 1 where it is shown; the patches where it is 0 never reach the first block. Rows with as
+Here an image carries a fourth channel, 1 where it is hidden; the patches where it is 1 never reach the first block. Rows with as
 many tokens are forwarded together, so that the cost falls with what is hidden.
 """
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models import vision_transformer
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from attribution.classifier import Classifier, Preprocessing, even_chunks, whole_batches
+from attribution.classifier import Classifier, Preprocessing, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import edited_inputs
 
@@ -24,7 +25,7 @@ _SLACK = 0.25  # share of a patch that may belong to other regions, as at border
 
 
 def dropping(classifier: Classifier) -> Classifier:
-    """The same classifier on images of four channels, red green blue and shown.
+    """The same classifier on images of four channels, red green blue and hidden.
 
     Args:
         classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
@@ -35,9 +36,9 @@ def dropping(classifier: Classifier) -> Classifier:
     return _Dropping(classifier)
 
 
-def with_shown(image: Tensor, shown: float) -> Tensor:
+def with_hidden(image: Tensor, hidden: float) -> Tensor:
     """An image [3, H, W] with its fourth channel, the same everywhere: [4, H, W]."""
-    return torch.cat([image, torch.full_like(image[:1], shown)])
+    return torch.cat([image, torch.full_like(image[:1], hidden)])
 
 
 class _Dropping(Classifier):
@@ -62,7 +63,7 @@ class _Dropping(Classifier):
         self._check_inputs(inputs)
         self._base.find_out(want_features)
         inputs = inputs.to(self.device)
-        shown = self._shown_patches(inputs[:, 3:])
+        shown = ~self._hidden_patches(inputs[:, 3:])
         return self._fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
@@ -95,12 +96,15 @@ class _Dropping(Classifier):
             chosen = tokens.gather(1, own[:, :, None].expand(-1, -1, tokens.shape[2]))
             return torch.cat([tokens[:, : self._prefix], chosen], dim=1)
 
-        with whole_batches(self._base), self._base.forwarding(self.batch_size), edited_inputs({self._first_block: without_the_rest}):
+        with self._base.forwarding(self.batch_size), edited_inputs({self._first_block: without_the_rest}):
             return self._base._forward(pixels, want_features)
 
-    def _shown_patches(self, shown: Tensor) -> Tensor:
-        """bool [n, patches] of the fourth channel [n, 1, h, w]."""
-        shares = F.avg_pool2d(shown, self._patch).flatten(1)
+    def find_out(self, want_features: bool) -> None:
+        self._base.find_out(want_features)
+
+    def _hidden_patches(self, hidden: Tensor) -> Tensor:
+        """bool [n, patches] of the fourth channel [n, 1, h, w]; what a resize pads around the image is not hidden."""
+        shares = F.avg_pool2d(hidden, self._patch).flatten(1)
         unclear = (shares > _SLACK) & (shares < 1 - _SLACK)
         if bool(unclear.any()):
             down, across = (side // patch for side, patch in zip(self.preprocessing.size, self._patch, strict=True))
@@ -120,9 +124,14 @@ def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
             raise _refused(
                 classifier, f"its head pools by {module.global_pool or 'all tokens'!s}, and without patches nothing is left to pool"
             )
-        patch = module.patch_embed.patch_size
+        embed = module.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            raise _refused(classifier, f"its tokens are made by a {type(embed).__name__}, not from patches of pixels")
+        patch = embed.patch_size
         return module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1]))
     if isinstance(module, VisionTransformer):
+        if not isinstance(module.conv_proj, nn.Conv2d):
+            raise _refused(classifier, "its tokens are made by several convolutions, not from patches of pixels")
         return module.encoder.layers[0], 1, (module.patch_size, module.patch_size)
     kind = "a black box" if not isinstance(module, nn.Module) else f"a {type(module).__name__}"
     raise _refused(classifier, f"it is {kind}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attribution.budget import default_budget
 from attribution.classifier import Classifier
-from attribution.dropping import DROP, dropping, with_shown
+from attribution.dropping import DROP, dropping, with_hidden
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
@@ -65,7 +65,7 @@ def explain(
             fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions must follow its patches).
         pending: p of the bidirectional search, default 8.
-        evaluations: N, images that search "budget" may forward; 16 R by default.
+        evaluations: N, images that search "budget" may forward; 16 R by default, for each of several fills.
         seed: of searches that draw.
         batch_size: most images forwarded at once; the classifier's own by default. It never changes the result.
         preset: a key of ``PRESETS``; what is given beside it overrides it.
@@ -122,7 +122,7 @@ def explain(
         if evaluations is not None:
             searching["evaluations"] = evaluations
         if search == "budget":
-            searching.setdefault("evaluations", default_budget(cut.count))
+            searching.setdefault("evaluations", default_budget(cut.count) * objective.cost)
         order = _run_search(search, objective, offered, searching)
         along = [prefix_probabilities(hiding, each, order, wanted) for hiding, each in masked]
         insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
@@ -219,9 +219,14 @@ def masked_inputs(
     """
     if isinstance(fill, str) and fill == DROP:
         hiding = dropping(classifier)
-        blank = classifier_fill(image, "model_mean", classifier)
-        return hiding, MaskedInputs(hiding, with_shown(image, 1.0), labels, with_shown(blank, 0.0))
+        blank = picture_of_fill(image, fill, classifier)
+        return hiding, MaskedInputs(hiding, with_hidden(image, 0.0), labels, with_hidden(blank, 1.0))
     return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
+
+
+def picture_of_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
+    """``classifier_fill``, and the model's mean colour where tokens are dropped: what a person is shown in the place of hidden regions."""
+    return classifier_fill(image, "model_mean" if isinstance(fill, str) and fill == DROP else fill, classifier, photo_size)
 
 
 def several_fills(fill: Fill) -> list[Fill]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attribution.classifier import Classifier
 from attribution.dropping import DROP
 from attribution.errors import NotMisclassified, UserError
-from attribution.explain import classifier_fill, explain, masked_inputs
+from attribution.explain import explain, masked_inputs, picture_of_fill, several_fills
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
 from attribution.loading import load_classifier
@@ -206,6 +206,8 @@ def explain_failure(
     """
     if "target" in options:
         raise UserError("explain_failure takes no target: it explains the true class and the predicted one")
+    if len(several_fills(fill)) > 1:
+        raise UserError(f"fill {fill!r} names several: a failure is explained under one, since what makes the model right depends on it")
     classifier = load_classifier(classifier)
     true = classifier.target_index(true_class)
 
@@ -219,14 +221,14 @@ def explain_failure(
         raise NotMisclassified(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
     original = load_image(image)
     dropped = isinstance(fill, str) and fill == DROP
-    hidden = classifier_fill(truth.image, "model_mean" if dropped else fill, classifier, (original.shape[1], original.shape[2]))
+    hidden = picture_of_fill(truth.image, fill, classifier, (original.shape[1], original.shape[2]))
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
     mistake = explain(
         truth.image, classifier, predicted, fill=fill if dropped else hidden, regions=truth.regions, progress=half(1), **again
     )
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
-    hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, fill if dropped else hidden)
     with classifier.forwarding(options.get("batch_size")):
+        hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, fill if dropped else hidden)
         return _judged(_Judge(hiding, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
 
 

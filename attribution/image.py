@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -22,6 +23,7 @@ from attribution.errors import UserError, describe
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 MAX_SIDE = 512
+_FILTERS = threading.Lock()  # the filters of warnings belong to all threads
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # no format that runs another program, as EPS does
 _INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -155,7 +157,7 @@ def _from_bytes(data: bytes, name: str) -> Tensor:
     if not data:
         raise UserError(f"{name} is empty (0 bytes): give an image file")
     try:
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)

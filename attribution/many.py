@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
+from attribution.dropping import DROP
 from attribution.errors import UserError
-from attribution.explain import explain
+from attribution.explain import explain, several_fills
 from attribution.explanation import Explanation
 from attribution.image import ImageSource
 from attribution.loading import load_classifier
@@ -43,7 +44,7 @@ def explain_many(
 
     Returns:
         The explanations in the order of the images: those of ``explain`` one by one, up to the rounding of other batch sizes
-        (probabilities within 1e-5).
+        (probabilities within 1e-5; where F of two candidates is that close, the order may differ).
 
     Raises:
         UserError: another number of targets than images, or what ``explain`` raises for an image, with its place.
@@ -52,8 +53,11 @@ def explain_many(
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     if isinstance(together, bool) or not isinstance(together, int) or together < 1:
         raise UserError(f"together is {together!r}: expected a whole number of images, at least 1")
-    single = targets is None or isinstance(targets, int | str)
-    wanted: list[Any] = [targets] * len(images) if single else list(targets)  # type: ignore[arg-type]
+    if DROP in several_fills(options.get("fill", "black")):
+        raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
+    if "confidence_classifier" in (options.get("objective_options") or {}):
+        raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")
+    wanted: list[Any] = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets] * len(images)
     if len(wanted) != len(images):
         raise UserError(f"{len(wanted)} targets for {len(images)} images: give one for each, or one for all")
     base = load_classifier(classifier)
@@ -86,9 +90,9 @@ class _Meeting:
         grad = torch.is_grad_enabled()
 
         def work(at: int) -> None:
-            lane = copy.copy(self.classifier)
-            lane._forward = lambda inputs, want_features: self._ask(at, inputs, want_features)  # type: ignore[method-assign]
             try:
+                lane = copy.copy(self.classifier)
+                lane._forward = lambda inputs, want_features: self._ask(at, inputs, want_features)  # type: ignore[method-assign]
                 with torch.set_grad_enabled(grad):
                     outcome: Explanation | BaseException = jobs[at](lane)
             except BaseException as error:
@@ -123,7 +127,7 @@ class _Meeting:
         for at in range(len(jobs)):
             outcome = found.get(at)
             if isinstance(outcome, UserError):
-                raise UserError(f"image {at}: {outcome}") from outcome
+                raise type(outcome)(f"image {at}: {outcome}") from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
         return [outcome for _, outcome in sorted(found.items()) if isinstance(outcome, Explanation)]
@@ -148,8 +152,8 @@ class _Meeting:
                         answers[at] = error
         with self.changed:
             for at, answer in answers.items():
-                del self.waiting[at]
                 self.answers[at] = answer
+                del self.waiting[at]
             self.changed.notify_all()
 
     def _ask(self, at: int, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
@@ -167,11 +171,12 @@ class _Meeting:
         while any(thread.is_alive() for thread in threads):
             with self.changed:
                 for at in list(self.waiting):
+                    self.answers.setdefault(at, _Dismissed())
                     del self.waiting[at]
-                    self.answers[at] = _Dismissed()
                 self.changed.notify_all()
             for thread in threads:
-                thread.join(0.05)
+                if thread.is_alive():
+                    thread.join(0.05)
 
 
 class _Dismissed(Exception):

@@ -20,7 +20,11 @@ Progress = Callable[[int, int], None]
 
 
 class Objective(Protocol):
-    """What a search needs to know. ``set_score`` may be missing: the part of F that costs no image, else taken as 0."""
+    """What a search needs to know.
+
+    ``set_score`` may be missing: the part of F that costs no image, else taken as 0. The search by budget saves images where there
+    are ``parts``, ``highest``, ``needed`` and ``cost`` (see ``SubmodularObjective``), and uses ``area`` and ``centres`` of the regions.
+    """
 
     @property
     def size(self) -> int:

@@ -98,30 +98,66 @@ def model_clock(classifier: at.Classifier) -> Iterator[list[float]]:
             handle.remove()
 
 
-def overhead(spec: str, regions: int | None, repeats: int, device: str) -> list[str]:
+def overhead(spec: str, search: str, regions: int | None, repeats: int, device: str) -> list[str]:
+    """A search between two pure passes over as many images: their ratio, and what is spent outside the model."""
     classifier, image, labels = prepared(spec, regions, device)
     regions = int(labels.max()) + 1
     inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
     chosen = classifier.batch_size
     best = best_batch_size(classifier, inputs, 512 if classifier.preprocessing.size[0] < 64 else 64)
-    images = run_search(classifier, image, labels, "bidirectional")
-    ratios, outside, forwards = [], [], []
-    for _ in tqdm(range(repeats), desc=spec, leave=False):
+    images = run_search(classifier, image, labels, search)
+    ratios, outside, forwards, host = [], [], [], []
+    for _ in tqdm(range(repeats), desc=f"{spec} {search}", leave=False):
         before = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
         with model_clock(classifier) as inside:
-            search = seconds(lambda: run_search(classifier, image, labels, "bidirectional"), classifier.device)
+            spent = seconds(lambda: run_search(classifier, image, labels, search), classifier.device)
         after = seconds(lambda: forward(classifier, inputs, images, best), classifier.device)
         forwards.append((before + after) / 2)
-        ratios.append(search / forwards[-1])
-        outside.append((search - sum(inside)) / forwards[-1])
+        ratios.append(spent / forwards[-1])
+        outside.append((spent - sum(inside)) / forwards[-1])
+        host.append(1000 * (spent - sum(inside)) / len(inside))
     middle = statistics.median
     figures = [
         f"{images / middle(forwards):.0f}",
         f"{middle(ratios):.3f}",
         f"{min(ratios):.3f} - {max(ratios):.3f}",
         f"{middle(outside):.3f}",
+        f"{images / len(inside):.1f}",
+        f"{middle(host):.2f}",
     ]
-    return [spec, str(regions), str(images), str(chosen), str(best), *figures]
+    return [spec, search, str(regions), str(images), str(chosen), str(best), *figures]
+
+
+def packed(spec: str, search: str, count: int, repeats: int, device: str) -> list[str]:
+    """explain_many against one by one, alternating: ratio of the times of all images."""
+    classifier, image, labels = prepared(spec, None, device)
+    images = [image.roll(17 * shift, dims=2) for shift in range(count)]
+    options = {"regions": labels, "search": search}
+    jobs = {
+        "alone": lambda: [at.explain(each, classifier, **options) for each in images],
+        "together": lambda: at.explain_many(images, classifier, together=count, **options),
+    }
+    at.explain(images[0], classifier, **options)  # start-up is nobody's
+    ratios, inside, calls = [], [], {}
+    for repeat in tqdm(range(repeats), desc=f"{spec} {search} x {count}", leave=False):
+        spent, model = {}, {}
+        for name in sorted(jobs, reverse=bool(repeat % 2)):
+            with model_clock(classifier) as clock:
+                spent[name] = seconds(jobs[name], classifier.device)
+            model[name], calls[name] = sum(clock), len(clock)
+        ratios.append(spent["alone"] / spent["together"])
+        inside.append(model["alone"] / model["together"])
+    faster = [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
+    on_cpu = classifier.device.type == "cpu"  # elsewhere a call returns before it has computed
+    return [
+        spec,
+        search,
+        str(count),
+        str(calls["alone"]),
+        str(calls["together"]),
+        *faster,
+        f"{statistics.median(inside):.2f}" if on_cpu else "",
+    ]
 
 
 def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
@@ -204,11 +240,27 @@ def main(
     """Print overhead, peak memory and evaluations of the searches."""
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
-    headings = ["model", "R", "images", "batch", "best batch", "forward/s", "search / forward", "range", "outside the model"]
-    title = (
-        f"Bidirectional search (p = 8) over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
-    )
-    print_table(title, headings, [overhead(spec, regions, repeats, device) for spec in specs])
+    headings = [
+        "model",
+        "search",
+        "R",
+        "images",
+        "batch",
+        "best",
+        "forward/s",
+        "search / forward",
+        "range",
+        "outside",
+        "images a call",
+        "host ms",
+    ]
+    title = f"A search over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
+    searches = ("bidirectional", "budget")
+    print_table(title, headings, [overhead(spec, search, regions, repeats, device) for spec in specs for search in searches])
+    title = "explain_many over one by one: how many times faster, and the model alone"
+    headings = ["model", "search", "images", "calls alone", "together", "faster", "range", "model faster"]
+    repeats = min(repeats, 3)
+    print_table(title, headings, [packed(spec, search, 8, repeats, device) for spec in specs[:2] for search in searches])
     print_table("Memory added at the peak, MiB", ["model", "R", "forward alone", "search"], memory_rows(specs, device))
     print_table("Images forwarded by a search of all R regions (zoo:cnn)", ["search", "25", "49", "64", "100"], evaluation_rows())
 

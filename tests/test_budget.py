@@ -81,12 +81,13 @@ def test_values_are_means_along_the_order_and_never_fall(size: int, seed: int) -
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_more_budget_is_never_worse_than_the_same_search_at_any_moment(seed: int) -> None:
-    for each in run(Halves(12, seed), 500):
-        again = run(Halves(12, seed), each.evaluations)[-1]
-        assert math.isnan(each.value) or again.value >= each.value - 1e-9
-        if math.isnan(each.value) and again.evaluations == each.evaluations:
-            assert sorted(again.order.tolist()) == list(range(12))
+def test_a_larger_budget_begins_like_a_smaller_one(seed: int) -> None:
+    whole = run(Halves(12, seed), 500)
+    for each in whole[:-1:3]:
+        part = run(Halves(12, seed), each.evaluations + 1)
+        for ours, theirs in zip(part[:-1], whole, strict=False):
+            assert torch.equal(ours.order, theirs.order) and ours.evaluations == theirs.evaluations
+        assert math.isnan(each.value) or part[-1].value >= each.value - 1e-9
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -125,12 +126,60 @@ def test_half_of_the_images_is_saved_where_the_first_half_decides() -> None:
     assert len(tight.images) == 20 + 4 < len(loose.images)
 
 
-def test_halves_that_f_does_not_need_are_never_forwarded(cnn: at.Classifier, small_cat: Tensor) -> None:
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_half_that_f_does_not_need_costs_nothing(side: int) -> None:
+    """Every image is then one subset: with all of them known the order is the best of all."""
+
+    class OneSided(Halves):
+        needed = (side == 0, side == 1)
+
+        def f(self, subset: frozenset[int]) -> float:
+            own = subset if side == 0 else frozenset(range(self.size)) - subset
+            return self.half(("shown", "hidden")[side], own)
+
+    objective = OneSided(5)
+    found = run(objective, 2**5, start=list(range(5)))[-1]
+    assert found.value == pytest.approx(mean_along(objective, found.order.tolist(), [0.2] * 5))
+    best = max(mean_along(objective, list(order), [0.2] * 5) for order in itertools.permutations(range(5)))
+    assert len(objective.images) <= 2**5 and found.value >= best - 0.1
+    sets = _Sets(objective, 10**6)
+    sets.know(range(2**5))
+    assert mean_along(objective, sets.best_chain(list(range(5))), [0.2] * 5) == pytest.approx(best)
+
+
+def test_weights_of_one_half(cnn: at.Classifier, small_cat: Tensor) -> None:
     regions = at.make_regions(small_cat, "grid", rows=3, columns=3)
-    insertion = at.explain(small_cat, cnn, regions=regions, search="budget", weights=at.ScoreWeights(1.0, 0.0, 0.0), evaluations=60)
-    both = at.explain(small_cat, cnn, regions=regions, search="budget", evaluations=60)
-    assert insertion.insertion_auc >= both.insertion_auc - 1e-6
-    assert insertion.evaluations <= 60 and both.evaluations <= 60
+    for weights in (at.ScoreWeights(1.0, 0.0, 0.0), at.ScoreWeights(0.0, 1.0, 0.0)):
+        found = at.explain(small_cat, cnn, regions=regions, search="budget", weights=weights, evaluations=80)
+        both = at.explain(small_cat, cnn, regions=regions, search="budget", evaluations=80)
+        if weights.consistency:
+            assert found.insertion_auc >= both.insertion_auc - 1e-3
+        else:
+            assert found.deletion_auc <= both.deletion_auc + 1e-3
+
+
+def test_regions_around_one_centre(cnn: at.Classifier) -> None:
+    labels = torch.zeros(16, 16, dtype=torch.int64)
+    labels[2:14, 2:14] = 1
+    labels[4:12, 4:12] = 2
+    labels[6:10, 6:10] = 3
+    found = at.explain(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), cnn, regions=labels, search="budget")
+    assert sorted(found.order.tolist()) == [0, 1, 2, 3]
+
+
+def test_scores_below_zero_do_not_turn_the_order_round() -> None:
+    class Negative(Halves):
+        highest = (math.inf, 0.0)
+        needed = (True, False)
+
+        def half(self, name: str, shown: frozenset[int]) -> float:
+            return -100.0 + 10 * sum(2.0**-region for region in shown)
+
+    objective = Negative(12)
+    for evaluations in (14, 20, 26, 40, 200):
+        order = budget_search(Negative(12), evaluations=evaluations).tolist()
+        assert order.index(0) < 6 and order.index(11) >= 6, (evaluations, order)
+    assert budget_search(objective, evaluations=10**4).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("start", ["integrated_gradients", "random"])

@@ -590,9 +590,24 @@ def test_other_errors_and_single_images_are_not_tried_again() -> None:
     none_fits.most = 0
     with pytest.raises(RuntimeError, match="out of memory"):
         classifier.logits(torch.rand(8, 3, 8, 8))
-    assert none_fits.tried[-4:] == [8, 4, 2, 1]
+    assert none_fits.tried[-4:] == [8, 4, 2, 1] and classifier.batch_size == 8
     broken = Small(2, RuntimeError("shapes do not fit"))
     classifier = at.Classifier(broken, size=8, batch_size=8)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         classifier.logits(torch.rand(8, 3, 8, 8))
     assert broken.tried[-1] == 8
+
+
+@pytest.mark.parametrize("why", ["hooks", "gradients"])
+def test_batches_that_others_count_on_stay_whole(why: str) -> None:
+    module = Small(5, RuntimeError("out of memory"))
+    classifier = at.Classifier(module, size=8, batch_size=16, class_names=list("abcd"))
+    classifier.find_out(False)
+    inputs = torch.rand(16, 3, 8, 8, requires_grad=why == "gradients")
+    handle = module.head.register_forward_hook(lambda *_: None) if why == "hooks" else None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        classifier.logits(inputs)
+    assert module.tried[-1] == 16 and classifier.batch_size == 16
+    if handle is not None:
+        handle.remove()
+        assert len(classifier.logits(inputs)) == 16

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import attribution as at
 import evaluation as ev
-from attribution.dropping import dropping, with_shown
+from attribution.dropping import dropping
 from attribution.explain import masked_inputs
 from evaluation.perturbation import Protocol
 
@@ -93,22 +93,24 @@ def test_rows_of_the_same_length_meet_in_batches(vit: at.Classifier, small_cat: 
         assert len(lengths) == len(counts.unique())
 
 
-def test_a_batch_that_does_not_fit_is_halved(small_cat: Tensor) -> None:
+def test_a_batch_that_does_not_fit_is_halved(small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = small_timm()
     labels = at.make_regions(small_cat, "grid", rows=4, columns=4).labels
     hiding, masked = masked_inputs(classifier, small_cat, labels, "drop")
     rows = torch.rand(24, 16, generator=torch.Generator().manual_seed(4)).argsort(dim=1) < 8  # eight patches each
     expected = hiding.logits(masked(rows))
 
-    def full(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if len(args[0]) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    block = classifier.module.blocks[1]
+    inside = block.forward
 
-    handle = classifier.module.blocks[1].register_forward_pre_hook(full)
+    def full(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inside(x, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", full)
     hiding.batch_size = 24
     assert torch.allclose(hiding.logits(masked(rows)), expected, atol=1e-5) and hiding.batch_size <= 5
-    handle.remove()
-    assert not classifier._whole_batches
 
 
 @pytest.mark.parametrize("search", ["bidirectional", "budget"])
@@ -148,6 +150,40 @@ def test_what_cannot_drop_says_why(cnn: at.Classifier, vit: at.Classifier, small
 
 
 def test_regions_of_a_photo_follow_the_patches_up_to_the_resize(vit: at.Classifier, cat: Tensor) -> None:
-    found = at.explain(cat, vit, fill="drop", regions="grid", region_options={"rows": 8, "columns": 8}, search="budget", evaluations=200)
-    assert found.regions is not None and found.regions.count == 64
-    assert with_shown(cat, 1.0).shape == (4, *cat.shape[1:])
+    labels = at.make_regions(cat, "grid", rows=8, columns=8).labels
+    hiding, masked = masked_inputs(vit, cat, labels, "drop")
+    single = torch.eye(64, dtype=torch.bool)
+    assert torch.equal(~hiding._hidden_patches(masked(single)[:, 3:]), single)
+    logits = hiding.logits(masked(torch.ones(1, 64, dtype=torch.bool)))
+    assert torch.allclose(logits, vit.logits(vit.inputs(cat)), atol=1e-5)
+
+
+def test_what_a_resize_pads_is_not_hidden(small_cat: Tensor) -> None:
+    plain = small_timm()
+    padded = at.Classifier(plain.module, size=32, mean=0.5, std=0.5, resize="long_side", scores="logits")
+    image = small_cat[:, 8:24]  # 16 x 32: a row of patches above and below is padding
+    labels = at.make_regions(image, "grid", rows=2, columns=4).labels
+    hiding, masked = masked_inputs(padded, image, labels, "drop")
+    logits = hiding.logits(masked(torch.tensor([[True] * 8, [False] * 8])))
+    assert torch.allclose(logits[:1], padded.logits(padded.inputs(image)), atol=1e-5)
+    padding = [0, 1, 2, 3, 12, 13, 14, 15]
+    with torch.no_grad():
+        assert torch.allclose(logits[1:], one_by_one(padded, image, padding), atol=1e-5)
+
+
+def test_tokens_that_are_not_patches_of_pixels_are_refused() -> None:
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, num_classes=3)
+    with pytest.raises(at.NotApplicable, match="its tokens are made by a HybridEmbed"):
+        dropping(at.Classifier(hybrid.eval(), size=224, scores="logits"))
+
+
+def test_the_batch_size_reaches_dropped_tokens(vit: at.Classifier, small_cat: Tensor) -> None:
+    wrong = int(vit.probabilities(vit.inputs(small_cat))[0].argsort()[-2])
+    vit.find_out(False)
+    sizes: list[int] = []
+    handle = vit.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    try:
+        at.explain_failure(small_cat, vit, wrong, fill="drop", batch_size=5, regions="grid", region_options={"rows": 2, "columns": 4})
+    finally:
+        handle.remove()
+    assert max(sizes) <= 5

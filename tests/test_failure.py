@@ -252,6 +252,16 @@ def test_no_more_images_are_forwarded_at_once_than_asked_for() -> None:
     assert found.plain() == failure(planted()).plain()
 
 
+def test_several_fills_are_refused_before_anything_runs() -> None:
+    wrapped = classifier(planted())
+    calls: list[int] = []
+    assert isinstance(wrapped.module, nn.Module)
+    wrapped.module.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(at.UserError, match="names several: a failure is explained under one"):
+        at.explain_failure(torch.ones(3, SIDE, SIDE), wrapped, "cat", regions=GRID, fill="black+blur")
+    assert not calls
+
+
 def test_an_image_that_the_model_is_right_about_has_an_error_of_its_own() -> None:
     with pytest.raises(at.NotMisclassified, match="there is no failure to explain"):
         failure(planted(), "dog")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import attribution as at
@@ -109,3 +112,44 @@ def test_nothing_is_left_behind(cnn: at.Classifier, images: list[Tensor]) -> Non
 def test_bad_input(cnn: at.Classifier, images: list[Tensor], arguments: dict, message: str) -> None:
     with pytest.raises(at.UserError, match=message):
         at.explain_many(**{"images": images, "classifier": cnn, **arguments}, **OPTIONS)
+
+
+def test_only_the_image_fails_that_must(cnn: at.Classifier, images: list[Tensor]) -> None:
+    class Picky(nn.Module):
+        """Refuses batches in which an image is all white."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = cnn.module
+
+        def forward(self, x: Tensor) -> Tensor:
+            white = (1 - cnn.preprocessing.mean[0]) / cnn.preprocessing.std[0]
+            if bool((x[:, 0] > white - 1e-3).flatten(1).all(dim=1).any()):
+                raise ArithmeticError("too bright")
+            return self.inner(x)
+
+    way = cnn.preprocessing
+    picky = at.Classifier(Picky().eval(), size=way.size, mean=way.mean, std=way.std, class_names=cnn.class_names)
+    with pytest.raises(ArithmeticError, match="too bright"):
+        at.explain_many([images[0], torch.ones(3, 32, 32), images[1]], picky, **OPTIONS)
+    found = at.explain_many(images[:2], picky, **OPTIONS)  # and it works afterwards
+    assert [each.order.tolist() for each in found] == [at.explain(image, cnn, **OPTIONS).order.tolist() for image in images[:2]]
+
+
+def test_the_kind_of_an_error_is_kept(cnn: at.Classifier, images: list[Tensor]) -> None:
+    box = at.Classifier(lambda x: x.mean(dim=(2, 3)), size=32, scores="logits")
+    with pytest.raises(at.UserError, match=r"image 0: .* is a black box without features"):
+        at.explain_many(images[:2], box, weights=at.ScoreWeights(1.0, 1.0, 0.0, 1.0), **OPTIONS)
+    with pytest.raises(at.UserError, match="fill 'drop' changes the model"):
+        at.explain_many(images[:2], cnn, fill="drop", **OPTIONS)
+    with pytest.raises(at.UserError, match="a confidence classifier is a second model"):
+        at.explain_many(images[:2], cnn, objective_options={"confidence_classifier": cnn}, **OPTIONS)
+
+
+def test_files_and_numbers_of_numpy(cnn: at.Classifier, images: list[Tensor], tmp_path: Path) -> None:
+    paths = []
+    for at_, image in enumerate(images[:3]):
+        paths.append(tmp_path / f"{at_}.png")
+        Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(paths[-1])
+    found = at.explain_many(paths, cnn, np.int64(3), **OPTIONS)  # type: ignore[arg-type]
+    assert [each.target for each in found] == [3, 3, 3]

@@ -14,6 +14,7 @@ from torch import nn
 
 import attribution as at
 import evaluation as ev
+from attribution.budget import search_orders
 from attribution.presets import BALANCED
 from evaluation.benchmark import sample_seed
 from evaluation.pareto.figures import plot_pareto
@@ -77,6 +78,14 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
         own = sample_seed(0, sample)
         for budget in (40, 120):
             check(by_name["rise", budget], at.attribute(found.image, classifier, "rise", found.label, samples=budget, seed=own))
+        masked = at.MaskedInputs(classifier, found.image, regions.labels, torch.zeros_like(found.image))
+        orders = list(search_orders(at.SubmodularObjective(classifier, masked, found.label, BALANCED), evaluations=120, seed=own))
+        for budget in BUDGETS:
+            last = [each for each in orders if each.evaluations <= budget][-1]
+            shell = at.explain(found.image, classifier, found.label, regions=regions, search=lambda _, last=last: last.order)
+            point = by_name["budget", budget]
+            assert (point.insertion, point.deletion) == pytest.approx(measured(shell), abs=1e-6)
+            assert point.evaluations == last.evaluations
         # all prefixes are known by then; the study takes the last whole round within the budget, the search what it knows at its end
         whole = at.explain(found.image, classifier, found.label, regions=regions, search="budget", evaluations=120, seed=own)
         insertion, deletion = measured(whole)

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from attribution.errors import UserError
-from attribution.explain import classifier_fill
+from attribution.explain import picture_of_fill
 from attribution.explanation import Explanation
 from attribution.regions import Regions
 from evaluation.failures.results import Failed
@@ -193,7 +193,7 @@ def _pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict[str, A
         "height": shown.height,
         "image": None if max(photo.size) <= THUMBNAIL else _uri(shown, lossless),  # None: that of the tile
         "labels": base64.b64encode(zlib.compress(_nearest(labels, shown.size).astype("<u2").tobytes(), 9)).decode("ascii"),
-        "fill": _fill(classifier_fill(explanation.image, settings.fill, summary.results.classifier), lossless),
+        "fill": _fill(picture_of_fill(explanation.image, settings.fill, summary.results.classifier), lossless),
         "heat": {name: _rounded(_heat(explanation, failed.found, name)) for name in ("truth", "mistake")},
     }
     return [_picture(photo, lossless), _picture(signed, lossless)], drawn

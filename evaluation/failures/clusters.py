@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attribution.errors import UserError
-from attribution.explain import classifier_fill
+from attribution.explain import picture_of_fill
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import MOST_CLUSTERS
 
@@ -110,7 +110,7 @@ def medoid_of(points: np.ndarray) -> int:
 def _only_cause(results: FailureResults, failed: Failed) -> Tensor:
     explanation = failed.explanation()
     assert explanation.regions is not None
-    hidden = classifier_fill(explanation.image, results.settings.fill, results.classifier)
+    hidden = picture_of_fill(explanation.image, results.settings.fill, results.classifier)
     cause = torch.isin(explanation.regions.labels, torch.tensor(failed.found["cause"]["regions"]))
     return torch.where(cause, explanation.image, hidden)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -55,13 +56,17 @@ def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | N
             sample = dataset.ids[index]
             if progress is not None:
                 progress(len(points), settings.samples, sample)
-            keys = {method: digest_of([*shared, sample, method, settings.seed]) for method in settings.methods}
+            image, label = dataset[index].image, int(dataset.labels[index] or 0)
+            content = [sample, hashlib.sha256(image.numpy().tobytes()).hexdigest(), label]
+            keys = {method: digest_of([*shared, *content, method, settings.seed]) for method in settings.methods}
             if any(key not in log for key in keys.values()):
-                case = _Case(settings, classifier, dataset[index].image, int(dataset.labels[index] or 0), protocol, sample)
+                case = _Case(settings, classifier, image, label, protocol, sample)
                 for method, key in keys.items():
                     if key not in log:
                         log.append(key, {"sample": sample, "points": [asdict(point) for point in case.points(method)]})
             points[sample] = tuple(Point(**point) for key in keys.values() for point in log.records[key]["points"])
+        if progress is not None:
+            progress(len(points), len(points), "done")
     return ParetoResults(settings, classifier.name, points)
 
 
@@ -122,11 +127,13 @@ class _Case:
     def _at_budgets(self, method: str, start: Tensor | None, spent: int) -> Iterator[Point]:
         """One run of the search by budget; what it had found when each budget was used up."""
         objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
+        waiting = [budget for budget in self.settings.budgets if budget >= spent]
         last = self.settings.budgets[-1] - spent
-        if last < 1:
-            return
-        waiting = [budget for budget in self.settings.budgets if budget > spent]
         before: tuple[int, Tensor] | None = None if start is None else (0, start)
+        if last < 1:
+            if start is not None and waiting:
+                yield self._ordered(method, waiting[0], spent, start)
+            return
         for found in search_orders(objective, evaluations=last, start=None if start is None else start.tolist(), seed=self.seed):
             while waiting and found.evaluations + spent > waiting[0]:
                 budget = waiting.pop(0)

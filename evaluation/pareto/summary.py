@@ -49,7 +49,8 @@ def summarise_pareto(results: ParetoResults) -> tuple[Row, ...]:
             found.setdefault((point.method, point.budget), {})[sample] = (point.evaluations, point.insertion, point.deletion)
     reference = {sample: values[1] - values[2] for sample, values in found.get((REFERENCE, 0), {}).items()}
     rows = []
-    for (method, budget), by_sample in found.items():
+    place = {method: at for at, method in enumerate(results.settings.methods)}
+    for (method, budget), by_sample in sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1])):
         values = np.array(list(by_sample.values()))
         paired = [sample for sample in by_sample if sample in reference]
         own = np.array([by_sample[sample][1] - by_sample[sample][2] for sample in paired])
