@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.errors import UserError, describe
+from attribution.image import ImageSource, load_image
 
 PUBLISHED_COUNT = 49  # 7x7 cells of 30 pixels at 224x224, SMDL and LiMA
 _PUBLISHED_SIDE = 224
@@ -55,11 +56,11 @@ class Regions:
         return f"Regions({self.method}, {self.count}{asked}, {self.labels.shape[1]}x{self.labels.shape[0]})"
 
 
-def make_regions(image: Tensor, regions: Any, **options: Any) -> Regions:
+def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     """Regions of an image by name, callable, label map or masks.
 
     Args:
-        image: float32 [3, H, W] in [0, 1].
+        image: whatever ``load_image`` takes.
         regions: a key of ``REGIONS``; a callable (image, **options) -> label map or ``Regions``; an int label map [H, W]
             (negative ids are unassigned and become one more region); bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
         options: arguments of the method, such as ``count``.
@@ -67,6 +68,8 @@ def make_regions(image: Tensor, regions: Any, **options: Any) -> Regions:
     Raises:
         UserError: an unknown name, options that the method does not take, or labels of another size.
     """
+    if not isinstance(image, Tensor):
+        image = load_image(image)
     name = regions if isinstance(regions, str) else getattr(regions, "__name__", "callable")
     if isinstance(regions, str):
         if regions not in REGIONS:

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from torch import Tensor
 
 import attribution as at
@@ -483,3 +485,10 @@ def test_saliency_patches_by_count_and_by_pixel() -> None:
     assert (torch.bincount(pixels.labels.flatten())[:112] == 9).all()
     with pytest.raises(at.UserError, match="unknown level 'texel'"):
         at.make_regions(image, "saliency_patches", heatmap=heatmap, level="texel")
+
+
+def test_regions_of_a_file(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 18, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    from_file = at.make_regions(tmp_path / "photo.png", "slico", count=6)
+    assert torch.equal(from_file.labels, at.make_regions(at.load_image(pixels), "slico", count=6).labels)
