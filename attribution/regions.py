@@ -354,8 +354,10 @@ def partition(labels: Any) -> Tensor:
     if labels.ndim != 2 or 0 in labels.shape or labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise UserError(f"the label map is {describe(labels)}: expected integers [H, W]")
     labels = labels.long()
-    labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
-    return labels.unique(return_inverse=True)[1].contiguous()
+    given, ids = labels.clamp(min=-1).unique(return_inverse=True)
+    if int(given[0]) == -1:  # ascending, so that the unassigned came first
+        ids = (ids - 1) % len(given)
+    return ids.contiguous()
 
 
 def _from_user(value: Any, image: Tensor) -> Regions:
