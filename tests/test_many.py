@@ -41,8 +41,14 @@ def watched(classifier: at.Classifier) -> tuple[at.Classifier, Watched]:
     return at.Classifier(module, size=way.size, mean=way.mean, std=way.std, class_names=classifier.class_names, batch_size=256), module
 
 
-@pytest.mark.parametrize("search", ["bidirectional", "budget", "greedy"])
-@pytest.mark.parametrize("together", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("search", "together"),
+    [
+        ("bidirectional", 3),
+        ("budget", 8),
+        *(pytest.param(search, count, marks=pytest.mark.slow) for search, count in [("bidirectional", 1), ("budget", 3), ("greedy", 8)]),
+    ],
+)
 def test_the_same_as_one_by_one(cnn: at.Classifier, images: list[Tensor], search: str, together: int) -> None:
     many = at.explain_many(images, cnn, together=together, search=search, **OPTIONS)
     assert len(many) == len(images)
