@@ -62,7 +62,7 @@ class _Sets:
         most = self.objective.highest
         self._most = (float(most[0]), float(most[1]))
         self._needed = self.objective.needed
-        self.range = sum(part for part, needed in zip(most, self._needed, strict=True) if needed)
+        self.range = sum(part for part, needed in zip(self._most, self._needed, strict=True) if needed)
 
     def forward(self, images: Iterable[int]) -> None:
         """Get to know images; as many as the budget allows, in the order given.
@@ -100,7 +100,7 @@ class _Sets:
 
     def room(self, subset: int) -> float:
         """How much higher than F of this subset any F can be."""
-        return self._most[0] * self._needed[0] + self._most[1] * self._needed[1] - self.most(subset)
+        return self.range - self.most(subset)
 
     def first_half(self, subsets: Sequence[int]) -> None:
         """Forward one image of each: that of the shown regions, where F needs it."""
@@ -179,8 +179,7 @@ class _Sets:
         return all(self.known(subset) for subset in self.chain(order))
 
     def found(self, order: Sequence[int]) -> Found:
-        chain = self.chain(order)
-        value = self.mean(chain) if all(self.known(subset) for subset in chain) else math.nan
+        value = self.mean(self.chain(order)) if self.chain_known(order) else math.nan
         return Found(torch.tensor(order, dtype=torch.int64), value, self.used)
 
     def rows(self, subsets: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
 from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs
+from attribution.masking import MaskedInputs, prefix_rows
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
 from attribution.presets import BALANCED, PRESETS, Preset
 from attribution.regions import Regions, make_regions
@@ -267,11 +267,9 @@ def prefix_scores(score: Callable[[Tensor], Tensor], masked: MaskedInputs, order
         order: int64 [R], region ids, most important first.
         target: class index.
     """
-    size = len(order)
-    shown = torch.zeros(size + 1, size, dtype=torch.bool)
-    shown[:, order] = torch.ones(size + 1, size).tril(-1).bool()
+    shown = prefix_rows(order)
     both = torch.cat([score(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
-    insertion, deletion = both.cpu().split(size + 1)
+    insertion, deletion = both.cpu().split(len(shown))
     return insertion, deletion
 
 

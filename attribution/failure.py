@@ -16,7 +16,7 @@ from attribution.explain import explain, masked_inputs, picture_of_fill, several
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
 from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs
+from attribution.masking import MaskedInputs, prefix_rows
 from attribution.search import Progress
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def explain_failure(
 def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Tensor) -> FailureExplanation:
     """Both orders with their curves and the smallest sets that make the model right."""
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
-    prefixes = {name: _prefixes(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
+    prefixes = {name: prefix_rows(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
     along = {(name, kept): judge.along(rows if kept else ~rows) for name, rows in prefixes.items() for kept in (True, False)}
     sufficient = judge.smallest([rows for name in prefixes for rows in judge.right_rows(prefixes[name], along[name, True])], shown=True)
     starts = [
@@ -319,14 +319,6 @@ class _Judge:
             gain = torch.where(right, self.area[members] + 1e-6 * found[:, self.true], -1.0)
             chosen = tried[int(gain.argmax())]
         return chosen
-
-
-def _prefixes(order: Tensor) -> Tensor:
-    """bool [R+1, R], the first k regions of an order."""
-    size = len(order)
-    rows = torch.zeros(size + 1, size, dtype=torch.bool)
-    rows[:, order] = torch.ones(size + 1, size).tril(-1).bool()
-    return rows
 
 
 def _share(area: float) -> str:

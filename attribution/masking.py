@@ -18,6 +18,14 @@ _CHUNK_VALUES = 2**24  # floats of masked full-size images held at once while th
 _INPUT_VALUES = 2**25  # floats of model inputs held at once, 128 MiB
 
 
+def prefix_rows(order: Tensor) -> Tensor:
+    """Subsets of the first k regions of an order int64 [R], k = 0...R: bool [R+1, R]."""
+    size = len(order)
+    rows = torch.zeros(size + 1, size, dtype=torch.bool)
+    rows[:, order] = torch.ones(size + 1, size).tril(-1).bool()
+    return rows
+
+
 class MaskedInputs:
     """Model inputs of any subsets of an image's regions.
 

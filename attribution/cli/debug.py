@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from attribution.cli.inputs import read_class_names
+from attribution.cli.inputs import model_with_names
 from attribution.cli.progress import Bar
 from attribution.errors import UserError
 from attribution.files import slug, whole_file
 from attribution.image import FILLS
-from attribution.loading import load_classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 
@@ -81,7 +80,7 @@ def debug(
         "data": data,
         "root": root,
         "split": split,
-        "model": model,
+        "model": model_with_names(model, classes, device=device, checkpoint=checkpoint, batch_size=batch_size),
         "samples": samples,
         "most": most or None,
         "seed": seed,
@@ -94,10 +93,6 @@ def debug(
         "device": device,
         "batch_size": batch_size,
     }
-    if classes is not None:
-        given["model"] = load_classifier(
-            model, device=device, checkpoint=checkpoint, class_names=read_class_names(classes), batch_size=batch_size
-        )
     settings = FailureSettings.make(given)
     try:
         if only is None:

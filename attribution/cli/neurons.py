@@ -19,7 +19,7 @@ from rich.table import Table
 
 from attribution import __version__
 from attribution.classifier import Classifier
-from attribution.cli.inputs import distinct_stems, find_images, read_class_names
+from attribution.cli.inputs import distinct_stems, find_images, model_with_names, read_class_names
 from attribution.cli.progress import Bar
 from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
@@ -123,7 +123,7 @@ def neurons(
             "data": data,
             "root": root,
             "split": split,
-            "model": model,
+            "model": model_with_names(model, classes, device=device, checkpoint=checkpoint, batch_size=batch_size),
             "samples": samples,
             "seed": seed,
             "target": target or "label",
@@ -133,10 +133,6 @@ def neurons(
             "device": device,
             "batch_size": batch_size,
         }
-        if classes is not None:
-            given["model"] = load_classifier(
-                model, device=device, checkpoint=checkpoint, class_names=read_class_names(classes), batch_size=batch_size
-            )
         if paths is not None:
             given["paths"] = [part.strip() for part in paths.split(",") if part.strip()]
         if kept is not None:

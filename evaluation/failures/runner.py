@@ -18,15 +18,14 @@ from attribution.classifier import Classifier
 from attribution.errors import NotMisclassified, UserError
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import limit_size
-from attribution.loading import load_classifier
 from attribution.regions import Regions
 from evaluation.attempts import Broken, attempted
 from evaluation.benchmark import sample_seed
-from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset, Sample
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
 from evaluation.grids.runner import identity_of
+from evaluation.opening import named_data, named_model
 from evaluation.perturbation import Protocol
 from evaluation.records import RecordLog, digest_of, open_log
 
@@ -56,8 +55,8 @@ def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation
     Raises:
         UserError: no such sample, one without a label, or one that the model gets right.
     """
-    classifier = open_classifier(settings)
-    dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=classifier.class_names)
+    classifier = named_model(settings)
+    dataset = named_data(settings, classifier)
     if sample not in dataset.ids:
         close = difflib.get_close_matches(sample, dataset.ids, 1) or dataset.ids[:1]
         raise UserError(f"{dataset.name} has no sample {sample!r}: expected an id such as {close[0]!r}")
@@ -65,13 +64,6 @@ def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation
     if found.label is None:
         raise UserError(f"{sample} has no label: only a labelled sample can be misclassified")
     return _explained(settings, classifier, found)
-
-
-def open_classifier(settings: FailureSettings) -> Classifier:
-    """The model of the settings."""
-    if isinstance(settings.model, Classifier):
-        return settings.model
-    return load_classifier(settings.model, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
 
 
 def _explained(settings: FailureSettings, classifier: Classifier, sample: Sample) -> FailureExplanation:
@@ -134,12 +126,11 @@ class _Run:
 
     @cached_property
     def classifier(self) -> Classifier:
-        return open_classifier(self.settings)
+        return named_model(self.settings)
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        settings = self.settings
-        return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=self.classifier.class_names)
+        return named_data(self.settings, self.classifier)
 
     @cached_property
     def identity(self) -> list[Any]:

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.errors import UserError
-from attribution.loading import load_classifier
 from attribution.neurons.classes import class_paths, halves
 from attribution.neurons.edits import edited_probabilities, mean_activations, pruned_probabilities
 from attribution.neurons.layers import NeuronLayers, find_neurons
 from attribution.neurons.path import NeuronPath, PathFinder
 from evaluation.attempts import Broken, attempted
 from evaluation.benchmark import sample_seed
-from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset
 from evaluation.neurons.settings import NeuronSettings
+from evaluation.opening import named_data, named_model
 from evaluation.records import Record, RecordLog, digest_of, open_log
 
 Progress = Callable[[int, int, str], None]
@@ -192,10 +191,7 @@ class _Run:
 
     @cached_property
     def classifier(self) -> Classifier:
-        settings = self.settings
-        if isinstance(settings.model, Classifier):
-            return settings.model
-        return load_classifier(settings.model, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
+        return named_model(self.settings)
 
     @cached_property
     def layers(self) -> NeuronLayers:
@@ -203,8 +199,7 @@ class _Run:
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        settings = self.settings
-        return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=self.classifier.class_names)
+        return named_data(self.settings, self.classifier)
 
     @cached_property
     def identity(self) -> list[Any]:

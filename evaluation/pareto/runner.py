@@ -23,9 +23,9 @@ from attribution.objective import SubmodularObjective
 from attribution.presets import BALANCED
 from attribution.regions import Regions, make_regions
 from evaluation.benchmark import sample_seed
-from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset
 from evaluation.grids.runner import identity_of
+from evaluation.opening import named_data
 from evaluation.pareto.settings import BALANCED_SUFFIX, POLISHED, REFERENCE, SAMPLED, ParetoResults, ParetoSettings, Point
 from evaluation.perturbation import Protocol, perturbation_curves
 from evaluation.records import digest_of, open_log
@@ -47,7 +47,7 @@ def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | N
     """
     model = settings.model
     classifier = model if isinstance(model, Classifier) else load_classifier(model)
-    dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=classifier.class_names)
+    dataset = named_data(settings, classifier)
     protocol = Protocol(fill=settings.fill)
     shared = [identity_of(classifier, classifier.name), protocol.settings(), settings.regions, settings.count, list(settings.budgets)]
     points: dict[str, tuple[Point, ...]] = {}

@@ -1,0 +1,46 @@
+"""The model and the images that the settings of a job on labelled data name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from attribution.classifier import Classifier
+from attribution.loading import load_classifier
+from evaluation.data import open_dataset
+from evaluation.dataset import ImageDataset
+
+
+class NamesData(Protocol):
+    """Settings that name a data set; see ``open_dataset``."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def root(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+
+
+class NamesModel(Protocol):
+    """Settings that name a model, or hold it; see ``load_classifier``."""
+
+    @property
+    def model(self) -> str | Classifier: ...
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def batch_size(self) -> int | None: ...
+
+
+def named_model(settings: NamesModel) -> Classifier:
+    """The classifier of the settings."""
+    if isinstance(settings.model, Classifier):
+        return settings.model
+    return load_classifier(settings.model, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
+
+
+def named_data(settings: NamesData, classifier: Classifier) -> ImageDataset:
+    """The data set of the settings, its labels as classes of the classifier."""
+    return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=classifier.class_names)
