@@ -26,6 +26,9 @@ _NEIGHBOURHOODS = 11  # that an image is cut into where regions are hidden with 
 _LEAST_ROOM = 0.3  # of a window, against the one with most
 _SWEEPS = 16  # of neighbours, at most in a row
 _PATIENCE = 30  # rounds in which no new image was asked for
+_COMPANIONS = 16  # one region of so many still shown is hidden together with another, where elimination goes in large steps
+_PACES = ((0.5, 1.0, False), (0.5, 1.0, True), (0.34, 0.6, True), (0.25, 0.6, True))  # of ``halve``, the cheapest first
+_UNHURRIED = 6  # images a region, from which on elimination goes one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +61,11 @@ class _Sets:
         self.used = 0
         area = getattr(objective, "area", None)
         self.area = [1 / self.size] * self.size if area is None else torch.as_tensor(area, dtype=torch.float64).tolist()
+        self.needed: tuple[bool, bool] = self.objective.needed
         self._parts: dict[int, tuple[float, float]] = {}
         most = self.objective.highest
         self._most = (float(most[0]), float(most[1]))
-        self._needed = self.objective.needed
-        self.range = sum(part for part, needed in zip(self._most, self._needed, strict=True) if needed)
+        self.range = sum(part for part, needed in zip(self._most, self.needed, strict=True) if needed)
 
     def forward(self, images: Iterable[int]) -> None:
         """Get to know images; as many as the budget allows, in the order given.
@@ -94,8 +97,8 @@ class _Sets:
     def most(self, subset: int) -> float:
         """F where it is known, and else the highest that it can be."""
         shown, hidden = self._parts.get(subset), self._parts.get(self.full ^ subset)
-        first = (self._most[0] if shown is None else shown[0]) if self._needed[0] else 0.0
-        second = (self._most[1] if hidden is None else hidden[1]) if self._needed[1] else 0.0
+        first = (self._most[0] if shown is None else shown[0]) if self.needed[0] else 0.0
+        second = (self._most[1] if hidden is None else hidden[1]) if self.needed[1] else 0.0
         return first + second
 
     def room(self, subset: int) -> float:
@@ -104,7 +107,7 @@ class _Sets:
 
     def first_half(self, subsets: Sequence[int]) -> None:
         """Forward one image of each: that of the shown regions, where F needs it."""
-        self.forward(subsets if self._needed[0] else [self.full ^ subset for subset in subsets])
+        self.forward(subsets if self.needed[0] else [self.full ^ subset for subset in subsets])
 
     def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
         """Index of the subset with the highest F in each group, of equals one that was tried first.
@@ -152,7 +155,7 @@ class _Sets:
         """The order with the highest mean F among all whose prefixes are known; the given one, known too, where none is better."""
         levels: list[list[int]] = [[] for _ in range(self.size + 1)]
         for image in self._parts:
-            subset = image if self._needed[0] else self.full ^ image
+            subset = image if self.needed[0] else self.full ^ image
             if self.known(subset):
                 levels[subset.bit_count()].append(subset)
         reached: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
@@ -190,7 +193,7 @@ class _Sets:
         return torch.from_numpy(bits.astype(bool))
 
     def _images(self, subset: int) -> list[int]:
-        return [image for image, needed in zip((subset, self.full ^ subset), self._needed, strict=True) if needed]
+        return [image for image, needed in zip((subset, self.full ^ subset), self.needed, strict=True) if needed]
 
 
 class _Whole:
@@ -201,6 +204,7 @@ class _Whole:
 
     def __init__(self, objective: Callable[[Tensor], Tensor]) -> None:
         self.objective = objective
+        self.size = int(objective.size)  # type: ignore[attr-defined]
         self.cost = int(getattr(objective, "cost", 1))
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,20 +227,77 @@ def survey(sets: _Sets) -> list[int]:
 
     A region alone is often too small to be missed; where the objective does not say where regions lie, they are hidden one by one.
     """
+    everything = range(sets.size)
+    values = _without(sets, everything, everything, round(sets.size / _NEIGHBOURHOODS), both=False)
+    return sorted(everything, key=lambda region: (-values[region], -region))
+
+
+def _without(sets: _Sets, candidates: Sequence[int], shown: Sequence[int], count: int, both: bool) -> dict[int, float]:
+    """Mean F of what is shown when each candidate is hidden with the nearest others, ``count`` in all; by one half of F or by both."""
     centres = getattr(sets.objective, "centres", None)
-    if centres is None:
-        around = [[region] for region in range(sets.size)]
+    if centres is None or count < 2:
+        around = [[region] for region in candidates]
     else:
-        distances = torch.cdist(centres, centres).fill_diagonal_(-1)  # its own first, also where others have the same centre
-        nearest = distances.argsort(dim=1, stable=True)
-        around = nearest[:, : max(1, round(sets.size / _NEIGHBOURHOODS))].tolist()
-    without = [sets.full ^ sum(1 << region for region in regions) for regions in around]
-    sets.first_half(without)
-    values: list[list[float]] = [[] for _ in range(sets.size)]
-    for regions, subset in zip(around, without, strict=True):
+        here, there = torch.tensor(list(candidates)), torch.tensor(list(shown))
+        distances = torch.cdist(centres[here], centres[there])
+        distances[here[:, None] == there[None]] = -1  # its own first, also where others have the same centre
+        around = there[distances.argsort(dim=1, stable=True)[:, :count]].tolist()
+    subset = sum(1 << region for region in shown)
+    without = [subset ^ sum(1 << region for region in regions) for regions in around]
+    if both:
+        sets.know(without)
+    else:
+        sets.first_half(without)
+    values: dict[int, list[float]] = {region: [] for region in candidates}
+    for regions, rest in zip(around, without, strict=True):
         for region in regions:
-            values[region].append(sets.most(subset))
-    return sorted(range(sets.size), key=lambda region: (-sum(values[region]) / len(values[region]), -region))
+            if region in values:
+                values[region].append(sets.most(rest))
+    return {region: sum(found) / len(found) for region, found in values.items()}
+
+
+def halve(sets: _Sets, share: float, pool: float, both: bool) -> Iterator[list[int]]:
+    """Backward elimination in large steps: what mattered least goes, ``share`` of what is shown at a time, and is not looked at again.
+
+    Args:
+        share: of the regions still shown, hidden in each round.
+        pool: share of them, those that mattered least, that each round looks at again, each hidden with its neighbours.
+        both: whether by both halves of F; the survey has one.
+
+    Yields:
+        The order after each round.
+    """
+    left, hidden = survey(sets)[::-1], list[int]()
+    while left:
+        yield left + hidden
+        kept = len(left) - max(1, int(share * len(left)))
+        left, hidden = left[:kept], left[kept:] + hidden
+        stay = kept - math.ceil(pool * kept)
+        values = _without(sets, left[stay:], left, round(kept / _COMPANIONS), both)
+        left[stay:] = sorted(left[stay:], key=values.__getitem__)
+    yield hidden
+
+
+def anytime_from(objective: Any) -> int:
+    """The least budget whose search is the beginning of that with any larger one; below, elimination goes in large steps to end in time."""
+    halves = sum(getattr(objective, "needed", (True, False)))
+    return math.ceil(_UNHURRIED / 2 * halves * int(objective.size)) * int(getattr(objective, "cost", 1))
+
+
+def _pace(sets: _Sets) -> tuple[float, float, bool]:
+    """The most thorough elimination in large steps that what is left of the budget is enough for."""
+    fitting = [pace for pace in _PACES if sets.objective.cost * _images_to_halve(sets, *pace) <= sets.left]
+    return fitting[-1] if fitting else _PACES[0]
+
+
+def _images_to_halve(sets: _Sets, share: float, pool: float, both: bool) -> int:
+    """At most."""
+    halves = sum(sets.needed) if both else 1
+    images, left = sets.size, sets.size - max(1, int(share * sets.size))
+    while left:
+        images += math.ceil(pool * left) * halves
+        left -= max(1, int(share * left))
+    return images
 
 
 def eliminate(sets: _Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: float = 0.02) -> Iterator[list[int]]:
@@ -393,7 +454,8 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
         seed: of the windows.
 
     Yields:
-        ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls.
+        ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls. A budget below
+        ``anytime_from`` ends before that, with a coarser order than the first rounds of a larger one would give.
 
     Raises:
         UserError: N below 1, a start that is no order of the regions, or an objective that returns NaN.
@@ -406,8 +468,11 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
         raise UserError(f"start is {describe(start)}: expected each region from 0 to {sets.size - 1} once")
     try:
         if start is None:
-            for order in eliminate(sets):
+            hurried = evaluations < anytime_from(sets.objective)
+            for order in halve(sets, *_pace(sets)) if hurried else eliminate(sets):
                 yield sets.found(order)
+            if hurried:  # what is left is not enough to get to know the chain
+                return
         for better in improve(sets, order, seed):
             order = better
             yield sets.found(order)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from attribution.files import whole_file
 from evaluation.pareto.figures import plot_pareto
 from evaluation.pareto.runner import run_pareto
-from evaluation.pareto.settings import BUDGETS, ParetoSettings
+from evaluation.pareto.settings import BUDGETS, SAMPLED_BUDGETS, ParetoSettings
 from evaluation.pareto.summary import Row, pareto_csv, summarise_pareto
 from evaluation.statistics import Interval
 
@@ -33,6 +33,10 @@ def main(
     partition: Annotated[list[str] | None, typer.Option(help="Such as grid:64; repeat it. Default: grid:64.", show_default=False)] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "budget,bidirectional",
     budgets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(map(str, BUDGETS)),
+    sampled_budgets: Annotated[str, typer.Option(help="Comma-separated, of rise, kernel_shap, hsic and occlusion.")] = ",".join(
+        map(str, SAMPLED_BUDGETS)
+    ),
+    measure: Annotated[bool, typer.Option(help="Whether to measure what is missing, or to show what --out holds.")] = True,
     samples: Annotated[int, typer.Option(min=1, help="Images of each model.")] = 100,
     fill: Annotated[str, typer.Option()] = "black",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -50,12 +54,13 @@ def main(
                 count=int(count or 64),
                 methods=tuple(methods.split(",")),
                 budgets=tuple(int(budget) for budget in budgets.split(",")),
+                sampled_budgets=tuple(int(budget) for budget in sampled_budgets.split(",")),
                 samples=samples,
                 fill=fill,
                 seed=seed,
             )
             with tqdm(total=samples, desc=f"{name} {cut}", file=sys.stderr, disable=None) as bar:
-                results = run_pareto(settings, out, lambda done, _, sample, bar=bar: bar.update(done - bar.n))  # type: ignore[misc]
+                results = run_pareto(settings, out, lambda done, _, sample, bar=bar: bar.update(done - bar.n), measure=measure)  # type: ignore[misc]
             rows += summarise_pareto(results)
     with whole_file(out / "pareto.csv") as temporary:
         temporary.write_text(pareto_csv(rows), encoding="utf-8")

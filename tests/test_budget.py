@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attribution as at
-from attribution.budget import Found, _Sets, budget_search, members, search_orders
+from attribution.budget import _PACES, Found, _images_to_halve, _Sets, anytime_from, budget_search, halve, members, search_orders
 
 WEIGHTS = at.ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0)
 
@@ -83,11 +83,43 @@ def test_values_are_means_along_the_order_and_never_fall(size: int, seed: int) -
 @pytest.mark.parametrize("seed", range(2))
 def test_a_larger_budget_begins_like_a_smaller_one(seed: int) -> None:
     whole = run(Halves(12, seed), 500)
-    for each in whole[:-1:3]:
+    least = anytime_from(Halves(12, seed))
+    assert least == 72
+    for each in [each for each in whole[:-1:3] if each.evaluations >= least]:
         part = run(Halves(12, seed), each.evaluations + 1)
         for ours, theirs in zip(part[:-1], whole, strict=False):
             assert torch.equal(ours.order, theirs.order) and ours.evaluations == theirs.evaluations
         assert math.isnan(each.value) or part[-1].value >= each.value - 1e-9
+
+
+class Additive(Halves):
+    """What is shown counts by its weights, and so does what is missing from the rest."""
+
+    def half(self, name: str, shown: frozenset[int]) -> float:
+        share = sum((region * 7 + 3) % self.size + 1 for region in shown) / (self.size * (self.size + 1) / 2)
+        return share if name == "shown" else 1 - share
+
+
+@pytest.mark.parametrize("pace", _PACES)
+def test_elimination_in_large_steps_ends_within_its_budget_with_the_right_order(pace: tuple[float, float, bool]) -> None:
+    size = 23  # shares 7 r + 3 mod 23 are all different
+    budget = _images_to_halve(_Sets(Additive(size), 1), *pace)
+    objective = Additive(size)
+    found = run(objective, budget)
+    assert found[-1].order.tolist() == sorted(range(size), key=lambda region: -((region * 7 + 3) % size))
+    spent = [_images_to_halve(_Sets(Additive(size), 1), *each) for each in _PACES]
+    assert spent == sorted(spent) and spent[-1] < anytime_from(objective)
+    assert 0.8 * budget < found[-1].evaluations <= budget
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 40), share=st.floats(0.01, 1), pool=st.floats(0.01, 1), both=st.booleans(), seed=st.integers(0, 99))
+def test_elimination_in_large_steps_forwards_no_more_than_is_said(size: int, share: float, pool: float, both: bool, seed: int) -> None:
+    objective = Halves(size, seed)
+    sets = _Sets(objective, 10**6)
+    orders = list(halve(sets, share, pool, both))
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert len(objective.images) <= _images_to_halve(sets, share, pool, both)
 
 
 @pytest.mark.parametrize("seed", range(8))

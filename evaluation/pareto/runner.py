@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attribution.baselines import attribute
-from attribution.budget import search_orders
+from attribution.budget import anytime_from, search_orders
 from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.explain import classifier_fill, explain
@@ -34,12 +34,13 @@ Progress = Callable[[int, int, str], None]
 _OCCLUSION_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None) -> ParetoResults:
+def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None, *, measure: bool = True) -> ParetoResults:
     """Measure what the folder does not hold yet, and return everything.
 
     Args:
         settings: what is measured.
         out: folder of ``records.jsonl``; several settings may share it, one process at a time.
+        measure: False returns only what the folder holds.
         progress: called with (images done, all of them, sample).
 
     Raises:
@@ -49,7 +50,7 @@ def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | N
     classifier = model if isinstance(model, Classifier) else load_classifier(model)
     dataset = named_data(settings, classifier)
     protocol = Protocol(fill=settings.fill)
-    shared = [identity_of(classifier, classifier.name), protocol.settings(), settings.regions, settings.count, list(settings.budgets)]
+    shared = [identity_of(classifier, classifier.name), protocol.settings(), settings.regions, settings.count, settings.seed]
     points: dict[str, tuple[Point, ...]] = {}
     with open_log(Path(out) / "records.jsonl") as log:
         for index in _chosen(settings, classifier, dataset):
@@ -58,13 +59,19 @@ def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | N
                 progress(len(points), settings.samples, sample)
             image, label = dataset[index].image, int(dataset.labels[index] or 0)
             content = [sample, hashlib.sha256(image.numpy().tobytes()).hexdigest(), label]
-            keys = {method: digest_of([*shared, *content, method, settings.seed]) for method in settings.methods}
-            if any(key not in log for key in keys.values()):
+            keys = {
+                (method, budget): digest_of([*shared, *content, method, budget])
+                for method in settings.methods
+                for budget in settings.budgets_of(method)
+            }
+            if measure and any(key not in log for key in keys.values()):
                 case = _Case(settings, classifier, image, label, protocol, sample)
-                for method, key in keys.items():
-                    if key not in log:
-                        log.append(key, {"sample": sample, "points": [asdict(point) for point in case.points(method)]})
-            points[sample] = tuple(Point(**point) for key in keys.values() for point in log.records[key]["points"])
+                for method in settings.methods:
+                    missing = [budget for budget in settings.budgets_of(method) if keys[method, budget] not in log]
+                    for budget, point in case.points(method, missing):
+                        log.append(keys[method, budget], {"sample": sample, "point": None if point is None else asdict(point)})
+            held = [log.records[key]["point"] for key in keys.values() if key in log]
+            points[sample] = tuple(Point(**point) for point in held if point is not None)
         if progress is not None:
             progress(len(points), len(points), "done")
     return ParetoResults(settings, classifier.name, points)
@@ -96,18 +103,23 @@ class _Case:
         fill = classifier_fill(image, settings.fill, classifier)
         self.masked = MaskedInputs(classifier, image, self.regions.labels, fill)
 
-    def points(self, method: str) -> Iterator[Point]:
-        """The method within every budget, or as it is where its cost cannot be chosen."""
+    def points(self, method: str, budgets: Sequence[int]) -> Iterator[tuple[int, Point | None]]:
+        """The method within each budget, or as it is where its cost cannot be chosen; None where the budget is not enough."""
+        if not budgets:
+            return
         if method == "budget":
-            yield from self._at_budgets(method, None, 0)
+            objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
+            shared = [budget for budget in budgets if budget >= anytime_from(objective)]
+            for run in [*([budget] for budget in budgets if budget not in shared), shared]:
+                yield from self._at_budgets(method, run, None, 0)
         elif method == POLISHED:
             start = explain(self.image, self.classifier, self.target, regions=self.regions, search=REFERENCE, fill=self.settings.fill)
             assert start.order is not None
-            yield from self._at_budgets(method, start.order, start.evaluations)
+            yield from self._at_budgets(method, budgets, start.order, start.evaluations)
         elif method in SAMPLED:
-            for budget in self.settings.budgets:
-                if (made := self._sampled(method, budget)) is not None:
-                    yield self._point(method, budget, made.evaluations, made)
+            for budget in budgets:
+                made = self._sampled(method, budget)
+                yield budget, None if made is None else self._point(method, budget, made.evaluations, made)
         else:
             name = method.removesuffix(BALANCED_SUFFIX)
             weights = BALANCED if method != name else None
@@ -122,27 +134,22 @@ class _Case:
                 weights=weights,
                 **options,
             )
-            yield self._point(method, 0, found.evaluations, found)
+            yield 0, self._point(method, 0, found.evaluations, found)
 
-    def _at_budgets(self, method: str, start: Tensor | None, spent: int) -> Iterator[Point]:
+    def _at_budgets(self, method: str, budgets: Sequence[int], start: Tensor | None, spent: int) -> Iterator[tuple[int, Point | None]]:
         """One run of the search by budget; what it had found when each budget was used up."""
-        objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
-        waiting = [budget for budget in self.settings.budgets if budget >= spent]
-        last = self.settings.budgets[-1] - spent
         before: tuple[int, Tensor] | None = None if start is None else (0, start)
-        if last < 1:
-            if start is not None and waiting:
-                yield self._ordered(method, waiting[0], spent, start)
-            return
-        for found in search_orders(objective, evaluations=last, start=None if start is None else start.tolist(), seed=self.seed):
-            while waiting and found.evaluations + spent > waiting[0]:
-                budget = waiting.pop(0)
-                if before is not None:
-                    yield self._ordered(method, budget, before[0] + spent, before[1])
-            before = (found.evaluations, found.order)
+        waiting = list(budgets)
+        if waiting and waiting[-1] > spent:
+            objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
+            first = None if start is None else start.tolist()
+            for found in search_orders(objective, evaluations=waiting[-1] - spent, start=first, seed=self.seed):
+                while waiting and found.evaluations + spent > waiting[0]:
+                    yield waiting[0], self._ordered(method, waiting[0], spent, before)
+                    waiting.pop(0)
+                before = (found.evaluations, found.order)
         for budget in waiting:
-            assert before is not None
-            yield self._ordered(method, budget, before[0] + spent, before[1])
+            yield budget, self._ordered(method, budget, spent, before)
 
     def _sampled(self, method: str, budget: int) -> Explanation | None:
         """A method of ``METHODS`` that forwards at most so many images; None where it cannot."""
@@ -161,7 +168,10 @@ class _Case:
         made = attribute(self.image, self.classifier, method, self.target, fill=self.settings.fill, seed=self.seed, **options)
         return made if made.evaluations <= budget else None
 
-    def _ordered(self, method: str, budget: int, evaluations: int, order: Tensor) -> Point:
+    def _ordered(self, method: str, budget: int, spent: int, found: tuple[int, Tensor] | None) -> Point | None:
+        if found is None or spent > budget:
+            return None
+        evaluations, order = found[0] + spent, found[1]
         shell = Explanation(
             image=self.image,
             target=self.target,

@@ -13,6 +13,7 @@ from attribution.search import SEARCHES
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
 SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS whose cost is chosen
 BALANCED_SUFFIX = " 1:1"  # of a search with weights 1 and 1, as the search by budget has them
+SAMPLED_BUDGETS = (64, 256, 1024, 2590)
 POLISHED = "polished"
 REFERENCE = "bidirectional"
 
@@ -28,7 +29,8 @@ class ParetoSettings:
         count: R, about how many regions.
         fill: what hides regions while methods work, and in the curves.
         methods: keys of ``SEARCHES`` (with " 1:1" for balanced weights), "polished", or of ``SAMPLED``.
-        budgets: evaluations, ascending.
+        budgets: evaluations of the search by budget and of polishing, ascending.
+        sampled_budgets: those of ``SAMPLED``, each of which is a run of its own.
         samples: so many images, the first of a seeded permutation that the model gets right with enough confidence.
         confidence: least probability of the label.
         seed: of the images, and of methods that draw.
@@ -43,6 +45,7 @@ class ParetoSettings:
     fill: str = "black"
     methods: tuple[str, ...] = ("budget", REFERENCE)
     budgets: tuple[int, ...] = BUDGETS
+    sampled_budgets: tuple[int, ...] = SAMPLED_BUDGETS
     samples: int = 100
     confidence: float = 0.7
     seed: int = 0
@@ -53,12 +56,19 @@ class ParetoSettings:
             raise UserError(f"unknown methods {', '.join(unknown)}: expected some of {', '.join(known)}")
         if self.regions not in REGIONS:
             raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
-            raise UserError(f"budgets are {list(self.budgets)}: expected ascending numbers of images")
+        for budgets in (self.budgets, self.sampled_budgets):
+            if not budgets or list(budgets) != sorted(set(budgets)) or budgets[0] < 1:
+                raise UserError(f"budgets are {list(budgets)}: expected ascending numbers of images")
         for name, least in (("count", 2), ("samples", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+
+    def budgets_of(self, method: str) -> tuple[int, ...]:
+        """Budgets that the method is measured within; 0 alone for a search that cannot be told."""
+        if method in SAMPLED:
+            return self.sampled_budgets
+        return self.budgets if method in ("budget", POLISHED) else (0,)
 
     @property
     def partition(self) -> str:
