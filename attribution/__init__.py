@@ -22,6 +22,7 @@ from attribution.objective import MeanObjective, Scores, ScoreWeights, Submodula
 from attribution.presets import PRESETS, Preset
 from attribution.regions import REGIONS, Regions, from_masks, make_regions
 from attribution.search import SEARCHES
+from attribution.tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "ScoreWeights",
     "Scores",
     "SubmodularObjective",
+    "Tuning",
     "UserError",
     "activation_path",
     "attribute",
@@ -62,4 +64,5 @@ __all__ = [
     "neuron_path",
     "polish",
     "save_classifier",
+    "tune",
 ]

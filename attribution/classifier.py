@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -27,6 +27,7 @@ from attribution.image import ImageSource, load_image
 T = TypeVar("T")
 Resize = Literal["squash", "short_side", "long_side"]
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ class Classifier:
         name: what reports call it.
         batch_size: most images forwarded at once; None lets the input size decide. Where a batch does not fit into memory, it is
             halved until it does.
+        precision: "float32", or "bfloat16" or "float16" for autocast; scores are float32 in any case, and gradients are computed
+            in float32. ``tune`` finds out what is fastest.
+        channels_last: give the module its inputs in the channels-last memory layout.
+        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody has hooks on the module.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward where the
@@ -150,6 +155,9 @@ class Classifier:
         head: str | None = None,
         name: str | None = None,
         batch_size: int | None = None,
+        precision: str = "float32",
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         if not callable(module):
             raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
@@ -160,9 +168,12 @@ class Classifier:
         self.preprocessing = Preprocessing(sides, _triple(mean), _triple(std), resize, resized, interpolation)
         self.name = name or type(module).__name__
         self.batch_size = batch_size
+        self.precision = precision
+        self.channels_last, self.compiled = channels_last, compiled
         self._scores = scores
         self._head = head
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
+        self._compiled_module: Callable[[Tensor], Any] | None = None
 
     def __repr__(self) -> str:
         height, width = self.preprocessing.size
@@ -181,6 +192,17 @@ class Classifier:
         if value < 1:
             raise UserError(f"batch size {value}: expected at least 1")
         self._batch_size = value
+
+    @property
+    def precision(self) -> str:
+        """In which the module computes where no gradients are wanted."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        if value not in PRECISIONS:
+            raise UserError(f"precision {value!r}: expected one of {', '.join(PRECISIONS)}")
+        self._precision = value
 
     @contextmanager
     def forwarding(self, batch_size: int | None) -> Iterator[None]:
@@ -317,7 +339,7 @@ class Classifier:
             blank = torch.full((2, *self.preprocessing.shape), 0.5, device=self.device)
             blank[1] = torch.linspace(0, 1, blank.shape[-1], device=self.device)
             offset, scale = blank.new_tensor(self.preprocessing.mean), blank.new_tensor(self.preprocessing.std)
-            rows = self._call((blank - offset[:, None, None]) / scale[:, None, None])
+            rows = self._call((blank - offset[:, None, None]) / scale[:, None, None], plainly=True)
         if self._scores != "auto":
             return rows.shape[1], self._scores == "probabilities"
         sums_to_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-4).all())
@@ -382,13 +404,27 @@ class Classifier:
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
             raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
 
-    def _call(self, inputs: Tensor) -> Tensor:
-        if isinstance(self.module, nn.Module):
-            with evaluation_mode(self.module):
+    def _call(self, inputs: Tensor, plainly: bool = False) -> Tensor:
+        """Checked scores of one batch; plainly: without autocast and compiling, as under gradients."""
+        plainly = plainly or torch.is_grad_enabled()
+        if self.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        lower = None if plainly or self._precision == "float32" else getattr(torch, self._precision)
+        with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
+            if isinstance(self.module, nn.Module):
+                with evaluation_mode(self.module):
+                    output = (self.module if plainly else self._fastest(self.module))(inputs)
+            else:
                 output = self.module(inputs)
-        else:
-            output = self.module(inputs)
         return self._checked_scores(output, len(inputs))
+
+    def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
+        """The module, compiled where that is wanted and leaves no hook out."""
+        if not self.compiled or self._is_hooked:
+            return module
+        if self._compiled_module is None:
+            self._compiled_module = torch.compile(module, dynamic=True)
+        return self._compiled_module
 
     def _call_with_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         heads = self._heads
@@ -460,8 +496,10 @@ class _PrototypeClassifier(Classifier):
 
     def __init__(self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None) -> None:
         way = base.preprocessing
+        self._base = base
         super().__init__(
             base.module,
+            precision=base.precision,
             size=way.size,
             mean=way.mean,
             std=way.std,
@@ -473,11 +511,20 @@ class _PrototypeClassifier(Classifier):
             batch_size=base.batch_size,
             scores="logits",
         )
-        self._base, self._matrix, self._scale, self._normalize = base, matrix, scale, normalize
+        self._matrix, self._scale, self._normalize = matrix, scale, normalize
 
     @property
     def num_classes(self) -> int:
         return len(self._matrix)
+
+    @property
+    def precision(self) -> str:
+        """That of the classifier whose features these are."""
+        return self._base.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self._base.precision = value
 
     @property
     def weights_digest(self) -> str | None:

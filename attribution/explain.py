@@ -202,6 +202,7 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
         "model": classifier.name,
         "weights_digest": classifier.weights_digest,
         "device": str(classifier.device),
+        "precision": classifier.precision,
         "settings": plain_settings(settings),
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 3),

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"files", "image", "hooks", "zoo"},
     {"classifier", "regions"},
-    {"loading", "masking", "explanation", "dropping"},
+    {"loading", "masking", "explanation", "dropping", "tuning"},
     {"objective", "budget"},
     {"search"},
     {"presets"},

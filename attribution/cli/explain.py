@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attribution import __version__
-from attribution.classifier import Classifier
+from attribution.classifier import PRECISIONS, Classifier
 from attribution.cli.inputs import distinct_stems, find_images, read_class_names
 from attribution.cli.progress import Bar
 from attribution.errors import UserError
@@ -33,6 +33,7 @@ from attribution.plotting import plot_explanations
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
+from attribution.tuning import tune
 
 DEMO_MODELS = ("zoo:cnn", "zoo:vit")
 DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
@@ -99,6 +100,9 @@ def explain(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG, NPZ and JSON files.")] = Path("out"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
+    precision: Annotated[
+        str, typer.Option(help=f"In which the model computes: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
+    ] = "float32",
     max_side: Annotated[int, typer.Option(min=8, help="Longer images are shrunk to this side.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of searches that draw.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what --out already holds.")] = False,
@@ -138,7 +142,14 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
+    if precision not in (*PRECISIONS, "auto"):
+        raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)} or auto")
     classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
+    for classifier in classifiers:
+        if precision == "auto":
+            typer.echo(f"{classifier.name}: {next(way for way in tune(classifier) if way.chosen)}", err=True)
+        else:
+            classifier.precision = precision
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
@@ -208,7 +219,7 @@ class Job:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         digest = hashlib.sha256(content)
-        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names)
+        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names, classifier.precision)
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
             if name == "region_options":

@@ -1,0 +1,148 @@
+"""How a classifier is forwarded: in which precision and memory layout, compiled or not, whichever is fastest where it runs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attribution.classifier import PRECISIONS, Classifier
+from attribution.errors import UserError
+
+_HOPELESS = 3.0  # times slower at the first call than plain float32: not repeated
+_TRIED = 16  # images of noise on a CPU, which a few fill
+_WORTH = 0.95  # of plain float32's time: what saves less is left alone
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One way to forward a classifier, measured.
+
+    Attributes:
+        precision, channels_last, compiled: see ``Classifier``.
+        rate: images a second.
+        deviation: largest difference of any probability from plain float32's.
+        chosen: whether the classifier forwards this way from now on.
+    """
+
+    precision: str
+    channels_last: bool
+    compiled: bool
+    rate: float
+    deviation: float
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.precision, *(["channels last"] if self.channels_last else []), *(["compiled"] if self.compiled else [])]
+        return f"{', '.join(parts)}: {self.rate:.0f} images/s, probabilities within {self.deviation:.1g}"
+
+
+@dataclass
+class _Way:
+    precision: str
+    channels_last: bool
+    compiled: bool
+    probabilities: Tensor | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def middle(self) -> float:
+        return statistics.median(self.seconds)
+
+    def deviation(self, plain: _Way) -> float:
+        assert self.probabilities is not None and plain.probabilities is not None
+        return float((self.probabilities - plain.probabilities).abs().max())
+
+    def set_on(self, classifier: Classifier) -> None:
+        classifier.precision, classifier.channels_last, classifier.compiled = self.precision, self.channels_last, self.compiled
+
+
+def tune(
+    classifier: Classifier,
+    *,
+    inputs: Tensor | None = None,
+    precisions: Sequence[str] = PRECISIONS,
+    compiled: bool = False,
+    tolerance: float = 0.02,
+    repeats: int = 5,
+) -> tuple[Tuning, ...]:
+    """Measure how the classifier is forwarded fastest here, and set it so.
+
+    Plain float32 stays unless another way saves 5 % of its time and no probability moves by more than the tolerance. What is
+    fastest depends on the machine, and numbers depend on it a little: the precision is stored with every explanation. Gradients
+    are always computed in plain float32.
+
+    Args:
+        classifier: changed in place.
+        inputs: float32 [n, 3, h, w], what is forwarded; a batch of noise by default.
+        precisions: those to try.
+        compiled: whether to try ``torch.compile`` as well, which takes a while and needs a compiler on CPUs.
+        tolerance: largest difference of any probability, 0 to 1.
+        repeats: timed forward passes of each way, alternating.
+
+    Returns:
+        Every way that works here, the fastest first; one that is hopelessly slow is timed once.
+
+    Raises:
+        UserError: unknown precisions.
+    """
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise UserError(f"unknown precisions {', '.join(map(repr, unknown))}: expected some of {', '.join(PRECISIONS)}")
+    if inputs is None:
+        count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
+        noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+        inputs = classifier.preprocessing(noise.to(classifier.device))
+    names = dict.fromkeys(("float32", *precisions))
+    ways = [_Way(*way) for way in itertools.product(names, (False, True), (False, True) if compiled else (False,))]
+    before = _Way(classifier.precision, classifier.channels_last, classifier.compiled)
+    try:
+        running = _first_calls(classifier, inputs, ways)
+        for _ in range(repeats):
+            for way in running:
+                way.set_on(classifier)
+                way.seconds.append(_seconds(classifier, inputs)[0])
+    except BaseException:
+        before.set_on(classifier)
+        raise
+    plain = ways[0]
+    able = sorted((way for way in ways if way.seconds), key=lambda way: way.middle)
+    chosen = next((way for way in able if way.middle <= _WORTH * plain.middle and way.deviation(plain) <= tolerance), plain)
+    chosen.set_on(classifier)
+    return tuple(
+        Tuning(way.precision, way.channels_last, way.compiled, len(inputs) / way.middle, way.deviation(plain), chosen=way is chosen)
+        for way in able
+    )
+
+
+def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -> list[_Way]:
+    """Forward each way before it is timed, so that loading and compiling count for none; those that are worth timing."""
+    plain, worth = 0.0, []
+    for way in ways:
+        way.set_on(classifier)
+        try:
+            spent, way.probabilities = _seconds(classifier, inputs)
+            if way is ways[0] or way.compiled:
+                spent, _ = _seconds(classifier, inputs)
+        except Exception:  # no compiler, an operation that lacks this precision, an overflow: not a way here
+            if way is ways[0]:
+                raise
+            continue
+        if way is ways[0]:
+            plain = spent
+        if spent <= _HOPELESS * plain:
+            worth.append(way)
+        else:
+            way.seconds.append(spent)
+    return worth
+
+
+@torch.no_grad()
+def _seconds(classifier: Classifier, inputs: Tensor) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    found = classifier.probabilities(inputs).cpu()  # on the CPU, so that an accelerator has finished
+    return time.perf_counter() - start, found

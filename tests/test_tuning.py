@@ -1,0 +1,167 @@
+"""Precision, memory layout and compiling: what the module meets, what is left as it was, what ``tune`` chooses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attribution as at
+from attribution.classifier import PRECISIONS
+from evaluation.grids.runner import identity_of
+
+
+class Watched(nn.Module):
+    """A convolution and a head; remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.dtypes, self.last = list[torch.dtype](), list[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(x.is_contiguous(memory_format=torch.channels_last))
+        features = self.conv(x)
+        self.dtypes.append(features.dtype)
+        return self.head(features.mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_a_lower_precision_is_for_forward_passes_alone(precision: str, inputs: Tensor) -> None:
+    plain, lower = (at.Classifier(Watched(), size=8, precision=each) for each in ("float32", precision))
+    expected, found = plain.logits_and_features(inputs), lower.logits_and_features(inputs)
+    assert lower.module.dtypes[-1] == getattr(torch, precision) and plain.module.dtypes[-1] == torch.float32
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=2e-2) and not torch.equal(ours, theirs)
+    wanted = inputs.clone().requires_grad_()
+    lower.logits(wanted).sum().backward()
+    assert lower.module.dtypes[-1] == torch.float32 and wanted.grad is not None
+    assert all(parameter.dtype == torch.float32 for parameter in lower.module.parameters())
+
+
+def test_what_a_module_returns_is_found_out_in_float32(inputs: Tensor) -> None:
+    """Probabilities in bfloat16 do not sum to 1 closely enough to be told from logits."""
+
+    class Probabilities(Watched):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = super().forward(x).softmax(dim=1)
+            return scores.to(self.dtypes[-1])
+
+    found = at.Classifier(Probabilities(), size=8, precision="bfloat16").probabilities(inputs)
+    assert torch.allclose(found, at.Classifier(Probabilities(), size=8).probabilities(inputs), atol=1e-2)
+
+
+def test_channels_last_changes_the_layout_of_the_inputs_alone(inputs: Tensor) -> None:
+    classifier = at.Classifier(Watched(), size=8, channels_last=True)
+    assert torch.allclose(classifier.logits(inputs), at.Classifier(Watched(), size=8).logits(inputs), atol=1e-6)
+    assert classifier.module.last[-1] and inputs.is_contiguous() and classifier.module.conv.weight.is_contiguous()
+
+
+def test_a_compiled_module_leaves_out_no_hook_and_no_gradient(monkeypatch: pytest.MonkeyPatch, inputs: Tensor) -> None:
+    calls = []
+
+    def compiling(module: nn.Module, **_: object) -> nn.Module:
+        def compiled(x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return module(x)
+
+        return compiled  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    classifier = at.Classifier(Watched(), size=8, compiled=True)
+    classifier.logits(inputs)
+    classifier.logits(inputs)
+    assert calls == [5, 5]
+    classifier.features(inputs)
+    classifier.logits(inputs.clone().requires_grad_())
+    handle = classifier.module.conv.register_forward_hook(lambda *_: None)
+    classifier.logits(inputs)
+    handle.remove()
+    assert calls == [5, 5]
+
+
+@pytest.mark.slow
+def test_what_is_really_compiled_says_the_same(cnn: at.Classifier) -> None:
+    compiled = at.load_classifier("zoo:cnn", device="cpu", compiled=True)
+    for count in (3, 7, 16):
+        images = compiled.preprocessing(torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(count)))
+        assert torch.allclose(compiled.probabilities(images), cnn.probabilities(images), atol=1e-4)
+
+
+class Paced(nn.Module):
+    """Slow unless it computes in bfloat16; in float16 it fails; ``off`` is what bfloat16 costs in accuracy."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, x: Tensor) -> Tensor:
+        lower = torch.is_autocast_enabled("cpu")
+        if lower and torch.get_autocast_dtype("cpu") == torch.float16:
+            raise RuntimeError("not implemented for 'Half'")
+        time.sleep(0.001 if lower else 0.02)
+        return torch.stack([x.mean(dim=(1, 2, 3)) + self.off * lower, x[:, 0, 0, 0]], dim=1)
+
+
+@pytest.mark.parametrize(("off", "chosen"), [(0.01, "bfloat16"), (5.0, "float32")])
+def test_the_fastest_way_that_is_close_enough_is_chosen(off: float, chosen: str) -> None:
+    classifier = at.Classifier(Paced(off), size=8, batch_size=4)
+    ways = at.tune(classifier, repeats=3)
+    assert classifier.precision == chosen
+    assert [way.precision for way in ways if way.chosen] == [chosen]
+    assert {way.precision for way in ways} == {"float32", "bfloat16"} and len(ways) == 4
+    assert [way.rate for way in ways] == sorted((way.rate for way in ways), reverse=True)
+    plain = next(way for way in ways if way.precision == "float32" and not way.channels_last)
+    assert plain.deviation == 0 and (ways[0].deviation > 0.5) == (off > 1)
+    assert "bfloat16" in str(ways[0]) and "images/s" in str(ways[0])
+
+
+def test_an_interrupted_trial_changes_nothing() -> None:
+    class Stopped(Paced):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    classifier = at.Classifier(Stopped(0.0), size=8, batch_size=4, channels_last=True)
+    with pytest.raises(KeyboardInterrupt):
+        at.tune(classifier)
+    assert (classifier.precision, classifier.channels_last, classifier.compiled) == ("float32", True, False)
+
+
+def test_unknown_precisions_are_refused() -> None:
+    with pytest.raises(at.UserError, match=r"precision 'float17': expected one of float32, bfloat16, float16"):
+        at.Classifier(Watched(), size=8, precision="float17")
+    with pytest.raises(at.UserError, match="unknown precisions 'float17'"):
+        at.tune(at.Classifier(Watched(), size=8), precisions=["float17"])
+
+
+def test_the_precision_belongs_to_what_a_result_depends_on(inputs: Tensor) -> None:
+    image = inputs[0]
+    classifier = at.Classifier(Watched(), size=8, class_names=list("abcd"))
+    prototypes = classifier.with_prototypes(torch.eye(4, 6))
+    plain, before = at.explain(image, classifier, regions="grid", region_options={"count": 4}), identity_of(classifier, "small")
+    classifier.precision = "bfloat16"
+    lower = at.explain(image, classifier, regions="grid", region_options={"count": 4})
+    assert [each.provenance["precision"] for each in (plain, lower)] == ["float32", "bfloat16"]
+    assert identity_of(classifier, "small") != before and prototypes.precision == "bfloat16"
+
+
+def test_the_command_takes_a_precision(run_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    arguments = ["explain", at.demo_image_path(), "--region-count", "4", "--out", tmp_path, "--device", "cpu"]
+    code, _, said = run_command(*arguments, "--precision", "float17")
+    assert code == 2 and "precision 'float17': expected one of float32, bfloat16, float16 or auto" in said
+    code, _, said = run_command(*arguments, "--precision", "auto")
+    assert code == 0 and "images/s" in said
+    made = at.Explanation.load(next(tmp_path.glob("*.npz")))
+    assert made.provenance["precision"] in PRECISIONS and made.provenance["precision"] in said
