@@ -86,7 +86,7 @@ def tune(
         repeats: timed forward passes of each way, alternating.
 
     Returns:
-        Every way that works here, the fastest first; one that is hopelessly slow is timed once.
+        Every way that works here, the fastest first; a precision that is hopelessly slow is tried once.
 
     Raises:
         UserError: unknown precisions.
@@ -121,8 +121,10 @@ def tune(
 
 def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -> list[_Way]:
     """Forward each way before it is timed, so that loading and compiling count for none; those that are worth timing."""
-    plain, worth = 0.0, []
+    plain, worth, hopeless = 0.0, list[_Way](), set[str]()
     for way in ways:
+        if way.precision in hopeless:
+            continue
         way.set_on(classifier)
         try:
             spent, way.probabilities = _seconds(classifier, inputs)
@@ -138,6 +140,7 @@ def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -
             worth.append(way)
         else:
             way.seconds.append(spent)
+            hopeless.add(way.precision)
     return worth
 
 
