@@ -160,6 +160,45 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
     ]
 
 
+def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
+    """Searches of side x side regions with fill drop between the same with black: tokens taken away instead of painted."""
+    classifier, image, _ = prepared(spec, None, device)
+    labels = at.make_regions(image, "grid", rows=side, columns=side).labels
+    row = [spec, str(side**2)]
+    for search in ("bidirectional", "budget"):
+        ratios = []
+        for _ in tqdm(range(repeats), desc=f"{spec} {search} drop", leave=False):
+            times = {}
+            for fill in ("black", "drop"):
+                options = {"regions": labels, "search": search, "fill": fill}
+                made: list[at.Explanation] = []
+                spent = seconds(lambda options=options, made=made: made.append(at.explain(image, classifier, **options)), classifier.device)  # type: ignore[misc]
+                times[fill] = spent / made[0].evaluations
+            ratios.append(times["black"] / times["drop"])
+        row += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
+    return row
+
+
+def ways(spec: str, device: str) -> list[list[str]]:
+    """What ``tune`` measures."""
+    classifier = at.load_classifier(spec, device=device, pretrained=False)
+    found = at.tune(classifier, compiled=True)
+    plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
+    return [
+        [
+            spec,
+            way.precision,
+            "yes" if way.channels_last else "",
+            "yes" if way.compiled else "",
+            f"{way.rate:.0f}",
+            f"{way.rate / plain.rate:.2f}",
+            f"{way.deviation:.1g}",
+            "chosen" if way.chosen else "",
+        ]
+        for way in found
+    ]
+
+
 def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
     """In a process of its own: peaks above what it held before, of forward passes alone and of a search's first round."""
     classifier, image, labels = prepared(spec, regions, device)
@@ -261,6 +300,12 @@ def main(
     headings = ["model", "search", "images", "calls alone", "together", "faster", "range", "model faster"]
     repeats = min(repeats, 3)
     print_table(title, headings, [packed(spec, search, 8, repeats, device) for spec in specs[:2] for search in searches])
+    transformers = [(spec, side) for spec, side in (("zoo:vit", 8), ("timm:vit_tiny_patch16_224", 7)) if spec in specs]
+    title = "fill drop over black: how many times more images a second"
+    headings = ["model", "R", "bidirectional", "range", "budget", "range"]
+    print_table(title, headings, [dropped(spec, side, repeats, device) for spec, side in transformers])
+    headings = ["model", "precision", "channels last", "compiled", "images/s", "times", "deviation", ""]
+    print_table("Ways to forward a batch (tune)", headings, [row for spec in specs for row in ways(spec, device)])
     print_table("Memory added at the peak, MiB", ["model", "R", "forward alone", "search"], memory_rows(specs, device))
     print_table("Images forwarded by a search of all R regions (zoo:cnn)", ["search", "25", "49", "64", "100"], evaluation_rows())
 
