@@ -28,7 +28,8 @@ _SWEEPS = 16  # of neighbours, at most in a row
 _PATIENCE = 30  # rounds in which no new image was asked for
 _COMPANIONS = 16  # one region of so many still shown is hidden together with another, where elimination goes in large steps
 _PACES = ((0.5, 1.0, False), (0.5, 1.0, True), (0.34, 0.6, True), (0.25, 0.6, True))  # of ``halve``, the cheapest first
-_UNHURRIED = 6  # images a region, from which on elimination goes one by one
+_UNHURRIED = 6  # images a region, three of each half, from which on elimination goes one by one
+_UNBOUNDED = 24  # the same where no bound of F is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,11 @@ class _Sets:
         """Get to know F of subsets."""
         self.forward(image for subset in subsets for image in self._images(subset))
 
+    def reaches(self, subsets: Sequence[int]) -> bool:
+        """Whether the budget is enough to get to know F of all these."""
+        unknown = {image for subset in subsets for image in self._images(subset)}.difference(self._parts)
+        return self.objective.cost * len(unknown) <= self.left
+
     def known(self, subset: int) -> bool:
         return all(image in self._parts for image in self._images(subset))
 
@@ -100,6 +106,10 @@ class _Sets:
         first = (self._most[0] if shown is None else shown[0]) if self.needed[0] else 0.0
         second = (self._most[1] if hidden is None else hidden[1]) if self.needed[1] else 0.0
         return first + second
+
+    def first(self, subset: int) -> float:
+        """The half of F that ``first_half`` gets to know."""
+        return self._parts[subset][0] if self.needed[0] else self._parts[self.full ^ subset][1]
 
     def room(self, subset: int) -> float:
         """How much higher than F of this subset any F can be."""
@@ -228,12 +238,21 @@ def survey(sets: _Sets) -> list[int]:
     A region alone is often too small to be missed; where the objective does not say where regions lie, they are hidden one by one.
     """
     everything = range(sets.size)
-    values = _without(sets, everything, everything, round(sets.size / _NEIGHBOURHOODS), both=False)
-    return sorted(everything, key=lambda region: (-values[region], -region))
+    count = round(sets.size / _NEIGHBOURHOODS)
+    hidden: Sequence[int] = everything
+    if (affordable := sets.left // sets.objective.cost) < sets.size:  # fewer and larger neighbourhoods, anywhere
+        hidden = np.random.default_rng(0).permutation(sets.size)[:affordable].tolist()
+        count = max(count, math.ceil(2 * sets.size / max(1, affordable)))
+    values = _without(sets, hidden, everything, count, both=False)
+    usual = sum(values.values()) / max(1, len(values))
+    return sorted(everything, key=lambda region: (-values.get(region, usual), -region))
 
 
 def _without(sets: _Sets, candidates: Sequence[int], shown: Sequence[int], count: int, both: bool) -> dict[int, float]:
-    """Mean F of what is shown when each candidate is hidden with the nearest others, ``count`` in all; by one half of F or by both."""
+    """Mean F of what is left when each candidate is hidden with the nearest others, ``count`` in all; by one half of F or by both.
+
+    For every region that was hidden, with whichever candidate.
+    """
     centres = getattr(sets.objective, "centres", None)
     if centres is None or count < 2:
         around = [[region] for region in candidates]
@@ -248,11 +267,10 @@ def _without(sets: _Sets, candidates: Sequence[int], shown: Sequence[int], count
         sets.know(without)
     else:
         sets.first_half(without)
-    values: dict[int, list[float]] = {region: [] for region in candidates}
+    values: dict[int, list[float]] = {}
     for regions, rest in zip(around, without, strict=True):
         for region in regions:
-            if region in values:
-                values[region].append(sets.most(rest))
+            values.setdefault(region, []).append(sets.most(rest) if both else sets.first(rest))
     return {region: sum(found) / len(found) for region, found in values.items()}
 
 
@@ -268,20 +286,23 @@ def halve(sets: _Sets, share: float, pool: float, both: bool) -> Iterator[list[i
         The order after each round.
     """
     left, hidden = survey(sets)[::-1], list[int]()
-    while left:
-        yield left + hidden
-        kept = len(left) - max(1, int(share * len(left)))
+    yield left
+    while (kept := len(left) - max(1, int(share * len(left)))) > 1:
         left, hidden = left[:kept], left[kept:] + hidden
         stay = kept - math.ceil(pool * kept)
         values = _without(sets, left[stay:], left, round(kept / _COMPANIONS), both)
         left[stay:] = sorted(left[stay:], key=values.__getitem__)
-    yield hidden
+        yield left + hidden
 
 
 def anytime_from(objective: Any) -> int:
-    """The least budget whose search is the beginning of that with any larger one; below, elimination goes in large steps to end in time."""
+    """The least budget whose search is the beginning of that with any larger one; below, elimination goes in large steps to end in time.
+
+    That is where elimination one by one comes to its end, which takes longer where no bound of F is known that could cut it short.
+    """
     halves = sum(getattr(objective, "needed", (True, False)))
-    return math.ceil(_UNHURRIED / 2 * halves * int(objective.size)) * int(getattr(objective, "cost", 1))
+    bounded = all(math.isfinite(float(most)) for most in getattr(objective, "highest", (math.inf,)))
+    return math.ceil((_UNHURRIED if bounded else _UNBOUNDED) / 2 * halves * int(objective.size)) * int(getattr(objective, "cost", 1))
 
 
 def _pace(sets: _Sets) -> tuple[float, float, bool]:
@@ -291,12 +312,11 @@ def _pace(sets: _Sets) -> tuple[float, float, bool]:
 
 
 def _images_to_halve(sets: _Sets, share: float, pool: float, both: bool) -> int:
-    """At most."""
+    """The most images that ``halve`` forwards."""
     halves = sum(sets.needed) if both else 1
-    images, left = sets.size, sets.size - max(1, int(share * sets.size))
-    while left:
+    images = left = sets.size
+    while (left := left - max(1, int(share * left))) > 1:
         images += math.ceil(pool * left) * halves
-        left -= max(1, int(share * left))
     return images
 
 
@@ -471,7 +491,7 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
             hurried = evaluations < anytime_from(sets.objective)
             for order in halve(sets, *_pace(sets)) if hurried else eliminate(sets):
                 yield sets.found(order)
-            if hurried:  # what is left is not enough to get to know the chain
+            if hurried and not sets.reaches(sets.chain(order)):
                 return
         for better in improve(sets, order, seed):
             order = better

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from attribution.files import whole_file
 from evaluation.pareto.figures import plot_pareto
-from evaluation.pareto.runner import run_pareto
+from evaluation.pareto.runner import read_pareto, run_pareto
 from evaluation.pareto.settings import BUDGETS, SAMPLED_BUDGETS, ParetoSettings
 from evaluation.pareto.summary import Row, pareto_csv, summarise_pareto
 from evaluation.statistics import Interval
@@ -59,8 +59,11 @@ def main(
                 fill=fill,
                 seed=seed,
             )
+            if not measure:
+                rows += summarise_pareto(read_pareto(settings, out))
+                continue
             with tqdm(total=samples, desc=f"{name} {cut}", file=sys.stderr, disable=None) as bar:
-                results = run_pareto(settings, out, lambda done, _, sample, bar=bar: bar.update(done - bar.n), measure=measure)  # type: ignore[misc]
+                results = run_pareto(settings, out, lambda done, _, sample, bar=bar: bar.update(done - bar.n))  # type: ignore[misc]
             rows += summarise_pareto(results)
     with whole_file(out / "pareto.csv") as temporary:
         temporary.write_text(pareto_csv(rows), encoding="utf-8")

@@ -18,13 +18,14 @@ from attribution.budget import anytime_from, search_orders
 from attribution.presets import BALANCED
 from evaluation.benchmark import sample_seed
 from evaluation.pareto.figures import plot_pareto
-from evaluation.pareto.runner import run_pareto
+from evaluation.pareto.runner import read_pareto, run_pareto
 from evaluation.pareto.settings import ParetoSettings, Point
 from evaluation.pareto.summary import pareto_csv, summarise_pareto
 from evaluation.perturbation import Protocol
+from evaluation.records import RecordLog, open_log
 
 METHODS = ("budget", "bidirectional", "bidirectional 1:1", "polished", "rise", "kernel_shap", "hsic", "occlusion")
-BUDGETS = (10, 40, 120)
+BUDGETS = (10, 40, 60, 90, 120)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,15 @@ def data(tmp_path_factory: pytest.TempPathFactory, classifier: at.Classifier) ->
 
 
 def settings(data: Path, classifier: at.Classifier, **values: object) -> ParetoSettings:
-    chosen = {"samples": 4, "confidence": 0.0, "count": 9, "methods": METHODS, "budgets": BUDGETS, "sampled_budgets": BUDGETS, **values}
+    chosen = {
+        "samples": 4,
+        "confidence": 0.0,
+        "count": 9,
+        "methods": METHODS,
+        "budgets": BUDGETS,
+        "sampled_budgets": (10, 40, 120),
+        **values,
+    }
     return ParetoSettings(str(data), model=classifier, **chosen)  # type: ignore[arg-type]
 
 
@@ -82,7 +91,7 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
         objective = at.SubmodularObjective(classifier, masked, found.label, BALANCED)
         assert BUDGETS[0] < anytime_from(objective) == 54 < BUDGETS[-1]
         for budget in BUDGETS:
-            orders = list(search_orders(objective, evaluations=budget if budget < 54 else BUDGETS[-1], seed=own))
+            orders = list(search_orders(objective, evaluations=budget if budget < 54 else 10**6, seed=own))
             last = [each for each in orders if each.evaluations <= budget][-1]
             shell = at.explain(found.image, classifier, found.label, regions=regions, search=lambda _, last=last: last.order)
             point = by_name["budget", budget]
@@ -108,15 +117,49 @@ def test_a_run_continues_and_settings_share_a_folder(data: Path, classifier: at.
     handle = classifier.module.register_forward_pre_hook(count)  # type: ignore[union-attr]
     again = run_pareto(settings(data, classifier, samples=2, methods=("budget", "bidirectional")), tmp_path)
     assert forwarded <= 8  # predictions only
-    fewer = run_pareto(settings(data, classifier, samples=2, methods=("budget",), budgets=BUDGETS[1:2]), tmp_path)
-    only_held = run_pareto(settings(data, classifier, samples=3, methods=("budget", "rise")), tmp_path, measure=False)
+    only_held = read_pareto(settings(data, classifier, samples=3, methods=("budget", "rise")), tmp_path)
     assert forwarded <= 24
-    assert {sample: tuple(p for p in points if p.budget == BUDGETS[1]) for sample, points in first.points.items()} == fewer.points
-    assert [len(points) for points in only_held.points.values()] == [len(BUDGETS), len(BUDGETS), 0]
+    assert [len(points) for points in only_held.points.values()] == [len(BUDGETS), len(BUDGETS)]
     more = run_pareto(settings(data, classifier, samples=3, methods=("bidirectional", "budget")), tmp_path)
     handle.remove()
+    fewer = run_pareto(settings(data, classifier, samples=2, methods=("budget",), budgets=(60, 90)), tmp_path / "alone")
+    assert {sample: tuple(p for p in points if p.budget in (60, 90)) for sample, points in first.points.items()} == fewer.points
     assert again.points == first.points
     assert {sample: set(points) for sample, points in first.points.items()}.items() <= {s: set(p) for s, p in more.points.items()}.items()
+
+
+def test_a_run_killed_between_two_points_of_an_image_ends_with_the_same(
+    data: Path, classifier: at.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(data, classifier, samples=1, methods=("budget", "polished"))
+    whole = run_pareto(chosen, tmp_path / "whole")
+    append, left = RecordLog.append, 3
+
+    def killed(self: RecordLog, *arguments: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        append(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecordLog, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_pareto(chosen, tmp_path / "cut")
+    left = 10**6
+    assert [len(points) for points in read_pareto(chosen, tmp_path / "cut").points.values()] == [3]
+    assert run_pareto(chosen, tmp_path / "cut").points == whole.points
+
+
+def test_what_is_held_is_read_without_a_lock_and_must_be_there(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
+    chosen = settings(data, classifier, samples=1, methods=("bidirectional",))
+    with pytest.raises(at.UserError, match="cannot be read"):
+        read_pareto(chosen, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    run_pareto(chosen, tmp_path)
+    with open_log(tmp_path / "records.jsonl"):
+        assert len(read_pareto(chosen, tmp_path).points) == 1
+    with pytest.raises(at.UserError, match="holds nothing of what is asked for"):
+        read_pareto(settings(data, classifier, methods=("rise",)), tmp_path)
 
 
 def test_rows_compare_with_the_published_search(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +28,95 @@ from evaluation.grids.runner import identity_of
 from evaluation.opening import named_data
 from evaluation.pareto.settings import BALANCED_SUFFIX, POLISHED, REFERENCE, SAMPLED, ParetoResults, ParetoSettings, Point
 from evaluation.perturbation import Protocol, perturbation_curves
-from evaluation.records import digest_of, open_log
+from evaluation.records import Record, digest_of, open_log, read_log
 
 Progress = Callable[[int, int, str], None]
+_NO_LIMIT = 10**9  # images: the search is left as soon as a round goes beyond the last budget
 _OCCLUSION_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None, *, measure: bool = True) -> ParetoResults:
+def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None) -> ParetoResults:
     """Measure what the folder does not hold yet, and return everything.
 
     Args:
         settings: what is measured.
         out: folder of ``records.jsonl``; several settings may share it, one process at a time.
-        measure: False returns only what the folder holds.
         progress: called with (images done, all of them, sample).
 
     Raises:
         UserError: settings that cannot be run, no image that the model gets right, or a full disk.
     """
-    model = settings.model
-    classifier = model if isinstance(model, Classifier) else load_classifier(model)
-    dataset = named_data(settings, classifier)
-    protocol = Protocol(fill=settings.fill)
-    shared = [identity_of(classifier, classifier.name), protocol.settings(), settings.regions, settings.count, settings.seed]
+    study = _Study(settings)
     points: dict[str, tuple[Point, ...]] = {}
     with open_log(Path(out) / "records.jsonl") as log:
-        for index in _chosen(settings, classifier, dataset):
-            sample = dataset.ids[index]
+        for one in study.images():
             if progress is not None:
-                progress(len(points), settings.samples, sample)
-            image, label = dataset[index].image, int(dataset.labels[index] or 0)
+                progress(len(points), settings.samples, one.sample)
+            if any(key not in log for key in one.keys.values()):
+                case = _Case(settings, study.classifier, one.image, one.label, study.protocol, one.sample)
+                for method in settings.methods:
+                    missing = [budget for budget in settings.budgets_of(method) if one.keys[method, budget] not in log]
+                    for budget, point in case.points(method, missing):
+                        record = {"sample": one.sample, "point": None if point is None else asdict(point)}
+                        log.append(one.keys[method, budget], record)
+            points[one.sample] = one.held(log.records)
+        if progress is not None:
+            progress(len(points), len(points), "done")
+    return ParetoResults(settings, study.classifier.name, points)
+
+
+def read_pareto(settings: ParetoSettings, out: str | Path) -> ParetoResults:
+    """What the folder holds of the settings, nothing measured: of a run that is finished, under way, or was killed.
+
+    Raises:
+        UserError: no records in the folder, or none of these settings.
+    """
+    study = _Study(settings)
+    path = Path(out) / "records.jsonl"
+    records = read_log(path)
+    points = {one.sample: held for one in study.images() if (held := one.held(records))}
+    if not points:
+        raise UserError(f"{path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run")
+    return ParetoResults(settings, study.classifier.name, points)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image with the keys of its records."""
+
+    sample: str
+    image: Tensor
+    label: int
+    keys: dict[tuple[str, int], str]
+
+    def held(self, records: Mapping[str, Record]) -> tuple[Point, ...]:
+        found = [records[key]["point"] for key in self.keys.values() if key in records]
+        return tuple(Point(**point) for point in found if point is not None)
+
+
+class _Study:
+    """Model and images of settings."""
+
+    def __init__(self, settings: ParetoSettings) -> None:
+        model = settings.model
+        self.settings = settings
+        self.classifier = model if isinstance(model, Classifier) else load_classifier(model)
+        self.dataset = named_data(settings, self.classifier)
+        self.protocol = Protocol(fill=settings.fill)
+
+    def images(self) -> Iterator[_Image]:
+        settings, classifier = self.settings, self.classifier
+        protocol = self.protocol.settings()
+        shared = [identity_of(classifier, classifier.name), protocol, settings.regions, settings.count, settings.seed]
+        for index in _chosen(settings, classifier, self.dataset):
+            sample, image, label = self.dataset.ids[index], self.dataset[index].image, int(self.dataset.labels[index] or 0)
             content = [sample, hashlib.sha256(image.numpy().tobytes()).hexdigest(), label]
             keys = {
                 (method, budget): digest_of([*shared, *content, method, budget])
                 for method in settings.methods
                 for budget in settings.budgets_of(method)
             }
-            if measure and any(key not in log for key in keys.values()):
-                case = _Case(settings, classifier, image, label, protocol, sample)
-                for method in settings.methods:
-                    missing = [budget for budget in settings.budgets_of(method) if keys[method, budget] not in log]
-                    for budget, point in case.points(method, missing):
-                        log.append(keys[method, budget], {"sample": sample, "point": None if point is None else asdict(point)})
-            held = [log.records[key]["point"] for key in keys.values() if key in log]
-            points[sample] = tuple(Point(**point) for point in held if point is not None)
-        if progress is not None:
-            progress(len(points), len(points), "done")
-    return ParetoResults(settings, classifier.name, points)
+            yield _Image(sample, image, label, keys)
 
 
 def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> Iterator[int]:
@@ -110,12 +152,13 @@ class _Case:
         if method == "budget":
             objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
             shared = [budget for budget in budgets if budget >= anytime_from(objective)]
-            for run in [*([budget] for budget in budgets if budget not in shared), shared]:
-                yield from self._at_budgets(method, run, None, 0)
+            for budget in [each for each in budgets if each not in shared]:
+                yield from self._at_budgets(method, [budget], None, 0, budget)
+            yield from self._at_budgets(method, shared, None, 0, _NO_LIMIT)
         elif method == POLISHED:
             start = explain(self.image, self.classifier, self.target, regions=self.regions, search=REFERENCE, fill=self.settings.fill)
             assert start.order is not None
-            yield from self._at_budgets(method, budgets, start.order, start.evaluations)
+            yield from self._at_budgets(method, budgets, start.order, start.evaluations, _NO_LIMIT)
         elif method in SAMPLED:
             for budget in budgets:
                 made = self._sampled(method, budget)
@@ -136,17 +179,21 @@ class _Case:
             )
             yield 0, self._point(method, 0, found.evaluations, found)
 
-    def _at_budgets(self, method: str, budgets: Sequence[int], start: Tensor | None, spent: int) -> Iterator[tuple[int, Point | None]]:
-        """One run of the search by budget; what it had found when each budget was used up."""
+    def _at_budgets(
+        self, method: str, budgets: Sequence[int], start: Tensor | None, spent: int, limit: int
+    ) -> Iterator[tuple[int, Point | None]]:
+        """One run of the search by budget; what its last whole round within each budget had found."""
         before: tuple[int, Tensor] | None = None if start is None else (0, start)
         waiting = list(budgets)
         if waiting and waiting[-1] > spent:
             objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
             first = None if start is None else start.tolist()
-            for found in search_orders(objective, evaluations=waiting[-1] - spent, start=first, seed=self.seed):
+            for found in search_orders(objective, evaluations=limit, start=first, seed=self.seed):
                 while waiting and found.evaluations + spent > waiting[0]:
                     yield waiting[0], self._ordered(method, waiting[0], spent, before)
                     waiting.pop(0)
+                if not waiting:
+                    return
                 before = (found.evaluations, found.order)
         for budget in waiting:
             yield budget, self._ordered(method, budget, spent, before)
