@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.errors import UserError, describe
-from attribution.hooks import evaluation_mode, record_inputs
+from attribution.hooks import evaluation_mode, is_rebuilt, record_inputs
 from attribution.image import ImageSource, load_image
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Classifier:
         precision: "float32", or "bfloat16" or "float16" for autocast; scores are float32 in any case, and gradients are computed
             in float32. ``tune`` finds out what is fastest.
         channels_last: give the module its inputs in the channels-last memory layout.
-        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody has hooks on the module.
+        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody looks inside the module.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward where the
@@ -173,7 +173,7 @@ class Classifier:
         self._scores = scores
         self._head = head
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
-        self._compiled_module: Callable[[Tensor], Any] | None = None
+        self._compiled_module: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
 
     def __repr__(self) -> str:
         height, width = self.preprocessing.size
@@ -202,6 +202,11 @@ class Classifier:
     def precision(self, value: str) -> None:
         if value not in PRECISIONS:
             raise UserError(f"precision {value!r}: expected one of {', '.join(PRECISIONS)}")
+        if value != "float32":
+            try:
+                torch.autocast(self.device.type, getattr(torch, value))
+            except RuntimeError as error:
+                raise UserError(f"precision {value!r} cannot be had on {self.device} ({error}): expected float32") from None
         self._precision = value
 
     @contextmanager
@@ -247,6 +252,15 @@ class Classifier:
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What numbers depend on: name, weights, preprocessing, class names, and the precision where it is not float32.
+
+        Memory layout and compiling change no more than the rounding of float32 and are left out.
+        """
+        precision = () if self.precision == "float32" else (self.precision,)
+        return (self.name, self.weights_digest, repr(self.preprocessing), list(self.class_names), *precision)
 
     def target_index(self, target: int | str) -> int:
         """The class index of a name (exact, or unique regardless of case) or of an index.
@@ -419,12 +433,12 @@ class Classifier:
         return self._checked_scores(output, len(inputs))
 
     def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
-        """The module, compiled where that is wanted and leaves no hook out."""
-        if not self.compiled or self._is_hooked:
+        """The module, compiled where that is wanted and leaves out nobody who looks inside."""
+        if not self.compiled or self._is_hooked or is_rebuilt():
             return module
-        if self._compiled_module is None:
-            self._compiled_module = torch.compile(module, dynamic=True)
-        return self._compiled_module
+        if self._compiled_module is None or self._compiled_module[0] is not module:
+            self._compiled_module = (module, torch.compile(module, dynamic=True))
+        return self._compiled_module[1]
 
     def _call_with_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         heads = self._heads

@@ -59,6 +59,14 @@ class _Dropping(Classifier):
     def weights_digest(self) -> str | None:
         return self._base.weights_digest
 
+    @property
+    def precision(self) -> str:
+        return self._base.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self._base.precision = value
+
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(inputs)
         self._base.find_out(want_features)

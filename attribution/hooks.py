@@ -6,11 +6,24 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+_rebuilt: ContextVar[bool] = ContextVar("rebuilt", default=False)
+
+
+def is_rebuilt() -> bool:
+    """Whether some module stands in for another at the moment: what was compiled before does not know it."""
+    return _rebuilt.get()
+
+
+def _in_full(values: Tensor) -> Tensor:
+    """What autocast computed in half precision as float32, which is what everybody who looks inside computes in."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 @contextmanager
@@ -47,12 +60,12 @@ def counted_calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
 
 @contextmanager
 def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, first positional input) at every call of the given modules, in the order of the calls."""
+    """Collect (module, first positional input) at every call of the given modules, in the order of the calls, at least float32."""
     calls: list[tuple[nn.Module, Tensor]] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor):
-            calls.append((module, args[0]))
+            calls.append((module, _in_full(args[0])))
 
     handles = [module.register_forward_pre_hook(remember) for module in modules]
     with removed_after(handles):
@@ -61,7 +74,7 @@ def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module
 
 @contextmanager
 def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, output) at every call of the given modules, in the order in which the calls end.
+    """Collect (module, output) at every call of the given modules, in the order in which the calls end, at least float32.
 
     What follows gets a copy, so that an in-place activation does not change what was recorded; gradients flow through it.
     """
@@ -70,7 +83,7 @@ def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Modul
     def remember(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor):
             return None
-        calls.append((module, output))
+        calls.append((module, _in_full(output)))
         return output.clone()
 
     handles = [module.register_forward_hook(remember) for module in modules]
@@ -125,6 +138,7 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
     a module do not fire where its stand-in answers.
     """
     originals = {name: module.get_submodule(name) for name in values}
+    rebuilt = _rebuilt.set(True)
     places: dict[nn.Module | None, list[tuple[dict[str, nn.Module | None], str]]] = {}
     for parent in module.modules():
         for key, child in parent._modules.items():
@@ -138,6 +152,7 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
                 children[key] = standing
         yield
     finally:
+        _rebuilt.reset(rebuilt)
         for children, key, original in reversed(before):
             children[key] = original
 
@@ -159,11 +174,13 @@ def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Run the block with other forward functions on some modules; hooks on them still work."""
     before = {module: vars(module).get("forward") for module in replacements}
+    rebuilt = _rebuilt.set(True)
     for module, forward in replacements.items():
         vars(module)["forward"] = forward
     try:
         yield
     finally:
+        _rebuilt.reset(rebuilt)
         for module, own in before.items():
             if own is None:
                 vars(module).pop("forward", None)
@@ -188,11 +205,13 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
             each.calls = 0
 
     handle = module.register_forward_pre_hook(restart)
+    rebuilt = _rebuilt.set(True)
     try:
         for parent, name, child in places:
             parent._modules[name] = copies[child]
         yield
     finally:
+        _rebuilt.reset(rebuilt)
         handle.remove()
         for parent, name, child in places:
             parent._modules[name] = child

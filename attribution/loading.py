@@ -71,8 +71,9 @@ def load_classifier(
         return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
     if Path(spec).suffix == ".safetensors":
         return _from_saved_file(Path(spec), resolve_device(device), batch_size, class_names, settings)
+    received = repr(spec) if isinstance(model, str | Path) else describe(model)
     raise UserError(
-        f"unknown model {spec!r}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, "
+        f"unknown model {received}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, "
         "or a .safetensors file written by save_classifier"
     )
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.classifier import PRECISIONS, Classifier
-from attribution.errors import UserError
+from attribution.errors import UserError, describe
 
 _HOPELESS = 3.0  # times slower at the first call than plain float32: not repeated
 _TRIED = 16  # images of noise on a CPU, which a few fill
@@ -73,32 +73,37 @@ def tune(
 ) -> tuple[Tuning, ...]:
     """Measure how the classifier is forwarded fastest here, and set it so.
 
-    Plain float32 stays unless another way saves 5 % of its time and no probability moves by more than the tolerance. What is
-    fastest depends on the machine, and numbers depend on it a little: the precision is stored with every explanation. Gradients
-    are always computed in plain float32.
+    Plain float32 stays unless another way saves 5 % of its time and moves no probability of these inputs by more than the
+    tolerance. What is fastest depends on the machine, and numbers depend on it a little: the precision is stored with every
+    explanation. Gradients are always computed in float32.
 
     Args:
         classifier: changed in place.
-        inputs: float32 [n, 3, h, w], what is forwarded; a batch of noise by default.
+        inputs: float32 [n, 3, h, w], what is forwarded: some of the images in question, or by default a batch of noise, which says
+            how fast but little about how close.
         precisions: those to try.
         compiled: whether to try ``torch.compile`` as well, which takes a while and needs a compiler on CPUs.
         tolerance: largest difference of any probability, 0 to 1.
         repeats: timed forward passes of each way, alternating.
 
     Returns:
-        Every way that works here, the fastest first; a precision that is hopelessly slow is tried once.
+        Every way that works here, the fastest first; a precision that is hopelessly slow is not tried in other layouts.
 
     Raises:
         UserError: unknown precisions.
     """
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise UserError(f"unknown precisions {', '.join(map(repr, unknown))}: expected some of {', '.join(PRECISIONS)}")
+    if repeats < 1 or (inputs is not None and not len(inputs)):
+        raise UserError(f"{repeats} repeats of {'noise' if inputs is None else describe(inputs)}: expected at least one of each")
     if inputs is None:
         count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
         noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
         inputs = classifier.preprocessing(noise.to(classifier.device))
     names = dict.fromkeys(("float32", *precisions))
-    ways = [_Way(*way) for way in itertools.product(names, (False, True), (False, True) if compiled else (False,))]
+    own_module = isinstance(classifier.module, nn.Module) and type(classifier) is Classifier
+    layouts, compiling = (False, True) if own_module else (False,), (False, True) if own_module and compiled else (False,)
+    ways = [_Way(*way) for way in itertools.product(names, layouts, compiling)]
     before = _Way(classifier.precision, classifier.channels_last, classifier.compiled)
     try:
         running = _first_calls(classifier, inputs, ways)
@@ -128,7 +133,7 @@ def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -
         way.set_on(classifier)
         try:
             spent, way.probabilities = _seconds(classifier, inputs)
-            if way is ways[0] or way.compiled:
+            if way is ways[0] or way.compiled or spent > _HOPELESS * plain:  # the first call may have loaded or compiled what it needs
                 spent, _ = _seconds(classifier, inputs)
         except Exception:  # no compiler, an operation that lacks this precision, an overflow: not a way here
             if way is ways[0]:
@@ -140,7 +145,8 @@ def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -
             worth.append(way)
         else:
             way.seconds.append(spent)
-            hopeless.add(way.precision)
+            if not way.channels_last and not way.compiled:
+                hopeless.add(way.precision)
     return worth
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import classifier, photo, tiny_vit, vgg
 from torch import Tensor, nn
 
 import attribution as at
+from attribution import METHODS, SEARCHES
 from attribution.classifier import PRECISIONS
 from evaluation.grids.runner import identity_of
 
@@ -62,9 +64,9 @@ def test_what_a_module_returns_is_found_out_in_float32(inputs: Tensor) -> None:
 
 
 def test_channels_last_changes_the_layout_of_the_inputs_alone(inputs: Tensor) -> None:
-    classifier = at.Classifier(Watched(), size=8, channels_last=True)
-    assert torch.allclose(classifier.logits(inputs), at.Classifier(Watched(), size=8).logits(inputs), atol=1e-6)
-    assert classifier.module.last[-1] and inputs.is_contiguous() and classifier.module.conv.weight.is_contiguous()
+    used = at.Classifier(Watched(), size=8, channels_last=True)
+    assert torch.allclose(used.logits(inputs), at.Classifier(Watched(), size=8).logits(inputs), atol=1e-6)
+    assert used.module.last[-1] and inputs.is_contiguous() and used.module.conv.weight.is_contiguous()
 
 
 def test_a_compiled_module_leaves_out_no_hook_and_no_gradient(monkeypatch: pytest.MonkeyPatch, inputs: Tensor) -> None:
@@ -78,14 +80,14 @@ def test_a_compiled_module_leaves_out_no_hook_and_no_gradient(monkeypatch: pytes
         return compiled  # type: ignore[return-value]
 
     monkeypatch.setattr(torch, "compile", compiling)
-    classifier = at.Classifier(Watched(), size=8, compiled=True)
-    classifier.logits(inputs)
-    classifier.logits(inputs)
+    used = at.Classifier(Watched(), size=8, compiled=True)
+    used.logits(inputs)
+    used.logits(inputs)
     assert calls == [5, 5]
-    classifier.features(inputs)
-    classifier.logits(inputs.clone().requires_grad_())
-    handle = classifier.module.conv.register_forward_hook(lambda *_: None)
-    classifier.logits(inputs)
+    used.features(inputs)
+    used.logits(inputs.clone().requires_grad_())
+    handle = used.module.conv.register_forward_hook(lambda *_: None)
+    used.logits(inputs)
     handle.remove()
     assert calls == [5, 5]
 
@@ -96,6 +98,48 @@ def test_what_is_really_compiled_says_the_same(cnn: at.Classifier) -> None:
     for count in (3, 7, 16):
         images = compiled.preprocessing(torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(count)))
         assert torch.allclose(compiled.probabilities(images), cnn.probabilities(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", ["cnn", "vit"])
+def test_every_method_works_in_a_lower_precision(network: str, method: str) -> None:
+    module = vgg() if network == "cnn" else tiny_vit()
+    image = photo(16)
+    options = {"rise": {"samples": 40}, "hsic": {"samples": 40}, "kernel_shap": {"samples": 40}, "lime": {"samples": 40}}.get(method, {})
+    if method == "shapley_value_sampling":
+        options = {"samples": 2}
+    try:
+        plain = at.attribute(image, classifier(module), method, 1, seed=0, **options)
+    except at.NotApplicable as error:
+        pytest.skip(str(error))
+    lower = at.attribute(image, classifier(module, precision="bfloat16"), method, 1, seed=0, **options)
+    assert lower.pixel_map.dtype == torch.float32 and lower.pixel_map.isfinite().all()
+    if METHODS[method].family in ("gradient", "control"):
+        assert torch.allclose(lower.pixel_map, plain.pixel_map, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("fill", ["black", "drop"])
+def test_every_search_works_in_a_lower_precision(search: str, fill: str) -> None:
+    used = classifier(tiny_vit(class_token=True), precision="bfloat16")
+    found = at.explain(photo(16), used, 1, regions="grid", region_options={"rows": 2, "columns": 4}, search=search, fill=fill)
+    assert sorted(found.order.tolist()) == list(range(8)) and found.provenance["precision"] == "bfloat16"
+
+
+def test_neuron_paths_work_in_a_lower_precision() -> None:
+    used = classifier(tiny_vit(), precision="bfloat16")
+    found = at.neuron_path(used, photo(16), 1)
+    assert len(found.neurons) and used.precision == "bfloat16"
+
+
+def test_what_was_compiled_is_not_used_for_another_module(monkeypatch: pytest.MonkeyPatch, inputs: Tensor) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: lambda x: module(x))
+    used = at.Classifier(Watched(), size=8, compiled=True)
+    first = used.logits(inputs)
+    torch.manual_seed(1)
+    used.module = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    assert not torch.allclose(used.logits(inputs), first)
+    assert torch.allclose(used.logits(inputs), used.module(inputs))
 
 
 class Paced(nn.Module):
@@ -115,15 +159,30 @@ class Paced(nn.Module):
 
 @pytest.mark.parametrize(("off", "chosen"), [(0.01, "bfloat16"), (5.0, "float32")])
 def test_the_fastest_way_that_is_close_enough_is_chosen(off: float, chosen: str) -> None:
-    classifier = at.Classifier(Paced(off), size=8, batch_size=4)
-    ways = at.tune(classifier, repeats=3)
-    assert classifier.precision == chosen
+    used = at.Classifier(Paced(off), size=8, batch_size=4)
+    ways = at.tune(used, repeats=3)
+    assert used.precision == chosen
     assert [way.precision for way in ways if way.chosen] == [chosen]
     assert {way.precision for way in ways} == {"float32", "bfloat16"} and len(ways) == 4
     assert [way.rate for way in ways] == sorted((way.rate for way in ways), reverse=True)
     plain = next(way for way in ways if way.precision == "float32" and not way.channels_last)
     assert plain.deviation == 0 and (ways[0].deviation > 0.5) == (off > 1)
     assert "bfloat16" in str(ways[0]) and "images/s" in str(ways[0])
+
+
+def test_a_hopeless_precision_is_not_tried_in_other_layouts() -> None:
+    class Hopeless(Paced):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.1 if torch.is_autocast_enabled("cpu") else 0.001)
+            return x.mean(dim=(2, 3))
+
+    tried = at.Classifier(Hopeless(0.0), size=8, batch_size=4)
+    ways = at.tune(tried, repeats=2)
+    assert [(way.precision, way.channels_last) for way in ways[2:]] in (
+        [("bfloat16", False), ("float16", False)],
+        [("float16", False), ("bfloat16", False)],
+    )
+    assert {way.precision for way in ways[:2]} == {"float32"} and tried.precision == "float32"
 
 
 def test_an_interrupted_trial_changes_nothing() -> None:
@@ -133,10 +192,10 @@ def test_an_interrupted_trial_changes_nothing() -> None:
                 raise KeyboardInterrupt
             return super().forward(x)
 
-    classifier = at.Classifier(Stopped(0.0), size=8, batch_size=4, channels_last=True)
+    used = at.Classifier(Stopped(0.0), size=8, batch_size=4, channels_last=True)
     with pytest.raises(KeyboardInterrupt):
-        at.tune(classifier)
-    assert (classifier.precision, classifier.channels_last, classifier.compiled) == ("float32", True, False)
+        at.tune(used)
+    assert (used.precision, used.channels_last, used.compiled) == ("float32", True, False)
 
 
 def test_unknown_precisions_are_refused() -> None:
@@ -148,13 +207,13 @@ def test_unknown_precisions_are_refused() -> None:
 
 def test_the_precision_belongs_to_what_a_result_depends_on(inputs: Tensor) -> None:
     image = inputs[0]
-    classifier = at.Classifier(Watched(), size=8, class_names=list("abcd"))
-    prototypes = classifier.with_prototypes(torch.eye(4, 6))
-    plain, before = at.explain(image, classifier, regions="grid", region_options={"count": 4}), identity_of(classifier, "small")
-    classifier.precision = "bfloat16"
-    lower = at.explain(image, classifier, regions="grid", region_options={"count": 4})
+    used = at.Classifier(Watched(), size=8, class_names=list("abcd"))
+    prototypes = used.with_prototypes(torch.eye(4, 6))
+    plain, before = at.explain(image, used, regions="grid", region_options={"count": 4}), identity_of(used, "small")
+    used.precision = "bfloat16"
+    lower = at.explain(image, used, regions="grid", region_options={"count": 4})
     assert [each.provenance["precision"] for each in (plain, lower)] == ["float32", "bfloat16"]
-    assert identity_of(classifier, "small") != before and prototypes.precision == "bfloat16"
+    assert identity_of(used, "small") != before and prototypes.precision == "bfloat16"
 
 
 def test_the_command_takes_a_precision(run_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -163,5 +222,7 @@ def test_the_command_takes_a_precision(run_command: Callable[..., tuple[int, str
     assert code == 2 and "precision 'float17': expected one of float32, bfloat16, float16 or auto" in said
     code, _, said = run_command(*arguments, "--precision", "auto", "--batch-size", "2")
     assert code == 0 and "images/s" in said
+    code, _, again = run_command(*arguments, "--precision", "auto", "--batch-size", "2")
+    assert code == 0 and "images/s" not in again  # nothing is tried where nothing is left to do
     made = at.Explanation.load(next(tmp_path.glob("*.npz")))
     assert made.provenance["precision"] in PRECISIONS and made.provenance["precision"] in said

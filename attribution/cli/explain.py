@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,15 +146,23 @@ def explain(
     if precision not in (*PRECISIONS, "auto"):
         raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)} or auto")
     classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
-    for classifier in classifiers:
-        if precision == "auto":
-            typer.echo(f"{classifier.name}: {next(way for way in tune(classifier) if way.chosen)}", err=True)
-        else:
-            classifier.precision = precision
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
-    jobs = [Job(path, stem, classifiers, options, out, overwrite) for path, stem in zip(found, distinct_stems(found), strict=True)]
+    if precision != "auto":
+        for classifier in classifiers:
+            classifier.precision = precision
+    waiting = set(classifiers) if precision == "auto" else set()
+
+    def prepare(classifier: Classifier) -> None:
+        if classifier in waiting:
+            waiting.remove(classifier)
+            typer.echo(f"{classifier.name}: {next(way for way in tune(classifier) if way.chosen)}", err=True)
+
+    jobs = [
+        Job(path, stem, classifiers, options, out, overwrite, precision, prepare)
+        for path, stem in zip(found, distinct_stems(found), strict=True)
+    ]
     errors: list[str] = []
     rows: list[tuple[Job, list[Explanation]]] = []
     for number, job in enumerate(jobs, start=1):
@@ -185,6 +194,8 @@ class Job:
     options: dict[str, Any]
     out: Path
     overwrite: bool
+    precision: str
+    prepare: Callable[[Classifier], None]
 
     @property
     def figure_path(self) -> Path:
@@ -199,6 +210,7 @@ class Job:
             kept = None if self.overwrite else _kept(base, key)
             if kept is None:
                 fresh = True
+                self.prepare(classifier)
                 with Bar(f"{prefix}{self.path.name} {classifier.name}", "region") as progress:
                     kept = explain_image(self.path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=self.path.name, key=key)
@@ -219,7 +231,7 @@ class Job:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         digest = hashlib.sha256(content)
-        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names, classifier.precision)
+        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names, self.precision)
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
             if name == "region_options":

@@ -161,9 +161,8 @@ class GridRunner:
 
 def identity_of(classifier: Classifier, name: str) -> str:
     """Digest of everything about a model that a number depends on."""
-    names = list(classifier.class_names)
-    precision = [] if classifier.precision == "float32" else [classifier.precision]
-    return digest_of([name, classifier.weights_digest, repr(classifier.preprocessing), names, __version__, *precision])
+    _, weights, preprocessing, names, *precision = classifier.identity
+    return digest_of([name, weights, preprocessing, names, __version__, *precision])
 
 
 class _Grid:

@@ -244,7 +244,8 @@ def label_confidences(
     """
     indices = _checked_indices(dataset, indices)
     _check_labels(classifier, dataset, indices)
-    identity = [classifier.name, classifier.weights_digest, repr(classifier.preprocessing), __version__, dataset.name]
+    name, weights, preprocessing, _, *precision = classifier.identity
+    identity = [name, weights, preprocessing, __version__, dataset.name, *precision]
     values: list[float | None] = []
     failures: list[tuple[str, str]] = []
     for start in range(0, len(indices), classifier.batch_size):

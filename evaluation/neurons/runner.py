@@ -204,9 +204,9 @@ class _Run:
     @cached_property
     def identity(self) -> list[Any]:
         """What every number depends on beside the image and the kind of path."""
-        settings, classifier = self.settings, self.classifier
-        way = classifier.preprocessing
-        model = [classifier.name, classifier.weights_digest, repr(way), list(self.layers.names), self.layers.start, self.layers.stop]
+        settings = self.settings
+        name, weights, preprocessing, _, *precision = self.classifier.identity
+        model = [name, weights, preprocessing, list(self.layers.names), self.layers.start, self.layers.stop, *precision]
         return [*model, settings.data, settings.split, settings.target, settings.steps, settings.output, settings.enhance, settings.seed]
 
     def _key(self, index: int, kind: str) -> str:
