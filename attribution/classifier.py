@@ -423,7 +423,7 @@ class Classifier:
         plainly = plainly or torch.is_grad_enabled()
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        lower = None if plainly or self._precision == "float32" else getattr(torch, self._precision)
+        lower = None if plainly or self.precision == "float32" else getattr(torch, self.precision)
         with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
             if isinstance(self.module, nn.Module):
                 with evaluation_mode(self.module):
