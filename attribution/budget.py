@@ -3,7 +3,8 @@
 Both raise the mean of F along the order, over the share of the image that its first regions cover: with weights 1 and 1 that is
 Insertion - Deletion itself. F(S) is the sum of what the image of S gives and what the image of its complement gives, so the first
 half alone often shows that a set cannot be better than one already known, and the second is then never forwarded. Every image is
-forwarded once and remembered; whatever chain through the sets known is best is the order.
+forwarded once and remembered; whatever chain through the sets known is best is the order. With less than about 6 images a region
+there is no chain to know: elimination then goes in steps large enough to come to its end.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def explain(
         pending: p of the bidirectional search, default 8.
         evaluations: N, images that search "budget" may forward; 16 R by default, for each of several fills.
         seed: of searches that draw.
-        batch_size: most images forwarded at once; the classifier's own by default. It never changes the result.
+        batch_size: most images forwarded at once; the classifier's own by default. In float32 it
+            changes probabilities by less than 1e-5.
         preset: a key of ``PRESETS``; what is given beside it overrides it.
         region_options, search_options, objective_options: further arguments of the region method, the search and
             ``SubmodularObjective``.

@@ -44,7 +44,7 @@ def explain_many(
 
     Returns:
         The explanations in the order of the images: those of ``explain`` one by one, up to the rounding of other batch sizes
-        (probabilities within 1e-5; where F of two candidates is that close, the order may differ).
+        (probabilities within 1e-5 in float32; where F of two candidates is that close, the order may differ).
 
     Raises:
         UserError: another number of targets than images, or what ``explain`` raises for an image, with its place.

@@ -3,7 +3,7 @@
     python scripts/bench_speed.py
 
 Searches and forward passes of the same number of images in the best batch size alternate, so that a change of the machine's
-speed meets both; the median ratio is printed. Weights do not matter for speed, so timm models are randomly initialised.
+speed meets both; the median ratio is printed. Weights hardly matter for speed, so timm models are randomly initialised.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ def best_batch_size(classifier: at.Classifier, inputs: torch.Tensor, images: int
     return min(sizes, key=lambda size: statistics.median(times[size]))
 
 
+def load(spec: str, device: str) -> at.Classifier:
+    return at.load_classifier(spec, device=device, pretrained=spec.startswith("zoo:"))
+
+
 def prepared(spec: str, regions: int | None, device: str) -> tuple[at.Classifier, torch.Tensor, torch.Tensor]:
-    classifier = at.load_classifier(spec, device=device, pretrained=False)
+    classifier = load(spec, device)
     if regions is None:
         regions = 49 if classifier.preprocessing.size[0] <= 64 else 25
     image = at.load_image(at.demo_image_path())
@@ -161,9 +165,10 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
 
 
 def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
-    """Searches of side x side regions with fill drop between the same with black: tokens taken away instead of painted."""
+    """Searches of side x side regions, tokens taken away (fill drop) in turn with painting them black: ratios of images a second."""
     classifier, image, _ = prepared(spec, None, device)
     labels = at.make_regions(image, "grid", rows=side, columns=side).labels
+    at.explain(image, classifier, regions=labels, search="budget", fill="drop", evaluations=64)  # start-up is nobody's
     row = [spec, str(side**2)]
     for search in ("bidirectional", "budget"):
         ratios = []
@@ -181,8 +186,10 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
 
 def ways(spec: str, device: str) -> list[list[str]]:
     """What ``tune`` measures."""
-    classifier = at.load_classifier(spec, device=device, pretrained=False)
-    found = at.tune(classifier, compiled=True)
+    classifier = load(spec, device)
+    image = at.load_image(at.demo_image_path())
+    graded = [at.make_fill(image, "blur") * share + image * (1 - share) for share in torch.linspace(0, 1, 16).tolist()]
+    found = at.tune(classifier, inputs=torch.cat([classifier.inputs(each) for each in graded]), compiled=True)
     plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
     return [
         [

@@ -112,6 +112,64 @@ def test_elimination_in_large_steps_ends_within_its_budget_with_the_right_order(
     assert 0.8 * budget < found[-1].evaluations <= budget
 
 
+class Placed(Additive):
+    """Regions in a row, the important ones side by side."""
+
+    def __init__(self, size: int, cost: int = 1) -> None:
+        super().__init__(size)
+        self.cost = cost
+        self.centres = torch.stack([torch.zeros(size), torch.arange(size)], dim=1).double()
+
+    def half(self, name: str, shown: frozenset[int]) -> float:
+        share = sum(region + 1 for region in shown) / (self.size * (self.size + 1) / 2)
+        return share if name == "shown" else 1 - share
+
+
+@pytest.mark.parametrize("cost", [1, 3])
+@pytest.mark.parametrize("images", [12, 20, 31, 40, 70, 130, 200, 239])
+def test_every_budget_finds_which_half_matters_more(images: int, cost: int) -> None:
+    """Also one below an image for each region, where fewer neighbourhoods are looked at; several fills cost as much each."""
+    objective = Placed(40, cost)
+    found = run(objective, images * cost)[-1]
+    assert cost * len(objective.images) == found.evaluations <= images * cost < anytime_from(objective) == 240 * cost
+    order = found.order.tolist()
+    assert sum(region >= 20 for region in order[:20]) >= (17 if images < 40 else 19)
+    if images > 200:
+        assert order == list(range(40))[::-1]
+
+
+def test_what_is_left_after_large_steps_is_used_where_it_reaches() -> None:
+    objective = Halves(3)
+    found = run(objective, 17)
+    assert anytime_from(objective) == 18 and not math.isnan(found[-1].value)
+    assert found[-1].order.tolist() == run(Halves(3), 10**6)[-1].order.tolist()
+
+
+def test_without_a_bound_elimination_takes_longer() -> None:
+    class Unbounded(Halves):
+        highest = (math.inf, 1.0)
+
+    assert anytime_from(Unbounded(10)) == 240 and anytime_from(Halves(10)) == 60
+    assert anytime_from(bare_objective(10)) == 120
+    for images in (119, 120, 400):
+        objective = bare_objective(20)
+        order = run(objective, images)[-1].order.tolist()  # type: ignore[arg-type]
+        assert sorted(order[:10]) == list(range(10)), images
+
+
+def bare_objective(size: int) -> object:
+    """A bare callable: F counts the regions shown by weights that fall."""
+
+    class Bare:
+        def __init__(self) -> None:
+            self.size = size
+
+        def __call__(self, rows: Tensor) -> Tensor:
+            return (rows * torch.arange(size, 0, -1)).sum(dim=1).double()
+
+    return Bare()
+
+
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 40), share=st.floats(0.01, 1), pool=st.floats(0.01, 1), both=st.booleans(), seed=st.integers(0, 99))
 def test_elimination_in_large_steps_forwards_no_more_than_is_said(size: int, share: float, pool: float, both: bool, seed: int) -> None:
