@@ -91,6 +91,7 @@ class _Meeting:
 
         def work(at: int) -> None:
             try:
+                torch.set_num_threads(1)  # of this thread: the little it computes must not wake workers beside the model's
                 lane = copy.copy(self.classifier)
                 lane._forward = lambda inputs, want_features: self._ask(at, inputs, want_features)  # type: ignore[method-assign]
                 with torch.set_grad_enabled(grad):
