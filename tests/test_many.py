@@ -23,15 +23,16 @@ def images() -> list[Tensor]:
 
 
 class Watched(nn.Module):
-    """Counts the images of every call, and the threads that it is called from."""
+    """Counts the images of every call, the threads that it is called from, and the workers that it has."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.batches, self.threads = inner, list[int](), set[int]()
+        self.inner, self.batches, self.threads, self.workers = inner, list[int](), set[int](), set[int]()
 
     def forward(self, x: Tensor) -> Tensor:
         self.batches.append(len(x))
         self.threads.add(threading.get_ident())
+        self.workers.add(torch.get_num_threads())
         return self.inner(x)
 
 
@@ -69,6 +70,7 @@ def test_batches_are_fuller_and_one_thread_calls_the_model(cnn: at.Classifier, i
     assert sum(module.batches) - 2 == sum(single.batches) - 2  # two images of each are the probe
     assert len(module.batches) < len(single.batches) / 3
     assert module.threads == {threading.get_ident()}
+    assert module.workers == {torch.get_num_threads()} == single.workers
 
 
 def test_features_and_prototypes_travel_too(cnn: at.Classifier, images: list[Tensor]) -> None:
