@@ -505,7 +505,21 @@ class Classifier:
             )
 
 
-class _PrototypeClassifier(Classifier):
+class Wrapping(Classifier):
+    """A classifier that has another one compute: in the precision of that one."""
+
+    _base: Classifier
+
+    @property
+    def precision(self) -> str:
+        return self._base.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self._base.precision = value
+
+
+class _PrototypeClassifier(Wrapping):
     """See ``Classifier.with_prototypes``."""
 
     def __init__(self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None) -> None:
@@ -530,15 +544,6 @@ class _PrototypeClassifier(Classifier):
     @property
     def num_classes(self) -> int:
         return len(self._matrix)
-
-    @property
-    def precision(self) -> str:
-        """That of the classifier whose features these are."""
-        return self._base.precision
-
-    @precision.setter
-    def precision(self, value: str) -> None:
-        self._base.precision = value
 
     @property
     def weights_digest(self) -> str | None:

@@ -16,7 +16,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from attribution.classifier import Classifier, Preprocessing, even_chunks
+from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import edited_inputs
 
@@ -41,7 +41,7 @@ def with_hidden(image: Tensor, hidden: float) -> Tensor:
     return torch.cat([image, torch.full_like(image[:1], hidden)])
 
 
-class _Dropping(Classifier):
+class _Dropping(Wrapping):
     """See ``dropping``."""
 
     def __init__(self, base: Classifier) -> None:
@@ -58,14 +58,6 @@ class _Dropping(Classifier):
     @property
     def weights_digest(self) -> str | None:
         return self._base.weights_digest
-
-    @property
-    def precision(self) -> str:
-        return self._base.precision
-
-    @precision.setter
-    def precision(self, value: str) -> None:
-        self._base.precision = value
 
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(inputs)
