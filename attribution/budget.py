@@ -27,7 +27,7 @@ _NEIGHBOURHOODS = 11  # that an image is cut into where regions are hidden with 
 _LEAST_ROOM = 0.3  # of a window, against the one with most
 _SWEEPS = 16  # of neighbours, at most in a row
 _PATIENCE = 30  # rounds in which no new image was asked for
-_COMPANIONS = 16  # one region of so many still shown is hidden together with another, where elimination goes in large steps
+_COMPANIONS = 16  # where elimination goes in large steps, one region of so many still shown is hidden at a time, the nearest together
 _PACES = ((0.5, 1.0, False), (0.5, 1.0, True), (0.34, 0.6, True), (0.25, 0.6, True))  # of ``halve``, the cheapest first
 _UNHURRIED = 6  # images a region, three of each half, from which on elimination goes one by one
 _UNBOUNDED = 24  # the same where no bound of F is known
@@ -190,10 +190,11 @@ class _Sets:
         return best[::-1]
 
     def chain_known(self, order: Sequence[int]) -> bool:
-        return all(self.known(subset) for subset in self.chain(order))
+        return all(map(self.known, self.chain(order)))
 
     def found(self, order: Sequence[int]) -> Found:
-        value = self.mean(self.chain(order)) if self.chain_known(order) else math.nan
+        chain = self.chain(order)
+        value = self.mean(chain) if all(map(self.known, chain)) else math.nan
         return Found(torch.tensor(order, dtype=torch.int64), value, self.used)
 
     def rows(self, subsets: Sequence[int]) -> Tensor:
@@ -234,7 +235,7 @@ def members(subset: int) -> list[int]:
 
 
 def survey(sets: _Sets) -> list[int]:
-    """Regions by how little F minds when their neighbourhood is hidden, the one that matters least first: R images.
+    """Regions by how little F minds when their neighbourhood is hidden, the one that matters least first: R images, fewer if need be.
 
     A region alone is often too small to be missed; where the objective does not say where regions lie, they are hidden one by one.
     """
@@ -258,7 +259,7 @@ def _without(sets: _Sets, candidates: Sequence[int], shown: Sequence[int], count
     if centres is None or count < 2:
         around = [[region] for region in candidates]
     else:
-        here, there = torch.tensor(list(candidates)), torch.tensor(list(shown))
+        here, there = torch.tensor(list(candidates), dtype=torch.int64), torch.tensor(list(shown), dtype=torch.int64)
         distances = torch.cdist(centres[here], centres[there])
         distances[here[:, None] == there[None]] = -1  # its own first, also where others have the same centre
         around = there[distances.argsort(dim=1, stable=True)[:, :count]].tolist()
@@ -476,7 +477,7 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
 
     Yields:
         ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls. A budget below
-        ``anytime_from`` ends before that, with a coarser order than the first rounds of a larger one would give.
+        ``anytime_from`` makes a coarser order than the first rounds of a larger one would; it rarely comes to know all prefixes.
 
     Raises:
         UserError: N below 1, a start that is no order of the regions, or an objective that returns NaN.
@@ -501,9 +502,12 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
         yield sets.found(sets.best_chain(order) if sets.chain_known(order) else order)
 
 
-def default_budget(size: int) -> int:
-    """Images forwarded where no budget is given: 16 for each region, where the curve of quality against budget flattens."""
-    return 16 * size
+def default_budget(objective: Any) -> int:
+    """Images forwarded where no budget is given: 16 for each region, where the curve of quality against budget flattens.
+
+    Of several fills each counts; and where no bound of F is known, it is what elimination one by one takes.
+    """
+    return max(16 * int(objective.size) * int(getattr(objective, "cost", 1)), anytime_from(objective))
 
 
 def budget_search(
@@ -519,14 +523,14 @@ def budget_search(
 
     Args:
         objective, start, seed: see ``search_orders``.
-        evaluations: N, images forwarded at most; 16 R by default.
+        evaluations: N, images forwarded at most; see ``default_budget``.
         callback: called with the best order so far after each round; the search ends when it returns True.
         progress: called with (images forwarded, N).
 
     Returns:
         int64 [R], region ids, most important first.
     """
-    budget = default_budget(int(objective.size)) * int(getattr(objective, "cost", 1)) if evaluations is None else evaluations
+    budget = default_budget(objective) if evaluations is None else evaluations
     best = torch.arange(int(objective.size))
     for found in search_orders(objective, evaluations=budget, start=start, seed=seed):
         best = found.order

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.errors import UserError, describe
-from attribution.hooks import evaluation_mode, is_rebuilt, record_inputs
+from attribution.hooks import evaluation_mode, hooks_of, is_rebuilt, record_inputs
 from attribution.image import ImageSource, load_image
 
 T = TypeVar("T")
@@ -114,6 +114,22 @@ class Preprocessing:
         return padding
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What the numbers that a classifier gives depend on.
+
+    Attributes:
+        name, weights, preprocessing, class_names: of the classifier; weights as their digest.
+        precision: empty for float32.
+    """
+
+    name: str
+    weights: str | None
+    preprocessing: str
+    class_names: tuple[str, ...]
+    precision: tuple[str, ...]
+
+
 class Classifier:
     """An image classifier: its preprocessing, its module and its class names.
 
@@ -129,11 +145,12 @@ class Classifier:
         head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
         name: what reports call it.
         batch_size: most images forwarded at once; None lets the input size decide. Where a batch does not fit into memory, it is
-            halved until it does.
+            halved until it does, unless anybody looks inside the module meanwhile.
         precision: "float32", or "bfloat16" or "float16" for autocast; scores are float32 in any case, and gradients are computed
             in float32. ``tune`` finds out what is fastest.
         channels_last: give the module its inputs in the channels-last memory layout.
-        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody looks inside the module.
+        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody looks inside the module: where
+            it has other hooks than when it was given.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward where the
@@ -173,6 +190,7 @@ class Classifier:
         self._scores = scores
         self._head = head
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
+        self._own_hooks = hooks_of(module) if isinstance(module, nn.Module) else frozenset()
         self._compiled_module: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
 
     def __repr__(self) -> str:
@@ -222,6 +240,16 @@ class Classifier:
         finally:
             self._batch_size = own
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Forward in float32 within the context: where values recorded inside meet gradients, which are computed so."""
+        own = self.precision
+        self.precision = "float32"
+        try:
+            yield
+        finally:
+            self.precision = own
+
     @property
     def device(self) -> torch.device:
         """Where the module's parameters lie; the CPU for a callable without any."""
@@ -254,13 +282,10 @@ class Classifier:
         return digest.hexdigest()
 
     @property
-    def identity(self) -> tuple[Any, ...]:
-        """What numbers depend on: name, weights, preprocessing, class names, and the precision where it is not float32.
-
-        Memory layout and compiling change no more than the rounding of float32 and are left out.
-        """
+    def identity(self) -> Identity:
+        """What numbers depend on; memory layout and compiling change no more than the rounding of float32 and are left out."""
         precision = () if self.precision == "float32" else (self.precision,)
-        return (self.name, self.weights_digest, repr(self.preprocessing), list(self.class_names), *precision)
+        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, precision)
 
     def target_index(self, target: int | str) -> int:
         """The class index of a name (exact, or unique regardless of case) or of an index.
@@ -378,7 +403,7 @@ class Classifier:
                 return forward()
             except RuntimeError as error:
                 tried = min(self._batch_size, rows)
-                if tried <= 1 or with_gradients or not is_out_of_memory(error) or self._is_hooked:
+                if tried <= 1 or with_gradients or not is_out_of_memory(error) or self._is_watched:
                     self._batch_size = own
                     raise
             # outside the except block, where the traceback no longer holds the tensors of the failed batch
@@ -387,8 +412,9 @@ class Classifier:
                 torch.cuda.empty_cache()
 
     @property
-    def _is_hooked(self) -> bool:
-        return isinstance(self.module, nn.Module) and any(each._forward_hooks or each._forward_pre_hooks for each in self.module.modules())
+    def _is_watched(self) -> bool:
+        """Whether the module has other hooks than its own, such as those of weight_norm."""
+        return isinstance(self.module, nn.Module) and not hooks_of(self.module) <= self._own_hooks
 
     def _forward_chunks(self, inputs: Tensor, want_features: bool, returns_probabilities: bool) -> tuple[Tensor, Tensor]:
         rows, features = [], []
@@ -434,7 +460,7 @@ class Classifier:
 
     def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
         """The module, compiled where that is wanted and leaves out nobody who looks inside."""
-        if not self.compiled or self._is_hooked or is_rebuilt():
+        if not self.compiled or self._is_watched or is_rebuilt():
             return module
         if self._compiled_module is None or self._compiled_module[0] is not module:
             self._compiled_module = (module, torch.compile(module, dynamic=True))
@@ -464,7 +490,7 @@ class Classifier:
         for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
             candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
             with torch.no_grad(), record_inputs(candidates) as calls:
-                self._call(torch.zeros(1, *self.preprocessing.shape, device=self.device))
+                self._call(torch.zeros(1, *self.preprocessing.shape, device=self.device), plainly=True)
             if calls:
                 distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
                 return distilled if len(distilled) == 2 else [calls[-1][0]]

@@ -24,6 +24,11 @@ DROP = "drop"
 _SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that a resize has blurred
 
 
+def is_drop(fill: Any) -> bool:
+    """Whether a fill takes tokens away instead of painting."""
+    return isinstance(fill, str) and fill == DROP
+
+
 def dropping(classifier: Classifier) -> Classifier:
     """The same classifier on images of four channels, red green blue and hidden.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attribution.budget import default_budget
 from attribution.classifier import Classifier
-from attribution.dropping import DROP, dropping, with_hidden
+from attribution.dropping import DROP, dropping, is_drop, with_hidden
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
@@ -123,7 +123,7 @@ def explain(
         if evaluations is not None:
             searching["evaluations"] = evaluations
         if search == "budget":
-            searching.setdefault("evaluations", default_budget(cut.count) * objective.cost)
+            searching.setdefault("evaluations", default_budget(objective))
         order = _run_search(search, objective, offered, searching)
         along = [prefix_probabilities(hiding, each, order, wanted) for hiding, each in masked]
         insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
@@ -219,7 +219,7 @@ def masked_inputs(
         UserError: see ``make_fill``.
         NotApplicable: "drop" with a model that is no vision transformer.
     """
-    if isinstance(fill, str) and fill == DROP:
+    if is_drop(fill):
         hiding = dropping(classifier)
         blank = picture_of_fill(image, fill, classifier)
         return hiding, MaskedInputs(hiding, with_hidden(image, 0.0), labels, with_hidden(blank, 1.0))
@@ -228,7 +228,7 @@ def masked_inputs(
 
 def picture_of_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
     """``classifier_fill``, and the model's mean colour where tokens are dropped: what a person is shown in the place of hidden regions."""
-    return classifier_fill(image, "model_mean" if isinstance(fill, str) and fill == DROP else fill, classifier, photo_size)
+    return classifier_fill(image, "model_mean" if is_drop(fill) else fill, classifier, photo_size)
 
 
 def several_fills(fill: Fill) -> list[Fill]:
@@ -248,7 +248,7 @@ def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_siz
     Raises:
         UserError: see ``make_fill``; "drop", which is no image.
     """
-    if isinstance(fill, str) and fill == DROP:
+    if is_drop(fill):
         raise UserError("fill 'drop' takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity")
     if isinstance(fill, str) and fill == "model_mean":
         return make_fill(image, classifier.preprocessing.mean)

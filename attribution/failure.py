@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.dropping import DROP
+from attribution.dropping import is_drop
 from attribution.errors import NotMisclassified, UserError
 from attribution.explain import explain, masked_inputs, picture_of_fill, several_fills
 from attribution.explanation import Explanation
@@ -220,15 +220,13 @@ def explain_failure(
         found = f"{classifier.class_names[true]}, p = {truth.confidence:.2f}"
         raise NotMisclassified(f"{classifier.name} is right about this image ({found}): there is no failure to explain; use explain")
     original = load_image(image)
-    dropped = isinstance(fill, str) and fill == DROP
     hidden = picture_of_fill(truth.image, fill, classifier, (original.shape[1], original.shape[2]))
+    same_fill = fill if is_drop(fill) else hidden
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
-    mistake = explain(
-        truth.image, classifier, predicted, fill=fill if dropped else hidden, regions=truth.regions, progress=half(1), **again
-    )
+    mistake = explain(truth.image, classifier, predicted, fill=same_fill, regions=truth.regions, progress=half(1), **again)
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
     with classifier.forwarding(options.get("batch_size")):
-        hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, fill if dropped else hidden)
+        hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, same_fill)
         return _judged(_Judge(hiding, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ _rebuilt: ContextVar[bool] = ContextVar("rebuilt", default=False)
 def is_rebuilt() -> bool:
     """Whether some module stands in for another at the moment: what was compiled before does not know it."""
     return _rebuilt.get()
+
+
+@contextmanager
+def _rebuilding() -> Iterator[None]:
+    before = _rebuilt.set(True)
+    try:
+        yield
+    finally:
+        _rebuilt.reset(before)
+
+
+def hooks_of(module: nn.Module) -> frozenset[int]:
+    """Identities of the forward hooks that are on a module and inside it, unique in the process."""
+    return frozenset(chain.from_iterable((*each._forward_hooks, *each._forward_pre_hooks) for each in module.modules()))
 
 
 def _in_full(values: Tensor) -> Tensor:
@@ -138,7 +153,6 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
     a module do not fire where its stand-in answers.
     """
     originals = {name: module.get_submodule(name) for name in values}
-    rebuilt = _rebuilt.set(True)
     places: dict[nn.Module | None, list[tuple[dict[str, nn.Module | None], str]]] = {}
     for parent in module.modules():
         for key, child in parent._modules.items():
@@ -150,9 +164,9 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
             for children, key in places[originals[name]]:
                 before.append((children, key, originals[name]))
                 children[key] = standing
-        yield
+        with _rebuilding():
+            yield
     finally:
-        _rebuilt.reset(rebuilt)
         for children, key, original in reversed(before):
             children[key] = original
 
@@ -174,13 +188,12 @@ def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Run the block with other forward functions on some modules; hooks on them still work."""
     before = {module: vars(module).get("forward") for module in replacements}
-    rebuilt = _rebuilt.set(True)
     for module, forward in replacements.items():
         vars(module)["forward"] = forward
     try:
-        yield
+        with _rebuilding():
+            yield
     finally:
-        _rebuilt.reset(rebuilt)
         for module, own in before.items():
             if own is None:
                 vars(module).pop("forward", None)
@@ -205,13 +218,12 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
             each.calls = 0
 
     handle = module.register_forward_pre_hook(restart)
-    rebuilt = _rebuilt.set(True)
     try:
         for parent, name, child in places:
             parent._modules[name] = copies[child]
-        yield
+        with _rebuilding():
+            yield
     finally:
-        _rebuilt.reset(rebuilt)
         handle.remove()
         for parent, name, child in places:
             parent._modules[name] = child

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.dropping import DROP
+from attribution.dropping import is_drop
 from attribution.errors import UserError
 from attribution.explain import explain, several_fills
 from attribution.explanation import Explanation
@@ -47,17 +48,19 @@ def explain_many(
         (probabilities within 1e-5 in float32; where F of two candidates is that close, the order may differ).
 
     Raises:
-        UserError: another number of targets than images, or what ``explain`` raises for an image, with its place.
+        UserError: another number of targets than images, fill "drop" or a confidence classifier, which cannot be shared, or what
+            ``explain`` raises for an image, with its place.
     """
     if isinstance(images, str | bytes | Tensor) or not isinstance(images, Sequence):
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     if isinstance(together, bool) or not isinstance(together, int) or together < 1:
         raise UserError(f"together is {together!r}: expected a whole number of images, at least 1")
-    if DROP in several_fills(options.get("fill", "black")):
+    if any(map(is_drop, several_fills(options.get("fill", "black")))):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
         raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")
-    wanted: list[Any] = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets] * len(images)
+    one_for_all = targets is None or isinstance(targets, int | str | np.integer)
+    wanted: list[Any] = [targets] * len(images) if one_for_all else list(targets)  # type: ignore[arg-type]
     if len(wanted) != len(images):
         raise UserError(f"{len(wanted)} targets for {len(images)} images: give one for each, or one for all")
     base = load_classifier(classifier)
@@ -88,10 +91,11 @@ class _Meeting:
         threads: list[threading.Thread] = []
         started, reported = 0, 0
         grad = torch.is_grad_enabled()
+        own_threads = torch.get_num_threads()
 
         def work(at: int) -> None:
             try:
-                torch.set_num_threads(1)  # of this thread: the little it computes must not wake workers beside the model's
+                torch.set_num_threads(1)  # the little that this thread computes must not wake workers beside the model's
                 lane = copy.copy(self.classifier)
                 lane._forward = lambda inputs, want_features: self._ask(at, inputs, want_features)  # type: ignore[method-assign]
                 with torch.set_grad_enabled(grad):
@@ -125,6 +129,7 @@ class _Meeting:
                 progress(len(jobs), len(jobs))
         finally:
             self._dismiss(threads)
+            torch.set_num_threads(own_threads)  # threads that start later would have one as well
         for at in range(len(jobs)):
             outcome = found.get(at)
             if isinstance(outcome, UserError):

@@ -60,7 +60,7 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     """Regions of an image by name, callable, label map or masks.
 
     Args:
-        image: whatever ``load_image`` takes.
+        image: whatever ``load_image`` takes; a float tensor [C, H, W] is taken as it is, and may be the map of a layer.
         regions: a key of ``REGIONS``; a callable (image, **options) -> label map or ``Regions``; an int label map [H, W]
             (negative ids are unassigned and become one more region); bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
         options: arguments of the method, such as ``count``.
@@ -68,7 +68,7 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     Raises:
         UserError: an unknown name, options that the method does not take, or labels of another size.
     """
-    if not isinstance(image, Tensor):
+    if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3):
         image = load_image(image)
     name = regions if isinstance(regions, str) else getattr(regions, "__name__", "callable")
     if isinstance(regions, str):

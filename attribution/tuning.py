@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from attribution.classifier import PRECISIONS, Classifier
-from attribution.errors import UserError, describe
+from attribution.errors import UserError
+from attribution.image import ImageSource, limit_size, load_image, make_fill
 
-_HOPELESS = 3.0  # times slower at the first call than plain float32: not repeated
-_TRIED = 16  # images of noise on a CPU, which a few fill
+_HOPELESS = 3.0  # times slower than plain float32 in a second call: not timed any further
+_TRIED = 16  # images on a CPU, which a few fill
 _WORTH = 0.95  # of plain float32's time: what saves less is left alone
 
 
@@ -47,6 +48,7 @@ class _Way:
     precision: str
     channels_last: bool
     compiled: bool
+    batch_size: int
     probabilities: Tensor | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -60,12 +62,20 @@ class _Way:
 
     def set_on(self, classifier: Classifier) -> None:
         classifier.precision, classifier.channels_last, classifier.compiled = self.precision, self.channels_last, self.compiled
+        classifier.batch_size = self.batch_size
+
+    def forward(self, classifier: Classifier, inputs: Tensor) -> float:
+        """Seconds that it takes; the batch size stays what was found to fit into memory."""
+        self.set_on(classifier)
+        spent, self.probabilities = _seconds(classifier, inputs)
+        self.batch_size = classifier.batch_size
+        return spent
 
 
 def tune(
     classifier: Classifier,
+    image: ImageSource | None = None,
     *,
-    inputs: Tensor | None = None,
     precisions: Sequence[str] = PRECISIONS,
     compiled: bool = False,
     tolerance: float = 0.02,
@@ -73,14 +83,14 @@ def tune(
 ) -> tuple[Tuning, ...]:
     """Measure how the classifier is forwarded fastest here, and set it so.
 
-    Plain float32 stays unless another way saves 5 % of its time and moves no probability of these inputs by more than the
+    Plain float32 stays unless another way saves 5 % of its time and moves no probability of what it forwards by more than the
     tolerance. What is fastest depends on the machine, and numbers depend on it a little: the precision is stored with every
     explanation. Gradients are always computed in float32.
 
     Args:
         classifier: changed in place.
-        inputs: float32 [n, 3, h, w], what is forwarded: some of the images in question, or by default a batch of noise, which says
-            how fast but little about how close.
+        image: whatever ``load_image`` takes, such as one of those in question: steps from its blur to itself are forwarded. By
+            default it is noise, which says how fast but little about how close.
         precisions: those to try.
         compiled: whether to try ``torch.compile`` as well, which takes a while and needs a compiler on CPUs.
         tolerance: largest difference of any probability, 0 to 1.
@@ -90,27 +100,23 @@ def tune(
         Every way that works here, the fastest first; a precision that is hopelessly slow is not tried in other layouts.
 
     Raises:
-        UserError: unknown precisions.
+        UserError: unknown precisions, no repeats, or an image that cannot be read.
     """
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise UserError(f"unknown precisions {', '.join(map(repr, unknown))}: expected some of {', '.join(PRECISIONS)}")
-    if repeats < 1 or (inputs is not None and not len(inputs)):
-        raise UserError(f"{repeats} repeats of {'noise' if inputs is None else describe(inputs)}: expected at least one of each")
-    if inputs is None:
-        count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
-        noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
-        inputs = classifier.preprocessing(noise.to(classifier.device))
+    if repeats < 1:
+        raise UserError(f"repeats is {repeats}: expected at least 1")
+    inputs = _inputs(classifier, image)
     names = dict.fromkeys(("float32", *precisions))
     own_module = isinstance(classifier.module, nn.Module) and type(classifier) is Classifier
     layouts, compiling = (False, True) if own_module else (False,), (False, True) if own_module and compiled else (False,)
-    ways = [_Way(*way) for way in itertools.product(names, layouts, compiling)]
-    before = _Way(classifier.precision, classifier.channels_last, classifier.compiled)
+    ways = [_Way(*way) for way in itertools.product(names, layouts, compiling, (classifier.batch_size,))]
+    before = _Way(classifier.precision, classifier.channels_last, classifier.compiled, classifier.batch_size)
     try:
         running = _first_calls(classifier, inputs, ways)
         for _ in range(repeats):
             for way in running:
-                way.set_on(classifier)
-                way.seconds.append(_seconds(classifier, inputs)[0])
+                way.seconds.append(way.forward(classifier, inputs))
     except BaseException:
         before.set_on(classifier)
         raise
@@ -124,17 +130,27 @@ def tune(
     )
 
 
+def _inputs(classifier: Classifier, image: ImageSource | None) -> Tensor:
+    """What is forwarded: a batch, on a CPU no more than a few."""
+    count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
+    if image is None:
+        noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+        return classifier.preprocessing(noise.to(classifier.device))
+    loaded = limit_size(load_image(image))
+    blurred = make_fill(loaded, "blur")
+    return torch.cat([classifier.inputs(torch.lerp(blurred, loaded, share)) for share in torch.linspace(0, 1, count).tolist()])
+
+
 def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -> list[_Way]:
     """Forward each way before it is timed, so that loading and compiling count for none; those that are worth timing."""
     plain, worth, hopeless = 0.0, list[_Way](), set[str]()
     for way in ways:
         if way.precision in hopeless:
             continue
-        way.set_on(classifier)
         try:
-            spent, way.probabilities = _seconds(classifier, inputs)
+            spent = way.forward(classifier, inputs)
             if way is ways[0] or way.compiled or spent > _HOPELESS * plain:  # the first call may have loaded or compiled what it needs
-                spent, _ = _seconds(classifier, inputs)
+                spent = way.forward(classifier, inputs)
         except Exception:  # no compiler, an operation that lacks this precision, an overflow: not a way here
             if way is ways[0]:
                 raise

@@ -29,11 +29,11 @@ from attribution.image import limit_size
 from attribution.loading import load_classifier
 from attribution.regions import Regions, make_regions
 from evaluation.attempts import Broken, attempted
-from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset, Sample
 from evaluation.grids.runner import GridRunner, identity_of
 from evaluation.grids.workers import judge_side_by_side
 from evaluation.metrics import METRICS, Case, Measure
+from evaluation.opening import named_data
 from evaluation.perturbation import Curves, Protocol
 from evaluation.records import RecordLog, digest_of, open_log
 from evaluation.results import Explained, Failure, Results, Score
@@ -82,7 +82,7 @@ class _Run:
             classifier = self._classifier(model)
             size, names, digest = classifier.preprocessing.size, classifier.class_names, classifier.weights_digest
             models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names)}
-            dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=names)
+            dataset = named_data(settings, names)
             identity = identity_of(classifier, name)
             chosen = list(self._choose(classifier, dataset)) if settings.measured() else []
             samples[name] = tuple(dataset.ids[index] for index, _ in chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from attribution.classifier import Classifier
@@ -41,6 +42,6 @@ def named_model(settings: NamesModel) -> Classifier:
     return load_classifier(settings.model, device=settings.device, checkpoint=settings.checkpoint, batch_size=settings.batch_size)
 
 
-def named_data(settings: NamesData, classifier: Classifier) -> ImageDataset:
-    """The data set of the settings, its labels as classes of the classifier."""
-    return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=classifier.class_names)
+def named_data(settings: NamesData, class_names: Sequence[str]) -> ImageDataset:
+    """The data set of the settings, its labels as indices into these names: those of a classifier."""
+    return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=class_names)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from attribution.classifier import Classifier, even_chunks
-from attribution.dropping import DROP
+from attribution.dropping import DROP, is_drop
 from attribution.errors import UserError, describe
 from attribution.explain import classifier_fill, masked_inputs, prefix_scores
 from attribution.explanation import Explanation
@@ -69,7 +69,7 @@ class Protocol:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
             raise UserError(f"count is {self.count}: expected a whole number of steps, at least 1")
         object.__setattr__(self, "fill", _checked_fill(self.fill))
-        if isinstance(self.fill, str) and self.fill == DROP and self.steps == "pixels":
+        if is_drop(self.fill) and self.steps == "pixels":
             raise UserError("fill 'drop' with pixel steps: it hides whole patches; expected steps='regions'")
         if self.axis == "black_unrevealed" and not (isinstance(self.fill, str) and self.fill == "black"):
             raise UserError(f"axis 'black_unrevealed' with fill {describe(self.fill)}: expected fill 'black', or axis 'area'")
@@ -327,7 +327,7 @@ _Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 def _prefix_scorer(classifier: Classifier, image: Tensor, labels: Tensor, target: int, protocol: Protocol, seed: int) -> _Scorer:
     """A function from an order of the labels to the scores of its prefixes, shown and hidden: float32 [K+1] each."""
     here = image.to(classifier.device)
-    if isinstance(protocol.fill, str) and protocol.fill == DROP:
+    if is_drop(protocol.fill):
         hiding, masked = masked_inputs(classifier, image, labels, DROP)
         return lambda order: prefix_scores(_score(hiding, protocol.output), masked, order, target)
     if isinstance(protocol.fill, str) and protocol.fill == "linear":

@@ -187,9 +187,7 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
 def ways(spec: str, device: str) -> list[list[str]]:
     """What ``tune`` measures."""
     classifier = load(spec, device)
-    image = at.load_image(at.demo_image_path())
-    graded = [at.make_fill(image, "blur") * share + image * (1 - share) for share in torch.linspace(0, 1, 16).tolist()]
-    found = at.tune(classifier, inputs=torch.cat([classifier.inputs(each) for each in graded]), compiled=True)
+    found = at.tune(classifier, at.demo_image_path(), compiled=True)
     plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
     return [
         [
@@ -283,7 +281,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Print overhead, peak memory and evaluations of the searches."""
+    """Print how searches, several images at once, dropped tokens and ways to forward compare, peak memory and evaluations."""
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
     headings = [

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attribution as at
-from attribution.budget import _PACES, Found, _images_to_halve, _Sets, anytime_from, budget_search, halve, members, search_orders
+from attribution.budget import (
+    _PACES,
+    Found,
+    _images_to_halve,
+    _Sets,
+    anytime_from,
+    budget_search,
+    default_budget,
+    halve,
+    members,
+    search_orders,
+)
 
 WEIGHTS = at.ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0)
 
@@ -138,6 +149,12 @@ def test_every_budget_finds_which_half_matters_more(images: int, cost: int) -> N
         assert order == list(range(40))[::-1]
 
 
+def test_less_than_one_image_still_gives_an_order() -> None:
+    """Of three fills an image costs three."""
+    found = run(Placed(40, 3), 2)[-1]
+    assert sorted(found.order.tolist()) == list(range(40)) and found.evaluations == 0 and math.isnan(found.value)
+
+
 def test_what_is_left_after_large_steps_is_used_where_it_reaches() -> None:
     objective = Halves(3)
     found = run(objective, 17)
@@ -151,6 +168,7 @@ def test_without_a_bound_elimination_takes_longer() -> None:
 
     assert anytime_from(Unbounded(10)) == 240 and anytime_from(Halves(10)) == 60
     assert anytime_from(bare_objective(10)) == 120
+    assert [default_budget(each) for each in (Halves(10), Unbounded(10), Placed(40, 3))] == [160, 240, 1920]
     for images in (119, 120, 400):
         objective = bare_objective(20)
         order = run(objective, images)[-1].order.tolist()  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_progress_counts_images(cnn: at.Classifier, images: list[Tensor]) -> Non
 
 
 def test_nothing_is_left_behind(cnn: at.Classifier, images: list[Tensor]) -> None:
-    before, own = threading.active_count(), cnn.batch_size
+    before, own, threads = threading.active_count(), cnn.batch_size, torch.get_num_threads()
     assert at.explain_many([], cnn) == []
     with pytest.raises(at.UserError, match="image 1: an image tensor of shape"):
         at.explain_many([images[0], torch.rand(2, 2), images[2]], cnn, batch_size=4, **OPTIONS)
@@ -106,6 +107,11 @@ def test_nothing_is_left_behind(cnn: at.Classifier, images: list[Tensor]) -> Non
     with pytest.raises(KeyboardInterrupt):
         at.explain_many(images, cnn, together=2, progress=interrupted, **OPTIONS)
     assert threading.active_count() == before and cnn.batch_size == own
+    later: list[int] = []  # in a thread that starts afterwards
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [threads] and torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
@@ -133,12 +139,12 @@ def test_only_the_image_fails_that_must(cnn: at.Classifier, images: list[Tensor]
         def forward(self, x: Tensor) -> Tensor:
             white = (1 - cnn.preprocessing.mean[0]) / cnn.preprocessing.std[0]
             if bool((x[:, 0] > white - 1e-3).flatten(1).all(dim=1).any()):
-                raise ArithmeticError("too bright")
+                raise at.UserError("too bright")
             return self.inner(x)
 
     way = cnn.preprocessing
     picky = at.Classifier(Picky().eval(), size=way.size, mean=way.mean, std=way.std, class_names=cnn.class_names)
-    with pytest.raises(ArithmeticError, match="too bright"):
+    with pytest.raises(at.UserError, match=r"^image 1: too bright"):
         at.explain_many([images[0], torch.ones(3, 32, 32), images[1]], picky, **OPTIONS)
     found = at.explain_many(images[:2], picky, **OPTIONS)  # and it works afterwards
     assert [each.order.tolist() for each in found] == [at.explain(image, cnn, **OPTIONS).order.tolist() for image in images[:2]]
@@ -150,6 +156,12 @@ def test_the_kind_of_an_error_is_kept(cnn: at.Classifier, images: list[Tensor]) 
         at.explain_many(images[:2], box, weights=at.ScoreWeights(1.0, 1.0, 0.0, 1.0), **OPTIONS)
     with pytest.raises(at.UserError, match="fill 'drop' changes the model"):
         at.explain_many(images[:2], cnn, fill="drop", **OPTIONS)
+
+    def refusing(objective: Any) -> list[int]:
+        raise at.NotApplicable("no order")
+
+    with pytest.raises(at.NotApplicable, match="image 0: no order"):
+        at.explain_many(images[:2], cnn, **{**OPTIONS, "search": refusing})
     with pytest.raises(at.UserError, match="a confidence classifier is a second model"):
         at.explain_many(images[:2], cnn, objective_options={"confidence_classifier": cnn}, **OPTIONS)
 
@@ -161,3 +173,5 @@ def test_files_and_numbers_of_numpy(cnn: at.Classifier, images: list[Tensor], tm
         Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(paths[-1])
     found = at.explain_many(paths, cnn, np.int64(3), **OPTIONS)  # type: ignore[arg-type]
     assert [each.target for each in found] == [3, 3, 3]
+    found = at.explain_many(images[:3], cnn, np.array([1, 2, 0]), fill=np.array([0.5, 0.5, 0.5]), **OPTIONS)  # type: ignore[arg-type]
+    assert [each.target for each in found] == [1, 2, 0]

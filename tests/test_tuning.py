@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import attribution as at
 from attribution import METHODS, SEARCHES
 from attribution.classifier import PRECISIONS
+from attribution.hooks import one_module_a_call, replaced_forwards, stand_ins
+from evaluation.grids.layers import Activation, Probe, Segment, find_layer, stages
 from evaluation.grids.runner import identity_of
 
 
@@ -90,6 +92,30 @@ def test_a_compiled_module_leaves_out_no_hook_and_no_gradient(monkeypatch: pytes
     used.logits(inputs)
     handle.remove()
     assert calls == [5, 5]
+    for somebody_else in (
+        lambda: stand_ins(used.module, {"head": [torch.zeros(5, 4)]}),
+        lambda: replaced_forwards({used.module.conv: lambda x: x.repeat(1, 2, 1, 1)}),
+        lambda: one_module_a_call(used.module, (nn.Identity,), lambda: used.module(inputs)),
+    ):
+        with somebody_else():
+            used.logits(inputs)
+    assert calls == [5, 5]
+    used.logits(inputs)
+    assert calls == [5, 5, 5]
+
+
+def test_hooks_that_belong_to_the_module_are_no_watchers(monkeypatch: pytest.MonkeyPatch, inputs: Tensor) -> None:
+    """Old-style weight_norm, for one, is a hook."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: lambda x: calls.append(len(x)) or module(x))
+    module = Watched()
+    module.conv.register_forward_pre_hook(lambda *_: None)
+    used = at.Classifier(module, size=8, compiled=True)
+    used.logits(inputs)
+    assert calls == [5]
+    with used.module.head.register_forward_hook(lambda *_: None):
+        used.logits(inputs)
+    assert calls == [5]
 
 
 @pytest.mark.slow
@@ -126,10 +152,26 @@ def test_every_search_works_in_a_lower_precision(search: str, fill: str) -> None
     assert sorted(found.order.tolist()) == list(range(8)) and found.provenance["precision"] == "bfloat16"
 
 
-def test_neuron_paths_work_in_a_lower_precision() -> None:
-    used = classifier(tiny_vit(), precision="bfloat16")
-    found = at.neuron_path(used, photo(16), 1)
-    assert len(found.neurons) and used.precision == "bfloat16"
+def test_neuron_paths_are_those_of_float32() -> None:
+    module = tiny_vit()
+    used = classifier(module, precision="bfloat16")
+    found, plain = (at.neuron_path(each, photo(16), 1) for each in (used, classifier(module)))
+    assert used.precision == "bfloat16" and torch.equal(found.neurons, plain.neurons)
+    assert torch.allclose(found.activations, plain.activations) and torch.allclose(found.gradients, plain.gradients)
+
+
+@pytest.mark.parametrize("network", [vgg, tiny_vit])
+def test_layers_of_grids_are_those_of_float32(network: Callable[[], nn.Module]) -> None:
+    module = network()
+    used, plain = classifier(module, precision="bfloat16"), classifier(module)
+    assert [layer.name for layer in stages(used)] == [layer.name for layer in stages(plain)]
+    assert find_layer(used, "final").name == find_layer(plain, "final").name
+    layer = stages(plain)[-1]
+    given = Activation(torch.rand(2, *Probe(plain).activation(layer).maps.shape[1:]))
+    output = None if layer.kind != "tokens" else Probe(plain).activation(layer).output
+    given = Activation(given.maps, output)
+    assert torch.equal(Segment(used, layer)(given).maps, Segment(plain, layer)(given).maps)
+    assert used.precision == "bfloat16"
 
 
 def test_what_was_compiled_is_not_used_for_another_module(monkeypatch: pytest.MonkeyPatch, inputs: Tensor) -> None:
@@ -183,6 +225,40 @@ def test_a_hopeless_precision_is_not_tried_in_other_layouts() -> None:
         [("float16", False), ("bfloat16", False)],
     )
     assert {way.precision for way in ways[:2]} == {"float32"} and tried.precision == "float32"
+
+
+def test_what_does_not_fit_into_memory_leaves_the_batch_size_of_what_does() -> None:
+    class Greedy(Paced):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled("cpu") and len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    used = at.Classifier(Greedy(5.0), size=8, batch_size=8)
+    at.tune(used, repeats=1)
+    assert (used.precision, used.batch_size) == ("float32", 8)
+    used = at.Classifier(Greedy(0.01), size=8, batch_size=8)
+    at.tune(used, repeats=1)
+    assert (used.precision, used.batch_size) == ("bfloat16", 2)
+
+
+def test_an_image_shows_how_close_a_precision_is(tmp_path: Path) -> None:
+    class Bright(Paced):
+        """Off where an image is brighter than noise ever is on average."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.off = 5.0 if float(x.mean(dim=(1, 2, 3)).max()) > 0.8 else 0.0
+            return super().forward(x)
+
+    used = at.Classifier(Bright(0.0), size=8, batch_size=4)
+    at.tune(used, repeats=2)
+    assert used.precision == "bfloat16"
+    at.tune(used, torch.full((3, 20, 20), 0.9), repeats=2)
+    assert used.precision == "float32"
+    with pytest.raises(at.UserError, match="no such file"):
+        at.tune(used, tmp_path / "none.png")
+    with pytest.raises(at.UserError, match="repeats is 0"):
+        at.tune(used, repeats=0)
 
 
 def test_an_interrupted_trial_changes_nothing() -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,10 +154,11 @@ def explain(
             classifier.precision = precision
     waiting = set(classifiers) if precision == "auto" else set()
 
-    def prepare(classifier: Classifier) -> None:
+    def prepare(classifier: Classifier, path: Path) -> None:
         if classifier in waiting:
+            ways = tune(classifier, path)
             waiting.remove(classifier)
-            typer.echo(f"{classifier.name}: {next(way for way in tune(classifier) if way.chosen)}", err=True)
+            typer.echo(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
 
     jobs = [
         Job(path, stem, classifiers, options, out, overwrite, precision, prepare)
@@ -195,7 +196,7 @@ class Job:
     out: Path
     overwrite: bool
     precision: str
-    prepare: Callable[[Classifier], None]
+    prepare: Callable[[Classifier, Path], None]
 
     @property
     def figure_path(self) -> Path:
@@ -210,7 +211,7 @@ class Job:
             kept = None if self.overwrite else _kept(base, key)
             if kept is None:
                 fresh = True
-                self.prepare(classifier)
+                self.prepare(classifier, self.path)
                 with Bar(f"{prefix}{self.path.name} {classifier.name}", "region") as progress:
                     kept = explain_image(self.path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=self.path.name, key=key)
@@ -231,7 +232,9 @@ class Job:
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         digest = hashlib.sha256(content)
-        model = (classifier.name, classifier.weights_digest, classifier.preprocessing, classifier.class_names, self.precision)
+        model = classifier.identity
+        if self.precision == "auto":  # what it finds is known only after the first image
+            model = replace(model, precision=("auto",))
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
             if name == "region_options":

@@ -273,9 +273,10 @@ class _Job:
             digest = hashlib.sha256(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-        model = (self.classifier.name, self.classifier.weights_digest, self.classifier.preprocessing, self.classifier.class_names)
         among = None if self.among is None else (self.among.name, float(self.among.inputs.double().sum()))
-        digest.update(f"{model} {self.layers.names} {sorted(self.options.items(), key=str)} {among} {__version__}".encode())
+        digest.update(
+            f"{self.classifier.identity} {self.layers.names} {sorted(self.options.items(), key=str)} {among} {__version__}".encode()
+        )
         return digest.hexdigest()
 
 

@@ -286,7 +286,7 @@ class PathFinder:
         hidden: list[list[Tensor]] = [[] for _ in range(len(self.layers))]
         scores = []
         for rows in even_chunks(torch.arange(len(self)), rows_at_once(self.classifier)):
-            with torch.no_grad(), self.layers.recorded() as found:
+            with torch.no_grad(), self.classifier.in_float32(), self.layers.recorded() as found:
                 scores.append(self._score(self.inputs[rows], rows))
             for layer, kept in enumerate(hidden):
                 kept.append(self.layers.at_tokens(found[layer]).detach())

@@ -56,7 +56,7 @@ def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation
         UserError: no such sample, one without a label, or one that the model gets right.
     """
     classifier = named_model(settings)
-    dataset = named_data(settings, classifier)
+    dataset = named_data(settings, classifier.class_names)
     if sample not in dataset.ids:
         close = difflib.get_close_matches(sample, dataset.ids, 1) or dataset.ids[:1]
         raise UserError(f"{dataset.name} has no sample {sample!r}: expected an id such as {close[0]!r}")
@@ -130,7 +130,7 @@ class _Run:
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        return named_data(self.settings, self.classifier)
+        return named_data(self.settings, self.classifier.class_names)
 
     @cached_property
     def identity(self) -> list[Any]:

@@ -62,7 +62,7 @@ class Segment:
     ) -> None:
         if stop is None:
             _settle(classifier)
-        self.classifier = _in_one_batch(classifier)
+        self.classifier = _for_parts(classifier)
         self.start, self.stop = start, stop
         self._before: dict[str, list[_Value]] = {}
         if start is not None:
@@ -108,7 +108,7 @@ class Probe:
     """
 
     def __init__(self, classifier: Classifier) -> None:
-        self.classifier, self.images = classifier, _two_images(classifier)
+        self.classifier, self.images = _for_parts(classifier), _two_images(classifier)
         self.one, self.two = (trace(module_of(classifier), images) for images in (self.images[:1], self.images))
 
     @cached_property
@@ -449,13 +449,17 @@ def _settle(classifier: Classifier) -> None:
         base._heads  # noqa: B018
 
 
-def _in_one_batch(classifier: Classifier) -> Classifier:
-    """The classifier without a limit of its own: rows of maps and of the images that stand for them stay together."""
+def _for_parts(classifier: Classifier) -> Classifier:
+    """The classifier without a limit of its own, so that rows of maps and the images that stand for them stay together, in float32.
+
+    What is recorded of parts, and compared with the whole, is computed in float32.
+    """
     made = copy.copy(classifier)
     made.batch_size = _ANY_BATCH
     base = getattr(classifier, "_base", None)
     if base is not None:
-        made._base = _in_one_batch(base)  # type: ignore[attr-defined]
+        made._base = _for_parts(base)  # type: ignore[attr-defined]
+    made.precision = "float32"
     return made
 
 

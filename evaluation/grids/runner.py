@@ -18,13 +18,13 @@ from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
 from evaluation.attempts import Broken, attempted
-from evaluation.data import open_dataset
 from evaluation.dataset import ImageDataset
 from evaluation.grids.localize import head_map
 from evaluation.grids.networks import GridModel, GridView, heads_of
 from evaluation.grids.scores import localization_scores
 from evaluation.grids.sets import GridSet, label_confidences, make_grids
 from evaluation.metrics import Measure
+from evaluation.opening import named_data
 from evaluation.records import RecordLog, digest_of, open_log
 from evaluation.results import Failure, GridMap, Score, grid_id
 from evaluation.settings import BenchmarkSettings, MethodSpec
@@ -132,8 +132,7 @@ class GridRunner:
             self.fail(Failure(model, "", what, self.settings.seed, reason, refused=True))
 
     def _dataset(self, class_names: tuple[str, ...]) -> ImageDataset:
-        settings = self.settings
-        return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=class_names)
+        return named_data(self.settings, class_names)
 
     def _grid_models(self, classifier: Classifier, name: str) -> dict[str, tuple[GridModel, tuple[str, ...]]]:
         """The layers that can be explained, each with the settings that are defined there."""
@@ -161,8 +160,8 @@ class GridRunner:
 
 def identity_of(classifier: Classifier, name: str) -> str:
     """Digest of everything about a model that a number depends on."""
-    _, weights, preprocessing, names, *precision = classifier.identity
-    return digest_of([name, weights, preprocessing, names, __version__, *precision])
+    own = classifier.identity
+    return digest_of([name, own.weights, own.preprocessing, list(own.class_names), __version__, *own.precision])
 
 
 class _Grid:

@@ -244,8 +244,8 @@ def label_confidences(
     """
     indices = _checked_indices(dataset, indices)
     _check_labels(classifier, dataset, indices)
-    name, weights, preprocessing, _, *precision = classifier.identity
-    identity = [name, weights, preprocessing, __version__, dataset.name, *precision]
+    own = classifier.identity
+    identity = [own.name, own.weights, own.preprocessing, __version__, dataset.name, *own.precision]
     values: list[float | None] = []
     failures: list[tuple[str, str]] = []
     for start in range(0, len(indices), classifier.batch_size):

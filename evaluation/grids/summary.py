@@ -10,10 +10,10 @@ from torch import Tensor
 
 from attribution.baselines.smoothing import Smoothing
 from attribution.errors import UserError
-from evaluation.data import open_dataset
 from evaluation.grids.aggregate import Aggregate, aggregate
 from evaluation.grids.runner import load_map
 from evaluation.metrics import Measure
+from evaluation.opening import named_data
 from evaluation.results import Results
 from evaluation.settings import MethodSpec
 from evaluation.statistics import bootstrap_interval
@@ -85,7 +85,7 @@ def grid_images(results: Results, model: str) -> Callable[[int], Tensor] | None:
     if isinstance(classifier, str):
         classifier = load_classifier(classifier, device="cpu", checkpoint=settings.checkpoint)
     try:
-        dataset = open_dataset(settings.data, root=settings.root, split=settings.split, class_names=classifier.class_names)
+        dataset = named_data(settings, classifier.class_names)
         grid_set.image(dataset, 0, classifier)
     except UserError:
         return None

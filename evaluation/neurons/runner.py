@@ -199,14 +199,14 @@ class _Run:
 
     @cached_property
     def dataset(self) -> ImageDataset:
-        return named_data(self.settings, self.classifier)
+        return named_data(self.settings, self.classifier.class_names)
 
     @cached_property
     def identity(self) -> list[Any]:
         """What every number depends on beside the image and the kind of path."""
         settings = self.settings
-        name, weights, preprocessing, _, *precision = self.classifier.identity
-        model = [name, weights, preprocessing, list(self.layers.names), self.layers.start, self.layers.stop, *precision]
+        own = self.classifier.identity
+        model = [own.name, own.weights, own.preprocessing, list(self.layers.names), self.layers.start, self.layers.stop, *own.precision]
         return [*model, settings.data, settings.split, settings.target, settings.steps, settings.output, settings.enhance, settings.seed]
 
     def _key(self, index: int, kind: str) -> str:

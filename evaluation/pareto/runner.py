@@ -98,18 +98,17 @@ class _Study:
     """Model and images of settings."""
 
     def __init__(self, settings: ParetoSettings) -> None:
-        model = settings.model
         self.settings = settings
-        self.classifier = model if isinstance(model, Classifier) else load_classifier(model)
-        self.dataset = named_data(settings, self.classifier)
+        self.classifier = load_classifier(settings.model)
+        self.dataset = named_data(settings, self.classifier.class_names)
         self.protocol = Protocol(fill=settings.fill)
 
     def images(self) -> Iterator[_Image]:
         settings, classifier = self.settings, self.classifier
         protocol = self.protocol.settings()
         shared = [identity_of(classifier, classifier.name), protocol, settings.regions, settings.count, settings.seed]
-        for index in _chosen(settings, classifier, self.dataset):
-            sample, image, label = self.dataset.ids[index], self.dataset[index].image, int(self.dataset.labels[index] or 0)
+        for index, image in _chosen(settings, classifier, self.dataset):
+            sample, label = self.dataset.ids[index], int(self.dataset.labels[index] or 0)
             content = [sample, hashlib.sha256(image.numpy().tobytes()).hexdigest(), label]
             keys = {
                 (method, budget): digest_of([*shared, *content, method, budget])
@@ -119,14 +118,15 @@ class _Study:
             yield _Image(sample, image, label, keys)
 
 
-def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> Iterator[int]:
+def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> Iterator[tuple[int, Tensor]]:
     """Images that the model gets right with enough confidence, in the order of the permutation."""
     found = 0
     for index in dataset.choose(None, settings.seed, labels_only=True):
-        probabilities = classifier.probabilities(classifier.inputs(dataset[index].image))[0]
+        image = dataset[index].image
+        probabilities = classifier.probabilities(classifier.inputs(image))[0]
         if int(probabilities.argmax()) == dataset.labels[index] and float(probabilities.max()) >= settings.confidence:
             found += 1
-            yield index
+            yield index, image
         if found == settings.samples:
             return
     if not found:
@@ -144,6 +144,7 @@ class _Case:
         self.regions: Regions = make_regions(image, settings.regions, count=settings.count)
         fill = classifier_fill(image, settings.fill, classifier)
         self.masked = MaskedInputs(classifier, image, self.regions.labels, fill)
+        self._areas: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def points(self, method: str, budgets: Sequence[int]) -> Iterator[tuple[int, Point | None]]:
         """The method within each budget, or as it is where its cost cannot be chosen; None where the budget is not enough."""
@@ -219,15 +220,19 @@ class _Case:
         if found is None or spent > budget:
             return None
         evaluations, order = found[0] + spent, found[1]
-        shell = Explanation(
-            image=self.image,
-            target=self.target,
-            class_names=self.classifier.class_names,
-            probabilities=torch.zeros(self.classifier.num_classes),
-            regions=self.regions,
-            order=order,
-        )
-        return self._point(method, budget, evaluations, shell)
+        key = tuple(order.tolist())
+        if key not in self._areas:  # a search that has come to its end keeps its order for the budgets that are left
+            shell = Explanation(
+                image=self.image,
+                target=self.target,
+                class_names=self.classifier.class_names,
+                probabilities=torch.zeros(self.classifier.num_classes),
+                regions=self.regions,
+                order=order,
+            )
+            point = self._point(method, budget, evaluations, shell)
+            self._areas[key] = point.insertion, point.deletion
+        return Point(method, budget, evaluations, *self._areas[key])
 
     def _point(self, method: str, budget: int, evaluations: int, explanation: Explanation) -> Point:
         curves = perturbation_curves(self.classifier, self.image, explanation, self.target, self.protocol, regions=self.regions)
