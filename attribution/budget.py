@@ -31,6 +31,11 @@ _COMPANIONS = 16  # where elimination goes in large steps, one region of so many
 _PACES = ((0.5, 1.0, False), (0.5, 1.0, True), (0.34, 0.6, True), (0.25, 0.6, True))  # of ``halve``, the cheapest first
 _UNHURRIED = 6  # images a region, three of each half, from which on elimination goes one by one
 _UNBOUNDED = 24  # the same where no bound of F is known
+_BACKWARD = 3  # images that one forwarded with its gradient counts as
+_LEVELS = 4  # prefixes, each with its complement, that a step of ``soften`` looks at
+_SOFTNESS = 0.3  # of their borders; the scores of regions run from -2 to 2 at first
+_RATE = 0.6  # of Adam
+_SOFTENED = 4  # images a region, two of each half, from which on elimination does better than gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +124,25 @@ class _Sets:
     def first_half(self, subsets: Sequence[int]) -> None:
         """Forward one image of each: that of the shown regions, where F needs it."""
         self.forward(subsets if self.needed[0] else [self.full ^ subset for subset in subsets])
+
+    def slope(self, scores: Tensor, gates: Tensor) -> Tensor:
+        """Gradient of the mean F of soft subsets, gates [n, R] in [0, 1] that are a function of the scores; an image counts as three.
+
+        Raises:
+            _Spent: the budget does not reach.
+            UserError: no gradients flow through the objective.
+        """
+        cost = _BACKWARD * self.objective.cost * len(gates) * sum(self.needed)
+        if cost > self.left:
+            raise _Spent
+        rows = torch.cat([each for each, needed in zip((gates, 1 - gates), self.needed, strict=True) if needed])
+        shown, hidden = self.objective.parts(rows)
+        self.left -= cost
+        self.used += cost
+        value = (shown[: len(gates)] + hidden[-len(gates) :]).mean()  # the half that F does not need is 0 throughout
+        if not value.requires_grad:
+            raise UserError("gradients=True, but none flow through this model: expected an nn.Module; for a black box leave them away")
+        return torch.autograd.grad(value, scores)[0]
 
     def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
         """Index of the subset with the highest F in each group, of equals one that was tried first.
@@ -297,6 +321,39 @@ def halve(sets: _Sets, share: float, pool: float, both: bool) -> Iterator[list[i
         yield left + hidden
 
 
+def soften(sets: _Sets, seed: int = 0) -> Iterator[list[int]]:
+    """Scores of regions, such that F rises along the soft prefixes of their order: gradient steps (Adam) through gates.
+
+    A prefix that ends with score t shows region r by sigmoid((s_r - t) / softness), a few prefixes a step. The first step is taken
+    where all regions are equally shown; the ranks of its gradient over the area are the first scores.
+
+    Yields:
+        The order after each step, as long as the budget lasts.
+    """
+    generator = np.random.default_rng(seed)
+    area = torch.tensor(sets.area, dtype=torch.float32)
+    scores = torch.zeros(sets.size, requires_grad=True)
+    optimiser = torch.optim.Adam([scores], lr=_RATE)
+    started = False
+    while True:
+        places = (torch.arange(_LEVELS) + torch.from_numpy(generator.random(_LEVELS)).float()) / _LEVELS
+        with torch.enable_grad():
+            if started:
+                ends = scores.detach().sort(descending=True).values[(places * sets.size).long()]
+                gates = torch.sigmoid((scores - ends[:, None]) / _SOFTNESS)
+            else:
+                gates = places[:, None] + scores
+            slope = sets.slope(scores, gates)
+        if started:
+            scores.grad = -slope
+            optimiser.step()
+        else:
+            started = True
+            with torch.no_grad():
+                scores[(slope / area).argsort(descending=True, stable=True)] = torch.linspace(2, -2, sets.size)
+        yield scores.detach().argsort(descending=True, stable=True).tolist()
+
+
 def anytime_from(objective: Any) -> int:
     """The least budget whose search is the beginning of that with any larger one; below, elimination goes in large steps to end in time.
 
@@ -465,7 +522,9 @@ def _windows(sets: _Sets, order: Sequence[int], generator: np.random.Generator) 
     return [tiles[at] for at in sorted(drawn)]
 
 
-def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | None = None, seed: int = 0) -> Iterator[Found]:
+def search_orders(
+    objective: Any, *, evaluations: int, start: Sequence[int] | None = None, seed: int = 0, gradients: bool = False
+) -> Iterator[Found]:
     """Ever better orders, as long as the budget lasts; stop whenever one is good enough.
 
     Args:
@@ -474,13 +533,16 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
         evaluations: N, images forwarded at most.
         start: an order to begin with; by default one is made by backward elimination.
         seed: of the windows.
+        gradients: white box: ``soften`` where the budget is below 4 images a region. It pays where gradients of the model tell much,
+            as those of transformers do. Larger budgets are spent as without it.
 
     Yields:
         ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls. A budget below
         ``anytime_from`` makes a coarser order than the first rounds of a larger one would; it rarely comes to know all prefixes.
 
     Raises:
-        UserError: N below 1, a start that is no order of the regions, or an objective that returns NaN.
+        UserError: N below 1, a start that is no order of the regions, an objective that returns NaN, or gradients with one that has
+            none.
     """
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise UserError(f"evaluations is {evaluations!r}: expected a whole number of images, at least 1")
@@ -488,10 +550,23 @@ def search_orders(objective: Any, *, evaluations: int, start: Sequence[int] | No
     order = list(range(sets.size)) if start is None else [int(region) for region in start]
     if sorted(order) != list(range(sets.size)):
         raise UserError(f"start is {describe(start)}: expected each region from 0 to {sets.size - 1} once")
+    if gradients and start is not None:
+        raise UserError("gradients=True and a start: give one of them, since gradients are there to make one")
+    if gradients and not math.isfinite(sets.range):
+        raise UserError(
+            "gradients=True with an objective that has none: expected SubmodularObjective without a weight on the effectiveness"
+        )
+    if gradients and torch.is_inference_mode_enabled():
+        raise UserError("gradients=True within torch.inference_mode: call it outside")
     try:
         if start is None:
             hurried = evaluations < anytime_from(sets.objective)
-            for order in halve(sets, *_pace(sets)) if hurried else eliminate(sets):
+            a_step = _BACKWARD * _LEVELS * sum(sets.needed) * sets.objective.cost
+            if gradients and a_step <= evaluations < _SOFTENED / 2 * sum(sets.needed) * sets.size * sets.objective.cost:
+                begin = soften(sets, seed)
+            else:
+                begin = halve(sets, *_pace(sets)) if hurried else eliminate(sets)
+            for order in begin:
                 yield sets.found(order)
             if hurried and not sets.reaches(sets.chain(order)):
                 return
@@ -516,13 +591,14 @@ def budget_search(
     evaluations: int | None = None,
     start: Sequence[int] | None = None,
     seed: int = 0,
+    gradients: bool = False,
     callback: Callable[[Found], bool | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The best order that a budget of forwarded images can buy: backward elimination, then local search with what is left.
 
     Args:
-        objective, start, seed: see ``search_orders``.
+        objective, start, seed, gradients: see ``search_orders``.
         evaluations: N, images forwarded at most; see ``default_budget``.
         callback: called with the best order so far after each round; the search ends when it returns True.
         progress: called with (images forwarded, N).
@@ -532,7 +608,7 @@ def budget_search(
     """
     budget = default_budget(objective) if evaluations is None else evaluations
     best = torch.arange(int(objective.size))
-    for found in search_orders(objective, evaluations=budget, start=start, seed=seed):
+    for found in search_orders(objective, evaluations=budget, start=start, seed=seed, gradients=gradients):
         best = found.order
         if progress is not None:
             progress(found.evaluations, budget)

@@ -66,6 +66,8 @@ class _Dropping(Wrapping):
 
     def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         self._check_inputs(inputs)
+        if inputs.requires_grad and torch.is_grad_enabled():
+            raise NotApplicable("fill 'drop' shows a patch or not, so that no gradients flow to how much of it is shown")
         self._base.find_out(want_features)
         inputs = inputs.to(self.device)
         shown = ~self._hidden_patches(inputs[:, 3:])

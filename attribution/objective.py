@@ -141,7 +141,8 @@ class SubmodularObjective:
         F(S) is the first part of S plus the second of its complement, so an image serves two subsets.
 
         Args:
-            rows: bool [n, R], regions that the image shows.
+            rows: bool [n, R], regions that the image shows; or float in [0, 1], how much it shows of each, through which gradients
+                flow (not with a weight on the effectiveness). An image with gradients counts as three.
 
         Returns:
             float32 [n] each.
@@ -175,7 +176,7 @@ class SubmodularObjective:
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [n, C] and, where the consistency needs them, features [n, D] of the given subsets, all counted."""
-        self.evaluations += len(rows)
+        self._count(rows)
         if self._feature is None:
             parts = [self._classifier.logits(inputs) for inputs in self._masked.parts(rows)]
             return torch.cat(parts) if parts else torch.zeros(0, self._classifier.num_classes, device=rows.device), None
@@ -198,8 +199,11 @@ class SubmodularObjective:
         if self._confidence_classifier is None:
             return logits
         parts = [self._confidence_classifier.logits(inputs) for inputs in self._masked.parts(rows)]
-        self.evaluations += len(rows)
+        self._count(rows)
         return torch.cat(parts).to(logits.device)
+
+    def _count(self, rows: Tensor) -> None:
+        self.evaluations += len(rows) * (3 if rows.requires_grad else 1)  # forward and back
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import attribution as at
 from attribution.budget import (
@@ -273,6 +274,92 @@ def test_regions_around_one_centre(cnn: at.Classifier) -> None:
     labels[6:10, 6:10] = 3
     found = at.explain(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)), cnn, regions=labels, search="budget")
     assert sorted(found.order.tolist()) == [0, 1, 2, 3]
+
+
+class Spread(nn.Module):
+    """Class 1 by how bright each of 16 cells is, with weights that no two share; the model of a white box."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randperm(16, generator=torch.Generator().manual_seed(3)).float() / 16 - 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = 3 * nn.functional.avg_pool2d(x.mean(dim=1), 2).flatten(1) @ self.weights
+        return torch.stack([torch.zeros_like(score), score - 2], dim=1)
+
+
+def white_box(module: nn.Module, evaluations: int, **options: Any) -> at.Explanation:
+    classifier = at.Classifier(module, size=8)
+    options = {"search_options": {"gradients": True}, "regions": "grid", "region_options": {"rows": 4, "columns": 4}, **options}
+    return at.explain(torch.ones(3, 8, 8), classifier, 1, search="budget", evaluations=evaluations, **options)
+
+
+@pytest.mark.parametrize("evaluations", [24, 48, 63])
+def test_gradients_find_the_order_with_fewer_images_than_halving(evaluations: int) -> None:
+    module = Spread()
+    wanted = module.weights.detach().argsort(descending=True).tolist()
+    with torch.no_grad():  # a caller's mode does not matter
+        found = white_box(module, evaluations)
+    assert found.order.tolist() == wanted
+    assert found.evaluations == evaluations // 24 * 24
+    assert module.weights.grad is None and module.weights.requires_grad
+    halved = white_box(Spread(), evaluations, search_options={})
+    assert found.insertion_auc - found.deletion_auc >= halved.insertion_auc - halved.deletion_auc
+
+
+@pytest.mark.parametrize(
+    "weights", [WEIGHTS, at.ScoreWeights(1.0, 0.0, 0.0), at.ScoreWeights(0.0, 1.0, 0.0), at.ScoreWeights(2.0, 1.0, 0.5)]
+)
+def test_a_slope_is_that_of_finite_differences(vit: at.Classifier, small_cat: Tensor, weights: at.ScoreWeights) -> None:
+    labels = at.make_regions(small_cat, "grid", rows=2, columns=2).labels
+    masked = at.MaskedInputs(vit, small_cat, labels, torch.full_like(small_cat, 0.5))
+    objective = at.SubmodularObjective(vit, masked, 3, weights)
+    sets = _Sets(objective, 1000)
+    places = torch.tensor([[0.3], [0.6]])
+
+    def value(scores: Tensor) -> float:
+        with torch.no_grad():
+            shown, hidden = objective.parts(places + scores), objective.parts(1 - places - scores)
+        return float((shown[0].double() + hidden[1].double()).mean())
+
+    scores = torch.zeros(4, requires_grad=True)
+    before = objective.evaluations
+    slope = sets.slope(scores, places + scores)
+    assert objective.evaluations - before == sets.used == 1000 - sets.left == 6 * sum(objective.needed)
+    steps = 0.002 * torch.eye(4)
+    expected = torch.tensor([(value(step) - value(-step)) / 0.004 for step in steps])
+    assert torch.allclose(slope, expected, rtol=0.05, atol=5e-3)
+    assert float(slope.abs().max()) > 0.05
+
+
+def test_gradients_of_several_fills_and_larger_budgets(vit: at.Classifier, small_cat: Tensor) -> None:
+    options = {"regions": "grid", "region_options": {"count": 16}, "search": "budget"}
+    for fill, cost in (("gray", 1), ("black+blur", 2)):
+        for images, softened in ((20, False), (50, True), (64, False), (150, False)):
+            white, black = (
+                at.explain(small_cat, vit, fill=fill, evaluations=images * cost, search_options={"gradients": gradients}, **options)
+                for gradients in (True, False)
+            )
+            assert (white.order.tolist() != black.order.tolist()) == softened and white.evaluations <= images * cost
+            assert not softened or white.evaluations == 48 * cost
+
+
+def test_gradients_are_refused_where_there_are_none(vit: at.Classifier, small_cat: Tensor) -> None:
+    for model, options, message in (
+        (lambda x: Spread()(x).detach().numpy(), {}, "none flow through this model"),
+        (Spread(), {"search_options": {"gradients": True, "start": list(range(16))}}, "gradients=True and a start"),
+    ):
+        with pytest.raises(at.UserError, match=message):
+            white_box(model, 48, **options)
+    cells: dict[str, Any] = {"regions": "grid", "region_options": {"rows": 8, "columns": 8}, "search_options": {"gradients": True}}
+    with pytest.raises(at.UserError, match="without a weight on the effectiveness"):
+        at.explain(small_cat, vit, search="budget", evaluations=100, weights=at.ScoreWeights(1.0, 1.0, 0.0, 1.0), **cells)
+    with pytest.raises(at.NotApplicable, match="fill 'drop' shows a patch or not"):
+        at.explain(small_cat, vit, fill="drop", search="budget", evaluations=100, **cells)
+    with pytest.raises(at.UserError, match="an objective that has none"):
+        run(bare_objective(10), 30, gradients=True)  # type: ignore[arg-type]
+    with torch.inference_mode(), pytest.raises(at.UserError, match="call it outside"):
+        white_box(Spread(), 48)
 
 
 def test_scores_below_zero_do_not_turn_the_order_round() -> None:

@@ -24,8 +24,8 @@ from evaluation.pareto.summary import pareto_csv, summarise_pareto
 from evaluation.perturbation import Protocol
 from evaluation.records import RecordLog, open_log
 
-METHODS = ("budget", "bidirectional", "bidirectional 1:1", "polished", "rise", "kernel_shap", "hsic", "occlusion")
-BUDGETS = (10, 40, 60, 90, 120)
+METHODS = ("budget", "budget gradients", "bidirectional", "bidirectional 1:1", "polished", "rise", "kernel_shap", "hsic", "occlusion")
+BUDGETS = (10, 30, 40, 60, 90, 120)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,9 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
             point = by_name["budget", budget]
             assert (point.insertion, point.deletion) == pytest.approx(measured(shell), abs=1e-6)
             assert point.evaluations == last.evaluations
+        explained = {"regions": regions, "search": "budget", "search_options": {"gradients": True}, "seed": own}
+        check(by_name["budget gradients", 30], at.explain(found.image, classifier, found.label, evaluations=30, **explained))
+        assert by_name["budget gradients", 120].difference == by_name["budget", 120].difference
         # all prefixes are known by then; the study takes the last whole round within the budget, the search what it knows at its end
         whole = at.explain(found.image, classifier, found.label, regions=regions, search="budget", evaluations=120, seed=own)
         insertion, deletion = measured(whole)

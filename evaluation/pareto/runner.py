@@ -26,7 +26,7 @@ from evaluation.benchmark import sample_seed
 from evaluation.dataset import ImageDataset
 from evaluation.grids.runner import identity_of
 from evaluation.opening import named_data
-from evaluation.pareto.settings import BALANCED_SUFFIX, POLISHED, REFERENCE, SAMPLED, ParetoResults, ParetoSettings, Point
+from evaluation.pareto.settings import BALANCED_SUFFIX, POLISHED, REFERENCE, SAMPLED, WHITE_BOX, ParetoResults, ParetoSettings, Point
 from evaluation.perturbation import Protocol, perturbation_curves
 from evaluation.records import Record, digest_of, open_log, read_log
 
@@ -150,7 +150,7 @@ class _Case:
         """The method within each budget, or as it is where its cost cannot be chosen; None where the budget is not enough."""
         if not budgets:
             return
-        if method == "budget":
+        if method in ("budget", WHITE_BOX):
             objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
             shared = [budget for budget in budgets if budget >= anytime_from(objective)]
             for budget in [each for each in budgets if each not in shared]:
@@ -189,7 +189,7 @@ class _Case:
         if waiting and waiting[-1] > spent:
             objective = SubmodularObjective(self.classifier, self.masked, self.target, BALANCED)
             first = None if start is None else start.tolist()
-            for found in search_orders(objective, evaluations=limit, start=first, seed=self.seed):
+            for found in search_orders(objective, evaluations=limit, start=first, seed=self.seed, gradients=method == WHITE_BOX):
                 while waiting and found.evaluations + spent > waiting[0]:
                     yield waiting[0], self._ordered(method, waiting[0], spent, before)
                     waiting.pop(0)

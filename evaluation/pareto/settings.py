@@ -15,6 +15,7 @@ SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS who
 BALANCED_SUFFIX = " 1:1"  # of a search with weights 1 and 1, as the search by budget has them
 SAMPLED_BUDGETS = (64, 256, 1024, 2590)
 POLISHED = "polished"
+WHITE_BOX = "budget gradients"
 REFERENCE = "bidirectional"
 
 
@@ -28,7 +29,8 @@ class ParetoSettings:
         regions: a key of ``REGIONS``.
         count: R, about how many regions.
         fill: what hides regions while methods work, and in the curves.
-        methods: keys of ``SEARCHES`` (with " 1:1" for balanced weights), "polished", or of ``SAMPLED``.
+        methods: keys of ``SEARCHES`` (with " 1:1" for balanced weights), "polished", "budget gradients" (the search by budget with
+            them), or of ``SAMPLED``.
         budgets: evaluations of the search by budget and of polishing, ascending.
         sampled_budgets: those of ``SAMPLED``, each of which is a run of its own.
         samples: so many images, the first of a seeded permutation that the model gets right with enough confidence.
@@ -51,7 +53,7 @@ class ParetoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = [*SEARCHES, *(f"{name}{BALANCED_SUFFIX}" for name in SEARCHES), POLISHED, *SAMPLED]
+        known = [*SEARCHES, *(f"{name}{BALANCED_SUFFIX}" for name in SEARCHES), POLISHED, WHITE_BOX, *SAMPLED]
         if unknown := [name for name in self.methods if name not in known]:
             raise UserError(f"unknown methods {', '.join(unknown)}: expected some of {', '.join(known)}")
         if self.regions not in REGIONS:
@@ -68,7 +70,7 @@ class ParetoSettings:
         """Budgets that the method is measured within; 0 alone for a search that cannot be told."""
         if method in SAMPLED:
             return self.sampled_budgets
-        return self.budgets if method in ("budget", POLISHED) else (0,)
+        return self.budgets if method in ("budget", POLISHED, WHITE_BOX) else (0,)
 
     @property
     def partition(self) -> str:
