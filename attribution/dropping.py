@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models import vision_transformer
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
 from attribution.errors import NotApplicable, UserError
@@ -125,6 +122,10 @@ class _Dropping(Wrapping):
 
 def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
     """First block, number of tokens before those of patches, and (height, width) of a patch."""
+    from timm.layers import PatchEmbed
+    from timm.models import vision_transformer
+    from torchvision.models import VisionTransformer
+
     module: Any = classifier.module
     if isinstance(module, vision_transformer.VisionTransformer):
         if module.global_pool != "token" or not module.num_prefix_tokens:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from attribution.errors import UserError, describe
 
@@ -132,6 +131,8 @@ def _constant(image: Tensor, colour: list[float]) -> Tensor:
 
 def _blurred(image: Tensor) -> Tensor:
     """Gaussian blur with a standard deviation of 1/20 of the long side: shapes of objects are gone, colours stay."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
     height, width = image.shape[-2:]
     sigma = max(height, width) / 20
     sizes = []

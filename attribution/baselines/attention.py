@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from attribution.baselines.task import Task
 from attribution.errors import NotApplicable
 from attribution.hooks import replaced_forwards
 
-_TIMM: tuple[type[nn.Module], ...] = (vision_transformer.Attention,)
 MatrixProduct = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -61,7 +59,9 @@ def attention_modules(task: Task, method: str) -> list[nn.Module]:
     Raises:
         UserError: none, or an attention of another kind (windows, convolutions, relative positions).
     """
-    modules = [m for m in task.module.modules() if isinstance(m, (*_TIMM, nn.MultiheadAttention))]
+    from timm.models import vision_transformer
+
+    modules: list[nn.Module] = [m for m in task.module.modules() if isinstance(m, (vision_transformer.Attention, nn.MultiheadAttention))]
     others = sorted({type(m).__name__ for m in task.module.modules() if "Attention" in type(m).__name__ and m not in modules})
     if others or not modules:
         has = f"attention of type {', '.join(others)}" if others else "no attention"

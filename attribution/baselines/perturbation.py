@@ -17,7 +17,6 @@ from captum._utils.models.linear_model import SkLearnLasso, SkLearnRidge
 from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import Tensor
 from torch.quasirandom import SobolEngine
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from attribution.baselines.task import Output, Task, enlarged, seeded
 from attribution.classifier import even_chunks
@@ -269,6 +268,8 @@ def sobol(
     masks = sobol_design(points).to(task.inputs)
     score, behind = task.score_of(output), task.baseline
     if perturbation == "blurring":
+        from torchvision.transforms.v2.functional import gaussian_blur
+
         side = 2 * min(5, (min(task.size) - 1) // 2) + 1
         behind = gaussian_blur(task.inputs, [side, side], [3.0, 3.0])
     parts = []

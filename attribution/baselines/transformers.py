@@ -10,10 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
-from timm.models import vision_transformer
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 from attribution.baselines import rules
 from attribution.baselines.attention import AttentionRules, attention_modules, open_attention, reads_class_token
@@ -23,7 +20,7 @@ from attribution.errors import NotApplicable, UserError
 from attribution.hooks import replaced_forwards
 
 _ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU)
-_RULED = (*_ACTIVATIONS, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout, nn.Flatten, nn.Identity, DropPath, LayerScale)
+_RULED = (*_ACTIVATIONS, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout, nn.Flatten, nn.Identity)
 
 
 def attention_rollout(task: Task) -> Tensor:
@@ -141,6 +138,10 @@ def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05
 
 def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
     """Relevance of every attention matrix, by rules in the place of gradients (Chefer et al., CVPR 2021, section 3.1)."""
+    from timm.layers import LayerScale
+    from timm.models import vision_transformer
+    from torchvision.models.vision_transformer import EncoderBlock
+
     name = "transformer_attribution(variant='lrp')"
     _refuse_layers_without_rule(task, name)
     if task.classifier._probe[1] or hasattr(task.classifier, "_base"):
@@ -176,8 +177,10 @@ def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
 
 def _refuse_layers_without_rule(task: Task, name: str) -> None:
     """Only networks whose every layer has a rule: elsewhere the plain gradient would pass silently."""
+    from timm.layers import DropPath, LayerScale
+
     calls = module_calls(task, (nn.Module,))
-    unknown = {type(m).__name__ for m in calls if not list(m.children()) and not isinstance(m, _RULED)}
+    unknown = {type(m).__name__ for m in calls if not list(m.children()) and not isinstance(m, (*_RULED, DropPath, LayerScale))}
     unknown |= {type(m).__name__ for m in calls if "glu" in type(m).__name__.lower() and list(m.children())}
     unknown |= {"gated attention" for m in calls if getattr(m, "gate", None) is not None}
     ran = operations(task)
