@@ -35,7 +35,7 @@ _BACKWARD = 3  # images that one forwarded with its gradient counts as
 _LEVELS = 4  # prefixes, each with its complement, that a step of ``soften`` looks at
 _SOFTNESS = 0.3  # of their borders; the scores of regions run from -2 to 2 at first
 _RATE = 0.6  # of Adam
-_SOFTENED = 4  # images a region, two of each half, from which on elimination does better than gradients
+_SOFTENED = 1.5  # images a region of both halves; with more, elimination does better than gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -533,8 +533,8 @@ def search_orders(
         evaluations: N, images forwarded at most.
         start: an order to begin with; by default one is made by backward elimination.
         seed: of the windows.
-        gradients: white box: ``soften`` where the budget is below 4 images a region. It pays where gradients of the model tell much,
-            as those of transformers do. Larger budgets are spent as without it.
+        gradients: white box: ``soften`` where the budget is at most 1.5 images a region. It may pay where gradients of the model tell
+            much, as those of transformers do. Larger budgets are spent as without it.
 
     Yields:
         ``Found``, at least one. Once all prefixes are known (with ``start``, from the first on) the value never falls. A budget below
@@ -562,7 +562,7 @@ def search_orders(
         if start is None:
             hurried = evaluations < anytime_from(sets.objective)
             a_step = _BACKWARD * _LEVELS * sum(sets.needed) * sets.objective.cost
-            if gradients and a_step <= evaluations < _SOFTENED / 2 * sum(sets.needed) * sets.size * sets.objective.cost:
+            if gradients and a_step <= evaluations <= _SOFTENED / 2 * sum(sets.needed) * sets.size * sets.objective.cost:
                 begin = soften(sets, seed)
             else:
                 begin = halve(sets, *_pace(sets)) if hurried else eliminate(sets)
