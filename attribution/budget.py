@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attribution.errors import UserError, describe
+from attribution.objective import WITH_GRADIENT
 
 _TIE = 1e-9  # gains below this are rounding
 _WINDOW = 12  # places of an order that are filled again together
@@ -31,7 +32,6 @@ _COMPANIONS = 16  # where elimination goes in large steps, one region of so many
 _PACES = ((0.5, 1.0, False), (0.5, 1.0, True), (0.34, 0.6, True), (0.25, 0.6, True))  # of ``halve``, the cheapest first
 _UNHURRIED = 6  # images a region, three of each half, from which on elimination goes one by one
 _UNBOUNDED = 24  # the same where no bound of F is known
-_BACKWARD = 3  # images that one forwarded with its gradient counts as
 _LEVELS = 4  # prefixes, each with its complement, that a step of ``soften`` looks at
 _SOFTNESS = 0.3  # of their borders; the scores of regions run from -2 to 2 at first
 _RATE = 0.6  # of Adam
@@ -132,7 +132,7 @@ class _Sets:
             _Spent: the budget does not reach.
             UserError: no gradients flow through the objective.
         """
-        cost = _BACKWARD * self.objective.cost * len(gates) * sum(self.needed)
+        cost = self.slope_cost(len(gates))
         if cost > self.left:
             raise _Spent
         rows = torch.cat([each for each, needed in zip((gates, 1 - gates), self.needed, strict=True) if needed])
@@ -143,6 +143,10 @@ class _Sets:
         if not value.requires_grad:
             raise UserError("gradients=True, but none flow through this model: expected an nn.Module; for a black box leave them away")
         return torch.autograd.grad(value, scores)[0]
+
+    def slope_cost(self, count: int) -> int:
+        """What the gradient over so many soft subsets counts as, in images."""
+        return WITH_GRADIENT * self.objective.cost * count * sum(self.needed)
 
     def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
         """Index of the subset with the highest F in each group, of equals one that was tried first.
@@ -213,12 +217,12 @@ class _Sets:
             subset = before
         return best[::-1]
 
-    def chain_known(self, order: Sequence[int]) -> bool:
-        return all(map(self.known, self.chain(order)))
+    def all_known(self, chain: Sequence[int]) -> bool:
+        return all(map(self.known, chain))
 
     def found(self, order: Sequence[int]) -> Found:
         chain = self.chain(order)
-        value = self.mean(chain) if all(map(self.known, chain)) else math.nan
+        value = self.mean(chain) if self.all_known(chain) else math.nan
         return Found(torch.tensor(order, dtype=torch.int64), value, self.used)
 
     def rows(self, subsets: Sequence[int]) -> Tensor:
@@ -561,8 +565,7 @@ def search_orders(
     try:
         if start is None:
             hurried = evaluations < anytime_from(sets.objective)
-            a_step = _BACKWARD * _LEVELS * sum(sets.needed) * sets.objective.cost
-            if gradients and a_step <= evaluations <= _SOFTENED / 2 * sum(sets.needed) * sets.size * sets.objective.cost:
+            if gradients and sets.slope_cost(_LEVELS) <= evaluations <= _SOFTENED / 2 * sum(sets.needed) * sets.size * sets.objective.cost:
                 begin = soften(sets, seed)
             else:
                 begin = halve(sets, *_pace(sets)) if hurried else eliminate(sets)
@@ -574,7 +577,7 @@ def search_orders(
             order = better
             yield sets.found(order)
     except _Spent:
-        yield sets.found(sets.best_chain(order) if sets.chain_known(order) else order)
+        yield sets.found(sets.best_chain(order) if sets.all_known(sets.chain(order)) else order)
 
 
 def default_budget(objective: Any) -> int:

@@ -15,6 +15,8 @@ from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
 from attribution.masking import MaskedInputs
 
+WITH_GRADIENT = 3  # images that one counts as, forward and back
+
 
 @dataclass(frozen=True)
 class ScoreWeights:
@@ -203,7 +205,7 @@ class SubmodularObjective:
         return torch.cat(parts).to(logits.device)
 
     def _count(self, rows: Tensor) -> None:
-        self.evaluations += len(rows) * (3 if rows.requires_grad else 1)  # forward and back
+        self.evaluations += len(rows) * (WITH_GRADIENT if rows.requires_grad else 1)
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]

@@ -233,9 +233,7 @@ class BenchmarkSettings:
         """What hides pixels while methods and searches work."""
         if self.method_fill is not None:
             return self.method_fill
-        fixed = [
-            protocol.fill for protocol in self.protocols if not isinstance(protocol.fill, str) or protocol.fill not in ("linear", DROP)
-        ]
+        fixed = [protocol.fill for protocol in self.protocols if not (isinstance(protocol.fill, str) and protocol.fill in ("linear", DROP))]
         return fixed[0] if fixed else "black"
 
     @property
