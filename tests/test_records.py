@@ -80,12 +80,19 @@ def test_not_a_number_is_no_json(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
+    """Neither while the other holds the lock nor the other way round."""
     path = tmp_path / "records.jsonl"
-    program = f"from evaluation.records import open_log\nfrom pathlib import Path\nwith open_log(Path({str(path)!r})): pass"
+    take = "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    program = f"import fcntl\nfile = open({str(path)!r}, 'ab')\n{take}\nprint('held', flush=True)\ninput()"
+    other = [sys.executable, "-c", program]
     with open_log(path):
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "is open in another process" in result.stderr
+        result = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in result.stderr
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(at.UserError, match="is open in another process"), open_log(path):
+            pass
+        process.communicate("\n")
     write(path, 1)
 
 
