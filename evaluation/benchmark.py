@@ -81,7 +81,7 @@ class _Run:
         for model, name in zip(settings.models, settings.model_names, strict=True):
             classifier = self._classifier(model)
             size, names, digest = classifier.preprocessing.size, classifier.class_names, classifier.weights_digest
-            models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names)}
+            models[name] = {"weights_digest": digest, "size": list(size), "class_names": list(names), "precision": classifier.precision}
             dataset = named_data(settings, names)
             identity = identity_of(classifier, name)
             chosen = list(self._choose(classifier, dataset)) if settings.measured() else []

@@ -250,7 +250,8 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
     cut = ", ".join(f"{key} {value}" for key, value in plain["region_options"].items())
     chosen = {"all": "", "correct": ", only those that the model gets right", "wrong": ", only those that the model gets wrong"}
     models = [
-        f"{name}: input {info['size'][0]} x {info['size'][1]}, {len(info['class_names'])} classes, weights {info['weights_digest']}"
+        f"{name}: input {info['size'][0]} x {info['size'][1]}, {len(info['class_names'])} classes, weights {info['weights_digest']}, "
+        f"computed in {info['precision']}"
         for name, info in results.models.items()
     ]
     seeds = f"; stochastic methods ran with {settings.seeds} seeds, tables show the first" if settings.seeds > 1 else ""
@@ -441,7 +442,7 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
         "settings": settings.plain(),
         "protocols": {protocol.label(): protocol.settings() for protocol in settings.protocols},
         "versions": versions(),
-        "models": {name: {key: info[key] for key in ("weights_digest", "size")} for name, info in results.models.items()},
+        "models": {name: {key: info[key] for key in ("weights_digest", "size", "precision")} for name, info in results.models.items()},
         "samples": {model: list(samples) for model, samples in results.samples.items()},
         "grids": None
         if results.grid_set is None

@@ -729,6 +729,7 @@ def test_the_command(run_command: Run, animals: Path, tmp_path: Path) -> None:
     assert names >= {"records.jsonl", "explanations", "failures.csv", "pairs.csv", "failures.json", "atlas.html"}
     plain = json.loads((tmp_path / "failures.json").read_text(encoding="utf-8"))
     assert plain["looked_at"] == 6 and len(plain["failures"]) == 2
+    assert plain["model"]["name"] == "zoo:cnn" and plain["model"]["precision"] == "float32"
     before = (tmp_path / "failures.json").read_bytes()
     assert run_command(*arguments)[0] == 0
     assert (tmp_path / "failures.json").read_bytes() == before

@@ -192,6 +192,7 @@ def test_the_tables_hold_what_was_measured(results: runner.NeuronResults, tmp_pa
         with Image.open(figure) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
     plain = json.loads(files.json.read_text(encoding="utf-8"))
+    assert plain["model"]["precision"] == "float32"
     assert [c["name"] for c in plain["classes"]] == list(NAMES)
     assert plain["classes"][0]["path"] == summary.class_paths[0].tolist()
 

@@ -89,7 +89,8 @@ def synthetic(
         Failure(models[0], "class/1.png", methods[1], 0, f"RuntimeError: {HOSTILE}"),
         Failure(models[0], "", "attention_rollout", 0, "it has no attention", refused=True),
     )
-    names = {model: {"weights_digest": "0123abcd", "size": [16, 16], "class_names": ["cat", HOSTILE]} for model in models}
+    facts = {"weights_digest": "0123abcd", "size": [16, 16], "class_names": ["cat", HOSTILE], "precision": "bfloat16"}
+    names = dict.fromkeys(models, facts)
     return Results(settings, names, dict.fromkeys(models, samples), tuple(scores), tuple(explained), failures, folder)
 
 
@@ -293,7 +294,9 @@ def test_csv_and_json_hold_the_numbers(summary: Summary, files: ReportFiles) -> 
         "model": "m", "metric": "insertion", "protocol": BLACK, "direction": "higher", "best": "bidirectional", "not_separated": []
     }  # fmt: skip
     assert found["agreements"][0]["tau"] == -1  # the other fill turns the ranking round
-    assert found["models"]["m"]["weights_digest"] == "0123abcd" and "captum" in found["versions"]
+    assert found["models"]["m"] == {"weights_digest": "0123abcd", "size": [16, 16], "precision": "bfloat16"}
+    assert "weights 0123abcd, computed in bfloat16" in files.html.read_text(encoding="utf-8")
+    assert "captum" in found["versions"]
     assert found["failures"][0]["reason"] == f"RuntimeError: {HOSTILE}" and found["refused"][0]["method"] == "attention_rollout"
 
 

@@ -428,7 +428,11 @@ def plain_summary(summary: FailureSummary) -> dict[str, Any]:
     return {
         "settings": results.settings.plain(),
         "versions": versions(),
-        "model": {"name": results.classifier.name, "weights_digest": results.classifier.weights_digest},
+        "model": {
+            "name": results.classifier.name,
+            "weights_digest": results.classifier.weights_digest,
+            "precision": results.classifier.precision,
+        },
         "looked_at": results.looked_at,
         "right": results.right,
         "explained": len(results.failures),

@@ -246,6 +246,7 @@ def plain_summary(summary: NeuronSummary) -> dict[str, Any]:
         "model": {
             "name": results.classifier.name,
             "weights_digest": results.classifier.weights_digest,
+            "precision": results.classifier.precision,
             "layers": list(results.layers.names),
             "width": results.layers.width,
             "neurons_at": results.layers.place,
