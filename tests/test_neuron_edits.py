@@ -15,7 +15,7 @@ from torch import Tensor
 
 import attribution as at
 from attribution.neurons import EDITS, edited_probabilities, edited_probability, find_neurons, mean_activations, pruned_probabilities
-from attribution.neurons.edits import mean_logit_change
+from attribution.neurons.edits import mean_logit_changes
 
 PATHS = torch.tensor([[1, 2, 3], [4, 4, 4], [11, 0, 5]])
 
@@ -173,17 +173,19 @@ def test_the_mean_of_one_image_changes_nothing() -> None:
     assert torch.allclose(found, used.probabilities(inputs), atol=1e-6)
 
 
-def test_mean_logit_change() -> None:
+def test_mean_logit_changes() -> None:
     toy = ToyTransformer(seed=7, pooled=True)
     inputs = toy_images(5)
-    change, activation = mean_logit_change(toy_classifier(toy, batch_size=2), inputs, 1, 4)
+    changes, activations = mean_logit_changes(toy_classifier(toy, batch_size=2), inputs, 1, [4, 0])
+    for unit, change in zip((4, 0), changes, strict=True):
 
-    def removed(layer: int, hidden: Tensor) -> Tensor:
-        return hidden.index_fill(2, torch.tensor([4]), 0) if layer == 1 else hidden
+        def removed(layer: int, hidden: Tensor, unit: int = unit) -> Tensor:
+            return hidden.index_fill(2, torch.tensor([unit]), 0) if layer == 1 else hidden
 
-    with torch.no_grad():
-        assert torch.allclose(change, (toy(inputs, toy.at_tokens(removed)) - toy(inputs)).mean(dim=0), atol=1e-5)
-    assert activation == pytest.approx(float(mean_activations(toy_classifier(toy), inputs)[1, 4]), abs=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(change, (toy(inputs, toy.at_tokens(removed)) - toy(inputs)).mean(dim=0), atol=1e-5)
+    assert torch.allclose(activations, torch.as_tensor(mean_activations(toy_classifier(toy), inputs)[1, [4, 0]]), atol=1e-5)
+    assert [len(found) for found in mean_logit_changes(toy_classifier(toy), inputs, 1, [])] == [0, 0]
 
 
 # Pruning

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attribution.classifier import Classifier, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import frozen_parameters, record_inputs, record_outputs
-from attribution.neurons.edits import mean_logit_change
+from attribution.neurons.edits import mean_logit_changes
 from attribution.neurons.layers import NeuronLayers, find_neurons
 from attribution.neurons.path import rows_at_once
 
@@ -128,12 +128,12 @@ class NeuronDecoder:
             float64 [len(units)], 1 where a removed neuron changes the logits just as decoded; a neuron that is mostly negative
             changes them the other way, which its mean activation's sign accounts for. NaN where nothing changes.
         """
+        changes, activations = mean_logit_changes(self.classifier, inputs, layer, units, layers=self.layers)
         found = []
-        for unit in units:
-            change, activation = mean_logit_change(self.classifier, inputs, layer, int(unit), layers=self.layers)
+        for unit, change, activation in zip(units, changes.numpy(), activations.tolist(), strict=True):
             direct = (-np.sign(activation) * self.effects(layer, [int(unit)])[0]).numpy()
-            varies = np.ptp(direct) > 0 and np.ptp(change.numpy()) > 0
-            found.append(stats.spearmanr(direct, change.numpy()).statistic if varies else np.nan)
+            varies = np.ptp(direct) > 0 and np.ptp(change) > 0
+            found.append(stats.spearmanr(direct, change).statistic if varies else np.nan)
         return np.array(found)
 
 

@@ -156,26 +156,29 @@ def mean_activations(classifier: Classifier, inputs: Tensor, *, layers: NeuronLa
     return (total / max(1, len(inputs))).float()
 
 
-def mean_logit_change(
-    classifier: Classifier, inputs: Tensor, layer: int, unit: int, *, layers: NeuronLayers | None = None
-) -> tuple[Tensor, float]:
-    """What removing one neuron does to the logits, float32 [C] (edited - clean, mean over images), and its mean activation."""
+def mean_logit_changes(
+    classifier: Classifier, inputs: Tensor, layer: int, units: Sequence[int], *, layers: NeuronLayers | None = None
+) -> tuple[Tensor, Tensor]:
+    """What removing each neuron alone does to the logits, float32 [len(units), C] (edited - clean, mean over images).
+
+    And their mean activations, float32 [len(units)].
+    """
     layers = find_neurons(classifier) if layers is None else layers
-
-    def removed(hidden: Tensor, at: int, _rows: Tensor) -> Tensor:
-        if at != layer:
-            return hidden
-        changed = hidden.clone()
-        changed[:, :, unit] = 0
-        return changed
-
-    changed = _run(classifier, inputs, layers, removed, classifier.logits)
     clean, activations = [], []
     for rows in even_chunks(torch.arange(len(inputs)), rows_at_once(classifier)):
         with torch.no_grad(), layers.recorded() as hidden:
             clean.append(classifier.logits(inputs[rows]).cpu())
-        activations.append(layers.at_tokens(hidden[layer])[:, :, unit].float().mean(dim=1).cpu())
-    return (changed - torch.cat(clean)).mean(dim=0), float(torch.cat(activations).mean())
+        activations.append(layers.at_tokens(hidden[layer])[:, :, list(units)].float().mean(dim=1).cpu())
+    usual = torch.cat(clean).mean(dim=0)
+
+    def without(unit: int) -> Tensor:
+        def removed(hidden: Tensor, at: int, _rows: Tensor) -> Tensor:
+            return hidden.index_fill(2, torch.tensor([unit], device=hidden.device), 0) if at == layer else hidden
+
+        return _run(classifier, inputs, layers, removed, classifier.logits).mean(dim=0)
+
+    changes = [without(int(unit)) - usual for unit in units]
+    return torch.stack(changes) if changes else usual.new_empty(0, len(usual)), torch.cat(activations).mean(dim=0)
 
 
 def _run(
