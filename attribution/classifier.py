@@ -251,6 +251,11 @@ class Classifier:
             self.precision = own
 
     @property
+    def chain(self) -> tuple[Classifier, ...]:
+        """This classifier, the one that it has compute, and so on, down to the one that runs the module."""
+        return (self,)
+
+    @property
     def device(self) -> torch.device:
         """Where the module's parameters lie; the CPU for a callable without any."""
         if isinstance(self.module, nn.Module):
@@ -535,6 +540,10 @@ class Wrapping(Classifier):
     """A classifier that has another one compute: in the precision of that one."""
 
     _base: Classifier
+
+    @property
+    def chain(self) -> tuple[Classifier, ...]:
+        return (self, *self._base.chain)
 
     @property
     def precision(self) -> str:

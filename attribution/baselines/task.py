@@ -133,13 +133,10 @@ class Task:
     @contextmanager
     def rows_together(self, rows: int) -> Iterator[None]:
         """Forward so many rows in one batch, whatever the batch size of the classifier or of the one whose features it reads."""
-        own: dict[Classifier, int] = {}
-        each: Classifier | None = self.classifier
-        while each is not None:
-            own[each] = each.batch_size
-            each.batch_size = max(rows, own[each])
-            each = getattr(each, "_base", None)
+        own = {each: each.batch_size for each in self.classifier.chain}
         try:
+            for each, size in own.items():
+                each.batch_size = max(rows, size)
             yield
         finally:
             for each, size in own.items():

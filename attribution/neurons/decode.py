@@ -251,8 +251,7 @@ class _Head:
 
 def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
     """Head, final normalisation and layer scales, verified on one image."""
-    base = getattr(classifier, "_base", None)
-    inner = classifier if base is None else base
+    inner = classifier.chain[-1]
     module, heads = inner.module, inner._heads
     assert isinstance(module, nn.Module)
     if not all(isinstance(head, nn.Linear) for head in heads):
@@ -288,7 +287,7 @@ def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
     if not inner._probe[1] and not torch.allclose(answers, logits.detach(), atol=1e-3):
         raise _refused(classifier, "its logits are not what its linear head returns")
     weight = torch.stack([head.weight.detach().float() for head in heads]).mean(dim=0)  # type: ignore[operator]
-    if base is not None:
+    if inner is not classifier:
         if classifier._normalize:  # type: ignore[attr-defined]
             raise _refused(classifier, "its scores are cosines, which no linear map gives")
         weight = classifier._scale * classifier._matrix.float()  # type: ignore[attr-defined]

@@ -457,10 +457,7 @@ class PathFinder:
 
 def rows_at_once(classifier: Classifier) -> int:
     """Most rows of one forward pass under hooks, which must meet them all at once: no classifier of a chain may split them."""
-    most, each = classifier.batch_size, getattr(classifier, "_base", None)
-    while each is not None:
-        most, each = min(most, each.batch_size), getattr(each, "_base", None)
-    return most
+    return min(each.batch_size for each in classifier.chain)
 
 
 def neuron_path(

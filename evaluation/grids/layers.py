@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attribution.baselines.layers import FeatureLayer, find_feature_layer, map_layers
 from attribution.baselines.task import Task
-from attribution.classifier import Classifier
+from attribution.classifier import Classifier, Wrapping
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import evaluation_mode, removed_after, stand_ins, stopped_after
 
@@ -442,11 +442,10 @@ def _passes_everything(probe: Probe, layer: FeatureLayer) -> bool:
 
 def _settle(classifier: Classifier) -> None:
     """Let a classifier find out what it finds out once: it must not run while stand-ins answer."""
-    classifier._probe  # noqa: B018
-    base = getattr(classifier, "_base", None)
-    if base is not None:
-        _settle(base)
-        base._heads  # noqa: B018
+    for each in classifier.chain:
+        each._probe  # noqa: B018
+    for each in classifier.chain[1:]:
+        each._heads  # noqa: B018
 
 
 def _for_parts(classifier: Classifier) -> Classifier:
@@ -456,9 +455,8 @@ def _for_parts(classifier: Classifier) -> Classifier:
     """
     made = copy.copy(classifier)
     made.batch_size = _ANY_BATCH
-    base = getattr(classifier, "_base", None)
-    if base is not None:
-        made._base = _for_parts(base)  # type: ignore[attr-defined]
+    if isinstance(made, Wrapping):
+        made._base = _for_parts(made._base)
     made.precision = "float32"
     return made
 

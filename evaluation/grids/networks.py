@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from attribution.baselines.layers import FeatureLayer
 from attribution.baselines.task import Task
-from attribution.classifier import Classifier, Preprocessing
+from attribution.classifier import Classifier, Preprocessing, Wrapping
 from attribution.errors import NotApplicable, UserError
 from attribution.image import make_fill
 from evaluation.grids.layers import (
@@ -425,9 +425,8 @@ def at_size(classifier: Classifier, size: tuple[int, int], module: nn.Module | C
         vars(made).pop("_heads", None)
     made.module = module
     made.preprocessing = replace(classifier.preprocessing, size=size, resize="squash", resized=None)
-    base = getattr(classifier, "_base", None)
-    if base is not None:
-        made._base = at_size(base, size, module)  # type: ignore[attr-defined]
+    if isinstance(made, Wrapping):
+        made._base = at_size(made._base, size, module)
     return made
 
 
