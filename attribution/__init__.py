@@ -9,6 +9,7 @@
 
 from attribution.baselines import METHOD_PRESETS, METHODS, attribute
 from attribution.classifier import Classifier
+from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, NotMisclassified, UserError
 from attribution.explain import explain, polish
 from attribution.explanation import Explanation
@@ -55,6 +56,7 @@ __all__ = [
     "explain",
     "explain_failure",
     "explain_many",
+    "follow_patches",
     "from_masks",
     "influence_pattern_path",
     "load_classifier",

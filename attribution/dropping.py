@@ -7,8 +7,11 @@ many tokens are forwarded together, so that the cost falls with what is hidden.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +19,11 @@ from torch import Tensor, nn
 from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import edited_inputs
+from attribution.regions import Regions
 
 DROP = "drop"
-_SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that a resize has blurred
+_SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that fall between pixels
+_LEAST_COVERED = 0.02  # share of a patch that must be of the image, not padding, for the patch to be hidden with it
 
 
 def is_drop(fill: Any) -> bool:
@@ -26,16 +31,61 @@ def is_drop(fill: Any) -> bool:
     return isinstance(fill, str) and fill == DROP
 
 
-def dropping(classifier: Classifier) -> Classifier:
+def dropping(classifier: Classifier, labels: Tensor) -> Classifier:
     """The same classifier on images of four channels, red green blue and hidden.
 
     Args:
         classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
+        labels: int64 [H, W], the regions that will be hidden, in the image; they follow the patches.
 
     Raises:
         NotApplicable: another model, with the reason.
+        UserError: regions that cut patches.
     """
-    return _Dropping(classifier)
+    return _Dropping(classifier, labels)
+
+
+def follow_patches(classifier: Classifier, regions: Regions) -> Regions:
+    """Regions along the borders of patches: each patch, as it lies in the image, goes to the region that has most of it.
+
+    What the model does not see of the image, beyond the crop, goes with the nearest patch.
+
+    Args:
+        classifier: see ``dropping``.
+        regions: of an image, [H, W] pixels.
+
+    Returns:
+        A partition of the same image, and the given one where it follows the patches already. Regions that have most of no patch
+        are gone.
+
+    Raises:
+        NotApplicable: a model without patches, with the reason.
+    """
+    patches, votes = _votes(classifier.preprocessing, _known(classifier)[2], regions.labels)
+    labels = torch.from_numpy(votes.argmax(axis=1))[patches]  # of equal ones the first
+    if torch.equal(labels, regions.labels):
+        return regions
+    _, numbers = labels.unique(return_inverse=True)
+    return Regions(numbers, regions.method, regions.requested)
+
+
+def _votes(way: Preprocessing, patch: tuple[int, int], labels: Tensor) -> tuple[Tensor, np.ndarray]:
+    """The patch that each pixel of the image lies in or next to, int64 [H, W], and how many pixels of each region, float64 [patches, R].
+
+    Pixels beyond the crop count for next to nothing: they decide where no others do.
+    """
+    labels = labels.cpu()
+    down, across = (side // length for side, length in zip(way.size, patch, strict=True))
+    rows, columns = way.positions(*labels.shape)
+    inside = ((rows >= 0) & (rows < way.size[0]))[:, None] & (columns >= 0) & (columns < way.size[1])
+    vertical, horizontal = (
+        (at / length).floor().long().clamp(0, count - 1) for at, length, count in ((rows, patch[0], down), (columns, patch[1], across))
+    )
+    patches = vertical[:, None] * across + horizontal
+    count = int(labels.max()) + 1
+    weights = inside.double() + 1e-9
+    found = torch.bincount((patches * count + labels).flatten(), weights.flatten(), minlength=down * across * count)
+    return patches, found.view(-1, count).numpy()
 
 
 def with_hidden(image: Tensor, hidden: float) -> Tensor:
@@ -46,12 +96,15 @@ def with_hidden(image: Tensor, hidden: float) -> Tensor:
 class _Dropping(Wrapping):
     """See ``dropping``."""
 
-    def __init__(self, base: Classifier) -> None:
+    def __init__(self, base: Classifier, labels: Tensor) -> None:
         self._first_block, self._prefix, self._patch = _known(base)
+        _check_regions(base, self._patch, labels)
         self.__dict__.update({name: value for name, value in base.__dict__.items() if name not in self.__dict__})
         way = base.preprocessing
         self.preprocessing = Preprocessing(way.size, (*way.mean, 0.0), (*way.std, 1.0), way.resize, way.resized, way.interpolation)
         self._base = base
+        covered = F.avg_pool2d(replace(way, mean=(0.0,), std=(1.0,))(torch.ones(1, 1, *labels.shape)), self._patch).flatten()
+        self._enough = torch.where(covered < _LEAST_COVERED, math.inf, covered / 2)  # what a resize pads around the image stays
 
     @property
     def num_classes(self) -> int:
@@ -107,17 +160,18 @@ class _Dropping(Wrapping):
         self._base.find_out(want_features)
 
     def _hidden_patches(self, hidden: Tensor) -> Tensor:
-        """bool [n, patches] of the fourth channel [n, 1, h, w]; what a resize pads around the image is not hidden."""
-        shares = F.avg_pool2d(hidden, self._patch).flatten(1)
-        unclear = (shares > _SLACK) & (shares < 1 - _SLACK)
-        if bool(unclear.any()):
-            down, across = (side // patch for side, patch in zip(self.preprocessing.size, self._patch, strict=True))
-            raise UserError(
-                f"fill 'drop' hides whole patches of {self._patch[0]}x{self._patch[1]} pixels, but regions cover "
-                f"{float(shares[unclear][0]):.0%} of one: give regions that follow the {down}x{across} patches of {self.name}, "
-                f"such as regions='grid' with rows={down}, columns={across} or divisors of these"
-            )
-        return shares > 0.5
+        """bool [n, patches] of the fourth channel [n, 1, h, w]: patches of which most is hidden."""
+        return F.avg_pool2d(hidden, self._patch).flatten(1) > self._enough.to(hidden)
+
+
+def _check_regions(classifier: Classifier, patch: tuple[int, int], labels: Tensor) -> None:
+    _, votes = _votes(classifier.preprocessing, patch, labels)
+    shares = votes.max(axis=1)[votes.any(axis=1)] / votes.sum(axis=1)[votes.any(axis=1)]
+    if (least := shares.min()) < 1 - _SLACK:
+        raise UserError(
+            f"fill 'drop' hides whole patches of {patch[0]}x{patch[1]} pixels, but no region has more than {least:.0%} of one of "
+            f"{classifier.name}: give regions by name, such as regions='grid', or at.follow_patches(classifier, regions)"
+        )
 
 
 def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:

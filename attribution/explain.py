@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attribution.budget import default_budget
 from attribution.classifier import Classifier
-from attribution.dropping import DROP, dropping, is_drop, with_hidden
+from attribution.dropping import DROP, dropping, follow_patches, is_drop, with_hidden
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
@@ -63,7 +63,8 @@ def explain(
             "budget" takes 1, 1, 0, 0 by default: what it then raises is Insertion - Deletion.
         fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
             fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own; or
-            "drop": the tokens of hidden patches leave a vision transformer's sequence (regions must follow its patches).
+            "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
+            ``follow_patches``).
         pending: p of the bidirectional search, default 8.
         evaluations: N, images that search "budget" may forward; 16 R by default, for each of several fills.
         seed: of searches that draw.
@@ -101,11 +102,13 @@ def explain(
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
     with classifier.forwarding(batch_size):
         loaded = original = load_image(image).cpu()
-        if isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions)):
+        if _is_method(regions):
             loaded = limit_size(loaded, max_side)
         published = isinstance(regions, str) and regions == chosen.regions
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
+        if drops(fill) and _is_method(regions):
+            cut = follow_patches(classifier, cut)
         photo_size = (original.shape[1], original.shape[2])
         masked = [masked_inputs(classifier, loaded, cut.labels, each, photo_size) for each in several_fills(fill)]
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
@@ -197,6 +200,11 @@ def polish(
     )
 
 
+def _is_method(regions: Any) -> bool:
+    """Whether these are a way to cut an image, not its regions."""
+    return isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions))
+
+
 def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
     """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
     return {
@@ -220,9 +228,8 @@ def masked_inputs(
         NotApplicable: "drop" with a model that is no vision transformer.
     """
     if is_drop(fill):
-        hiding = dropping(classifier)
-        blank = picture_of_fill(image, fill, classifier)
-        return hiding, MaskedInputs(hiding, with_hidden(image, 0.0), labels, with_hidden(blank, 1.0))
+        hiding = dropping(classifier, labels)  # shows what is left as it is: no paint bleeds into it through a resize
+        return hiding, MaskedInputs(hiding, with_hidden(image, 0.0), labels, with_hidden(image, 1.0))
     return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
 
 
@@ -240,6 +247,11 @@ def several_fills(fill: Fill) -> list[Fill]:
                 raise UserError(f"fill {fill!r} names one twice: give each once")
             return list(names)
     return [fill]
+
+
+def drops(fill: Fill) -> bool:
+    """Whether tokens are taken away under this fill, or under one of several."""
+    return any(map(is_drop, several_fills(fill)))
 
 
 def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
-from attribution.dropping import is_drop
 from attribution.errors import UserError
-from attribution.explain import explain, several_fills
+from attribution.explain import drops, explain
 from attribution.explanation import Explanation
 from attribution.image import ImageSource
 from attribution.loading import load_classifier
@@ -55,7 +54,7 @@ def explain_many(
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     if isinstance(together, bool) or not isinstance(together, int) or together < 1:
         raise UserError(f"together is {together!r}: expected a whole number of images, at least 1")
-    if any(map(is_drop, several_fills(options.get("fill", "black")))):
+    if drops(options.get("fill", "black")):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
         raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")

@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from attribution.baselines import attribute
 from attribution.classifier import Classifier
+from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
@@ -65,6 +67,7 @@ class _Run:
         self.explained: list[Explained] = []
         self.failures: list[Failure] = []
         self.refused: set[tuple[str, str]] = set()
+        self.not_measured: set[tuple[str, Measure]] = set()
         self.done = self.total = 0
 
     def run(self) -> Results:
@@ -176,6 +179,8 @@ class _Run:
         curves: dict[str, Path] = {}
         for measure, protocol in self.settings.measured():
             metric = METRICS[measure.metric]
+            if (judged.model, measure) in self.not_measured:
+                continue
             if metric.mask and judged.sample.mask is None:
                 self._fail(judged.failure(spec, seed, f"{measure.metric} needs to know where the object is: add a mask or box to the data"))
                 continue
@@ -185,6 +190,10 @@ class _Run:
                 case = case or judged.case(Explanation.load(path), spec, seed)
                 try:
                     self._measure(case, measure, protocol, judged.names(spec, seed), score_key, curve_path)
+                except NotApplicable as error:
+                    self.not_measured.add((judged.model, measure))
+                    self._fail(Failure(judged.model, "", measure.label, seed, str(error), refused=True))
+                    continue
                 except Broken as error:
                     self._fail(judged.failure(spec, seed, f"{measure.label}: {error}"))
                     continue
@@ -268,6 +277,9 @@ class _Judged:
         predicted = int(classifier.logits(classifier.inputs(image))[0].argmax())
         target = predicted if settings.target == "predicted" or sample.label is None else sample.label
         regions = make_regions(image, settings.regions, **settings.region_options)
+        if settings.drops:
+            with suppress(NotApplicable):  # what drops tokens says so itself, the rest is measured
+                regions = follow_patches(classifier, regions)
         return cls(classifier, settings, identity, model, sample, image, regions, target)
 
     @cached_property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attribution.classifier import Classifier
+from attribution.dropping import follow_patches, is_drop
 from attribution.errors import UserError, describe
 from attribution.explain import classifier_fill, masked_inputs
 from attribution.explanation import Explanation
@@ -93,6 +94,8 @@ def mu_fidelity(
         raise UserError(f"drop is {drop}: expected a probability in [0, 1]")
     loaded, values = _image_and_map(image, explanation)
     cells = grid_regions(loaded, rows=grid, columns=grid)
+    if is_drop(fill):
+        cells = follow_patches(classifier, cells)
     hiding, masked = masked_inputs(classifier, loaded, cells.labels, fill)
     score = _scorer(hiding, target, output)
     dropped = torch.rand(samples, cells.count, generator=_generator(seed)) < drop

@@ -63,7 +63,11 @@ class Explained:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be explained or measured, and why; ``refused`` where the method is not defined for the model at all."""
+    """What could not be explained or measured, and why.
+
+    Attributes:
+        refused: whether the method, or the measure in its place, is not defined for the model at all.
+    """
 
     model: str
     sample: str

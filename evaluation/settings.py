@@ -18,7 +18,7 @@ from attribution.baselines.smoothing import Smoothing
 from attribution.classifier import Classifier
 from attribution.dropping import DROP
 from attribution.errors import UserError
-from attribution.explain import plain_settings
+from attribution.explain import drops, plain_settings
 from attribution.image import MAX_SIDE
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
@@ -227,6 +227,12 @@ class BenchmarkSettings:
         if self.protocol is not None:
             return (PROTOCOLS[self.protocol],)
         return tuple(Protocol(steps, self.pixel_steps, fill, self.output) for steps in self.steps for fill in self.fills)  # type: ignore[arg-type]
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is explained or measured with tokens taken away."""
+        own = [spec.options.get("fill") for spec in self.methods]
+        return any(map(drops, [self.explained_fill, *own, *(protocol.fill for protocol in self.protocols)]))
 
     @property
     def explained_fill(self) -> Any:

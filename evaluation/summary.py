@@ -104,7 +104,7 @@ class Summary:
         costs: per model and method.
         curves: mean curves per model, method and protocol.
         agreements: the sensitivity panel.
-        refused: methods that are not defined for a model, with the reason.
+        refused: methods and measures that are not defined for a model, with the reason.
     """
 
     results: Results

@@ -80,7 +80,7 @@ def dependence(summary: Summary, model: str) -> list[str]:
 
 
 def refusals(summary: Summary, model: str) -> list[dict[str, str]]:
-    """Methods that were left out for a model, each once with its reason."""
+    """Methods and measures that were left out for a model, each once with its reason."""
     found = {(f.model, f.method): f.reason for f in summary.refused if f.model == model}
     return [{"model": model, "method": method, "reason": reason} for (_, method), reason in found.items()]
 

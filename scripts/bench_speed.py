@@ -167,7 +167,7 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
 def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
     """Searches of side x side regions, tokens taken away (fill drop) in turn with painting them black: ratios of images a second."""
     classifier, image, _ = prepared(spec, None, device)
-    labels = at.make_regions(image, "grid", rows=side, columns=side).labels
+    labels = at.follow_patches(classifier, at.make_regions(image, "grid", rows=side, columns=side)).labels
     budget = 8 * side**2
 
     def rate(fill: str, evaluations: int) -> float:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from toys import image_folder
 
 import attribution as at
 import evaluation as ev
-from attribution.dropping import dropping
+from attribution.dropping import dropping, follow_patches
 from attribution.explain import masked_inputs
 from evaluation.perturbation import Protocol
+from evaluation.report import write_report
 
 GRID = {"regions": "grid", "region_options": {"rows": 4, "columns": 4}}
 
@@ -140,9 +145,11 @@ def test_what_cannot_drop_says_why(cnn: at.Classifier, vit: at.Classifier, small
     with pytest.raises(at.NotApplicable, match="it is a black box"):
         at.explain(small_cat, box, fill="drop", **GRID)
     with pytest.raises(at.NotApplicable, match="its head pools by avg"):
-        dropping(small_timm(global_pool="avg"))
-    with pytest.raises(at.UserError, match=r"regions that follow the 8x8 patches of .*rows=8, columns=8"):
-        at.explain(small_cat, vit, fill="drop", regions="grid", region_options={"rows": 3, "columns": 3})
+        dropping(small_timm(global_pool="avg"), torch.zeros(32, 32, dtype=torch.int64))
+    thirds = at.make_regions(small_cat, "grid", rows=3, columns=3)
+    with pytest.raises(at.UserError, match=r"hides whole patches of 4x4 pixels, but no region has more than .*at.follow_patches"):
+        at.explain(small_cat, vit, fill="drop", regions=thirds)
+    assert at.explain(small_cat, vit, fill="drop", regions=at.follow_patches(vit, thirds)).regions.count == 9
     with pytest.raises(at.UserError, match="fill 'drop' takes tokens away and is no image"):
         at.attribute(small_cat, vit, "occlusion", fill="drop")
     with pytest.raises(at.UserError, match="fill 'drop' with pixel steps"):
@@ -174,7 +181,7 @@ def test_what_a_resize_pads_is_not_hidden(small_cat: Tensor) -> None:
 def test_tokens_that_are_not_patches_of_pixels_are_refused() -> None:
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, num_classes=3)
     with pytest.raises(at.NotApplicable, match="its tokens are made by a HybridEmbed"):
-        dropping(at.Classifier(hybrid.eval(), size=224, scores="logits"))
+        dropping(at.Classifier(hybrid.eval(), size=224, scores="logits"), torch.zeros(224, 224, dtype=torch.int64))
 
 
 def test_the_batch_size_reaches_dropped_tokens(vit: at.Classifier, small_cat: Tensor) -> None:
@@ -187,3 +194,116 @@ def test_the_batch_size_reaches_dropped_tokens(vit: at.Classifier, small_cat: Te
     finally:
         handle.remove()
     assert max(sizes) <= 5
+
+
+WAYS = {
+    "crop": {"resize": "short_side", "resized": (36, 36), "interpolation": "bicubic"},  # as most models of timm and torchvision do
+    "padding": {"resize": "long_side"},
+    "squash": {},
+}
+
+
+def seen_through(way: str, name: str = "timm") -> at.Classifier:
+    module = MODELS[name]().module
+    return at.Classifier(module, size=32, mean=0.5, std=0.5, scores="logits", name=name, **WAYS[way])
+
+
+def patch_of(way: str, y: int, x: int, height: int, width: int) -> tuple[int, bool]:
+    """The patch, of 4 x 4, that holds the centre of a pixel or is nearest to it, and whether the model sees the pixel."""
+    if way == "squash":
+        place = [(y + 0.5) * 32 / height, (x + 0.5) * 32 / width]
+    else:
+        sides = (min if way == "crop" else max)(height, width)
+        scale = (36 if way == "crop" else 32) / sides
+        resized = [int(side * scale + 1e-9) for side in (height, width)]
+        place = [(at + 0.5) * r / side + (32 - r) / 2 for at, side, r in zip((y, x), (height, width), resized, strict=True)]
+    row, column = (min(3, max(0, int(at // 8))) for at in place)
+    return 4 * row + column, all(0 <= at < 32 for at in place)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (160, 90)])
+def test_patches_go_to_the_region_that_has_most_of_them(way: str, size: tuple[int, int]) -> None:
+    height, width = size
+    labels = torch.randint(0, 9, (6, 6), generator=torch.Generator().manual_seed(5))
+    regions = at.Regions(torch.nn.functional.interpolate(labels[None, None].float(), size=size)[0, 0].long())
+    found = follow_patches(seen_through(way), regions)
+    votes = np.zeros((16, regions.count))
+    patches = {(y, x): patch_of(way, y, x, height, width) for y in range(height) for x in range(width)}
+    for (y, x), (patch, seen) in patches.items():
+        votes[patch, regions.labels[y, x]] += 1 if seen else 1e-9  # decides where nothing else does
+    owners: dict[int, int] = {}
+    for (y, x), (patch, _) in patches.items():
+        owner = int(found.labels[y, x])
+        assert owners.setdefault(patch, owner) == owner
+    for one, owner in owners.items():
+        for other, its in owners.items():
+            assert (owner == its) == (votes[one].argmax() == votes[other].argmax())
+    assert found.labels.unique().tolist() == list(range(found.count))
+    assert follow_patches(seen_through(way), found) is found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_any_regions_of_a_photo_that_is_cropped_or_padded(cat: Tensor, way: str, name: str) -> None:
+    """The patches that a hidden region has are gone, those of padding and of the others are not."""
+    photo = cat[:, 75:225]
+    classifier, height, width = seen_through(way, name), *photo.shape[1:]
+    regions = follow_patches(classifier, at.make_regions(photo, "slico", count=20))
+    assert 4 < regions.count <= 16
+    hiding, masked = masked_inputs(classifier, photo, regions.labels, "drop")
+    owners = dict.fromkeys(range(16), -1)
+    for y in range(0, height, 2):
+        for x in range(0, width, 2):
+            patch, seen = patch_of(way, y, x, height, width)
+            if seen:
+                owners[patch] = int(regions.labels[y, x])
+    rows = torch.rand(8, regions.count, generator=torch.Generator().manual_seed(6)) < 0.5
+    found = hiding.logits(masked(rows))
+    for row, logits in zip(rows, found, strict=True):
+        kept = [patch for patch, owner in owners.items() if owner < 0 or row[owner]]
+        with torch.no_grad():
+            assert torch.allclose(logits[None], one_by_one(classifier, photo, kept), atol=1e-5)
+    assert (way == "padding") == (-1 in owners.values())
+
+
+def test_regions_by_name_follow_the_patches(cat: Tensor, small_cat: Tensor) -> None:
+    classifier = seen_through("crop")
+    found = at.explain(cat, classifier, fill="drop", search="budget", evaluations=60)
+    assert follow_patches(classifier, found.regions) is found.regions and found.regions.method == "slico"
+    curves = ev.perturbation_curves(classifier, cat, found, found.target, Protocol(fill="drop"))
+    assert torch.allclose(curves.insertion, found.insertion_scores, atol=1e-5)
+    assert torch.allclose(curves.deletion, found.deletion_scores, atol=1e-5)
+    assert -1 <= ev.mu_fidelity(classifier, cat, found, found.target, grid=5, fill="drop") <= 1
+    tiny = at.explain(small_cat[:, ::4, ::4], classifier, fill="black+drop", search="budget", evaluations=60)
+    assert torch.equal(follow_patches(classifier, tiny.regions).labels, tiny.regions.labels)
+
+
+def test_a_benchmark_of_dropped_tokens_cuts_along_the_patches(tmp_path: Path) -> None:
+    """Under every fill, so that their numbers belong to the same regions; a model without patches is refused for that fill alone."""
+    box = at.Classifier(lambda x: x.mean(dim=(2, 3)), size=32, scores="logits", class_names=["a", "b", "c"], name="box")
+    chosen = ev.make_settings(
+        {
+            "data": str(image_folder(tmp_path / "data", 2, side=50)),
+            "models": [seen_through("crop"), box],
+            "methods": ["random", {"method": "budget", "options": {"evaluations": 40, "fill": "drop"}}],
+            "metrics": ["insertion"],
+            "fills": ["black", "drop"],
+            "regions": "slico",
+            "region_options": {"count": 9},
+        }
+    )
+    results = ev.run_benchmark(chosen, tmp_path / "out")
+    assert not results.failed
+    assert {(failure.model, failure.method) for failure in results.failures} == {("box", "insertion (regions, drop, p)"), ("box", "budget")}
+    page = write_report(ev.summarise(results), tmp_path / "out").html.read_text(encoding="utf-8")
+    assert "does not apply to box: it is a black box" in page
+    classifier, kept = seen_through("crop"), {(s.model, s.method, s.sample, s.measure.protocol): s.value for s in results.scores}
+    assert len(kept) == 2 * 2 * 2 + 2
+    for sample in results.samples["timm"]:
+        image = at.load_image(tmp_path / "data" / sample)
+        regions = follow_patches(classifier, at.make_regions(image, "slico", count=9))
+        found = at.explain(image, classifier, regions=regions, search="budget", evaluations=40, fill="drop")
+        for fill in ("black", "drop"):
+            curves = ev.perturbation_curves(classifier, image, found, found.target, Protocol(fill=fill))
+            assert kept["timm", "budget", sample, f"regions, {fill}, p"] == pytest.approx(curves.insertion_auc, abs=1e-5)
