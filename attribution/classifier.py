@@ -78,12 +78,11 @@ class Preprocessing:
                 images = F.interpolate(images, size=target, mode=self.interpolation, antialias=True, align_corners=False)
         return self._centred(images) / images.new_tensor(self.std)[:, None, None]
 
-    def positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where the centres of an image's rows and columns lie in the input, in its pixels: float64 [H], [W]; outside what is cropped."""
+    def placement(self, height: int, width: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Where an image lies in the input: (scale, start) of its rows and of its columns; a place y of the image is at y scale + start."""
         resized = self._resized_size(height, width)
         left, _, top, _ = self._padding(*resized)
-        rows, columns = (torch.arange(side, dtype=torch.float64) + 0.5 for side in (height, width))
-        return rows * resized[0] / height + top, columns * resized[1] / width + left
+        return (resized[0] / height, top), (resized[1] / width, left)
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         wanted_height, wanted_width = self.resized or self.size

@@ -7,23 +7,21 @@ many tokens are forwarded together, so that the cost falls with what is hidden.
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import edited_inputs
-from attribution.regions import Regions
+from attribution.loading import load_classifier
+from attribution.masking import RegionInputs
+from attribution.regions import Regions, make_regions
 
 DROP = "drop"
 _SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that fall between pixels
-_LEAST_COVERED = 0.02  # share of a patch that must be of the image, not padding, for the patch to be hidden with it
 
 
 def is_drop(fill: Any) -> bool:
@@ -31,28 +29,38 @@ def is_drop(fill: Any) -> bool:
     return isinstance(fill, str) and fill == DROP
 
 
-def dropping(classifier: Classifier, labels: Tensor) -> Classifier:
-    """The same classifier on images of four channels, red green blue and hidden.
+def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Classifier, RegionInputs]:
+    """The same classifier on inputs of four channels, red green blue and hidden, and these inputs for any subsets of regions.
+
+    What is left of an image is shown as it is: nothing is painted that a resize could blur into it.
 
     Args:
         classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
-        labels: int64 [H, W], the regions that will be hidden, in the image; they follow the patches.
+        image: float32 [3, H, W] in [0, 1].
+        labels: int64 [H, W], its regions, which follow the patches.
 
     Raises:
         NotApplicable: another model, with the reason.
         UserError: regions that cut patches.
     """
-    return _Dropping(classifier, labels)
+    patch = _known(classifier)[2]
+    patches = _Patches(classifier.preprocessing, patch, labels)
+    if (least := patches.least_share) < 1 - _SLACK:
+        raise UserError(
+            f"fill 'drop' hides whole patches of {patch[0]}x{patch[1]} pixels, but no region has more than {least:.0%} of one of "
+            f"{classifier.name}: give regions that follow them, at.follow_patches(classifier, regions)"
+        )
+    return _Dropping(classifier), _DroppedInputs(classifier, image, labels, patches.owners, patch)
 
 
-def follow_patches(classifier: Classifier, regions: Regions) -> Regions:
-    """Regions along the borders of patches: each patch, as it lies in the image, goes to the region that has most of it.
+def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.ndarray) -> Regions:
+    """Regions along the borders of patches: each patch, as it lies in the image, goes to the region that has most of its pixels.
 
     What the model does not see of the image, beyond the crop, goes with the nearest patch.
 
     Args:
-        classifier: see ``dropping``.
-        regions: of an image, [H, W] pixels.
+        classifier: see ``dropping``; or a name that ``load_classifier`` takes.
+        regions: of an image of H x W pixels; also a label map int [H, W], or bool masks [R, H, W].
 
     Returns:
         A partition of the same image, and the given one where it follows the patches already. Regions that have most of no patch
@@ -60,51 +68,94 @@ def follow_patches(classifier: Classifier, regions: Regions) -> Regions:
 
     Raises:
         NotApplicable: a model without patches, with the reason.
+        UserError: regions that are none.
     """
-    patches, votes = _votes(classifier.preprocessing, _known(classifier)[2], regions.labels)
-    labels = torch.from_numpy(votes.argmax(axis=1))[patches]  # of equal ones the first
+    classifier = load_classifier(classifier)
+    if not isinstance(regions, Regions):
+        height, width = np.shape(regions)[-2:] if np.ndim(regions) >= 2 else (1, 1)
+        regions = make_regions(torch.zeros(3, height, width), regions)
+    patches = _Patches(classifier.preprocessing, _known(classifier)[2], regions.labels)
+    labels = patches.owners[patches.of_pixels]
     if torch.equal(labels, regions.labels):
         return regions
     _, numbers = labels.unique(return_inverse=True)
     return Regions(numbers, regions.method, regions.requested)
 
 
-def _votes(way: Preprocessing, patch: tuple[int, int], labels: Tensor) -> tuple[Tensor, np.ndarray]:
-    """The patch that each pixel of the image lies in or next to, int64 [H, W], and how many pixels of each region, float64 [patches, R].
+class _Patches:
+    """Where the patches of a model's input lie in an image, and whose they are.
 
-    Pixels beyond the crop count for next to nothing: they decide where no others do.
+    Attributes:
+        of_pixels: int64 [H, W], the patch that each pixel's centre lies in, or next to where it is cropped.
+        owners: int64 [patches], the region that has most of a patch's pixels, of equal ones the first; of a patch between pixels that
+            of the nearest one. -1 for padding, which is never hidden.
+        least_share: the smallest share of its pixels that the owner of any patch has.
     """
-    labels = labels.cpu()
-    down, across = (side // length for side, length in zip(way.size, patch, strict=True))
-    rows, columns = way.positions(*labels.shape)
-    inside = ((rows >= 0) & (rows < way.size[0]))[:, None] & (columns >= 0) & (columns < way.size[1])
-    vertical, horizontal = (
-        (at / length).floor().long().clamp(0, count - 1) for at, length, count in ((rows, patch[0], down), (columns, patch[1], across))
-    )
-    patches = vertical[:, None] * across + horizontal
-    count = int(labels.max()) + 1
-    weights = inside.double() + 1e-9
-    found = torch.bincount((patches * count + labels).flatten(), weights.flatten(), minlength=down * across * count)
-    return patches, found.view(-1, count).numpy()
+
+    def __init__(self, way: Preprocessing, patch: tuple[int, int], labels: Tensor) -> None:
+        labels = labels.cpu()
+        rows, columns = (
+            _Axis(count, scale, start, side, length)
+            for count, (scale, start), side, length in zip(labels.shape, way.placement(*labels.shape), way.size, patch, strict=True)
+        )
+        self.of_pixels = rows.patches[:, None] * columns.count + columns.patches
+        weights = (rows.seen[:, None] & columns.seen).double() + 1e-9  # pixels beyond the crop decide where no others do
+        regions = int(labels.max()) + 1
+        votes = torch.bincount((self.of_pixels * regions + labels).flatten(), weights.flatten(), rows.count * columns.count * regions).view(
+            -1, regions
+        )
+        most = torch.from_numpy(votes.numpy().argmax(axis=1))
+        between = torch.where(rows.shown[:, None] & columns.shown, labels[rows.nearest[:, None], columns.nearest], -1).flatten()
+        self.owners = torch.where(votes.sum(dim=1) > 0, most, between)
+        self.least_share = float((votes.max(dim=1).values / votes.sum(dim=1)).nan_to_num(1.0).min())
 
 
-def with_hidden(image: Tensor, hidden: float) -> Tensor:
-    """An image [3, H, W] with its fourth channel, the same everywhere: [4, H, W]."""
-    return torch.cat([image, torch.full_like(image[:1], hidden)])
+class _Axis:
+    """One axis of an image and of the input that it becomes.
+
+    Attributes:
+        patches: int64 [pixels], the patch that each pixel's centre lies in or next to.
+        seen: bool [pixels], whether it lies in the input.
+        count: patches.
+        nearest: int64 [count], the pixel that holds the middle of each patch, or is next to it.
+        shown: bool [count], whether that middle lies in the image, not in what is padded.
+    """
+
+    def __init__(self, pixels: int, scale: float, start: float, side: int, length: int) -> None:
+        self.count = side // length
+        centres = (torch.arange(pixels, dtype=torch.float64) + 0.5) * scale + start
+        self.patches = (centres / length).floor().long().clamp(0, self.count - 1)
+        self.seen = (centres >= 0) & (centres < side)
+        middles = ((torch.arange(self.count, dtype=torch.float64) + 0.5) * length - start) / scale
+        self.nearest = middles.floor().long().clamp(0, pixels - 1)
+        self.shown = (middles >= 0) & (middles < pixels)
+
+
+class _DroppedInputs(RegionInputs):
+    """Inputs [n, 4, h, w]: the image as it is, and 1 where a patch is hidden."""
+
+    def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, owners: Tensor, patch: tuple[int, int]) -> None:
+        whole = classifier.preprocessing(image[None].to(classifier.device))
+        super().__init__(labels, 4 * whole[0, 0].numel())
+        self._whole, self._patch = whole, patch
+        self._owners, self._is_owned = owners.clamp(min=0).to(whole.device), (owners >= 0).to(whole)
+
+    def __call__(self, subsets: Tensor) -> Tensor:
+        hidden = (1 - subsets.to(self._whole))[:, self._owners] * self._is_owned
+        rows, columns = (side // length for side, length in zip(self._whole.shape[2:], self._patch, strict=True))
+        channel = hidden.view(-1, 1, rows, columns).repeat_interleave(self._patch[0], 2).repeat_interleave(self._patch[1], 3)
+        return torch.cat([self._whole.expand(len(channel), -1, -1, -1), channel], dim=1)
 
 
 class _Dropping(Wrapping):
     """See ``dropping``."""
 
-    def __init__(self, base: Classifier, labels: Tensor) -> None:
+    def __init__(self, base: Classifier) -> None:
         self._first_block, self._prefix, self._patch = _known(base)
-        _check_regions(base, self._patch, labels)
         self.__dict__.update({name: value for name, value in base.__dict__.items() if name not in self.__dict__})
         way = base.preprocessing
         self.preprocessing = Preprocessing(way.size, (*way.mean, 0.0), (*way.std, 1.0), way.resize, way.resized, way.interpolation)
         self._base = base
-        covered = F.avg_pool2d(replace(way, mean=(0.0,), std=(1.0,))(torch.ones(1, 1, *labels.shape)), self._patch).flatten()
-        self._enough = torch.where(covered < _LEAST_COVERED, math.inf, covered / 2)  # what a resize pads around the image stays
 
     @property
     def num_classes(self) -> int:
@@ -120,7 +171,7 @@ class _Dropping(Wrapping):
             raise NotApplicable("fill 'drop' shows a patch or not, so that no gradients flow to how much of it is shown")
         self._base.find_out(want_features)
         inputs = inputs.to(self.device)
-        shown = ~self._hidden_patches(inputs[:, 3:])
+        shown = inputs[:, 3, :: self._patch[0], :: self._patch[1]].flatten(1) < 0.5  # a patch is hidden as a whole
         return self._fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
@@ -158,20 +209,6 @@ class _Dropping(Wrapping):
 
     def find_out(self, want_features: bool) -> None:
         self._base.find_out(want_features)
-
-    def _hidden_patches(self, hidden: Tensor) -> Tensor:
-        """bool [n, patches] of the fourth channel [n, 1, h, w]: patches of which most is hidden."""
-        return F.avg_pool2d(hidden, self._patch).flatten(1) > self._enough.to(hidden)
-
-
-def _check_regions(classifier: Classifier, patch: tuple[int, int], labels: Tensor) -> None:
-    _, votes = _votes(classifier.preprocessing, patch, labels)
-    shares = votes.max(axis=1)[votes.any(axis=1)] / votes.sum(axis=1)[votes.any(axis=1)]
-    if (least := shares.min()) < 1 - _SLACK:
-        raise UserError(
-            f"fill 'drop' hides whole patches of {patch[0]}x{patch[1]} pixels, but no region has more than {least:.0%} of one of "
-            f"{classifier.name}: give regions by name, such as regions='grid', or at.follow_patches(classifier, regions)"
-        )
 
 
 def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:

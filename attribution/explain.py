@@ -18,12 +18,12 @@ from torch import Tensor
 
 from attribution.budget import default_budget
 from attribution.classifier import Classifier
-from attribution.dropping import DROP, dropping, follow_patches, is_drop, with_hidden
+from attribution.dropping import DROP, dropping, follow_patches, is_drop
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
 from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs, prefix_rows
+from attribution.masking import MaskedInputs, RegionInputs, prefix_rows
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
 from attribution.presets import BALANCED, PRESETS, Preset
 from attribution.regions import Regions, make_regions
@@ -180,6 +180,8 @@ def polish(
         UserError: a heatmap without regions, or any input that does not fit.
     """
     cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
+    if cut is not None and _is_method(regions) and drops(options.get("fill", "black")):
+        cut = follow_patches(classifier, cut)
     if cut is None:
         raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")
     for name in ("target", "search", "search_options", "region_options"):
@@ -220,16 +222,15 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
 
 def masked_inputs(
     classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
-) -> tuple[Classifier, MaskedInputs]:
+) -> tuple[Classifier, RegionInputs]:
     """Inputs of any subsets of an image's regions under a fill, and the classifier that takes them: another one for "drop".
 
     Raises:
-        UserError: see ``make_fill``.
+        UserError: see ``make_fill``; "drop" with regions that cut patches.
         NotApplicable: "drop" with a model that is no vision transformer.
     """
     if is_drop(fill):
-        hiding = dropping(classifier, labels)  # shows what is left as it is: no paint bleeds into it through a resize
-        return hiding, MaskedInputs(hiding, with_hidden(image, 0.0), labels, with_hidden(image, 1.0))
+        return dropping(classifier, image, labels)
     return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
 
 
@@ -267,12 +268,12 @@ def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_siz
     return make_fill(image, fill, photo_size)
 
 
-def prefix_probabilities(classifier: Classifier, masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+def prefix_probabilities(classifier: Classifier, masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
     """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
     return prefix_scores(classifier.probabilities, masked, order, target)
 
 
-def prefix_scores(score: Callable[[Tensor], Tensor], masked: MaskedInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+def prefix_scores(score: Callable[[Tensor], Tensor], masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
     """Score of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each.
 
     Args:

@@ -16,7 +16,7 @@ from attribution.explain import explain, masked_inputs, picture_of_fill, several
 from attribution.explanation import Explanation
 from attribution.image import Fill, ImageSource, load_image
 from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs, prefix_rows
+from attribution.masking import RegionInputs, prefix_rows
 from attribution.search import Progress
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Ten
 class _Judge:
     """Whether the model is right about subsets of regions, and how sure."""
 
-    def __init__(self, classifier: Classifier, masked: MaskedInputs, true: int, predicted: int, area: Tensor) -> None:
+    def __init__(self, classifier: Classifier, masked: RegionInputs, true: int, predicted: int, area: Tensor) -> None:
         self.classifier, self.masked, self.true, self.predicted, self.area = classifier, masked, true, predicted, area
         self.evaluations = 0
 

@@ -7,6 +7,7 @@ cropped or normalised again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,14 +27,12 @@ def prefix_rows(order: Tensor) -> Tensor:
     return rows
 
 
-class MaskedInputs:
+class RegionInputs:
     """Model inputs of any subsets of an image's regions.
 
     Args:
-        classifier: gives preprocessing and device.
-        image: float32 [3, H, W] in [0, 1] (any map with the classifier's number of channels).
         labels: int64 [H, W], region ids 0...R-1, none empty.
-        fill: float32 [3, H, W], shown where regions are hidden.
+        values: how many floats one input has.
 
     Attributes:
         size: R, the number of regions.
@@ -41,15 +40,39 @@ class MaskedInputs:
         centres: float64 [R, 2], mean row and column of each, pixels, on the CPU.
     """
 
-    def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, fill: Tensor) -> None:
-        device, preprocess = classifier.device, classifier.preprocessing
-        image, labels, fill = image.to(device), labels.to(device), fill.to(device)
+    def __init__(self, labels: Tensor, values: int) -> None:
+        self._values = values
         self.size = int(labels.max()) + 1
         pixels = labels.flatten().cpu()
         count = pixels.bincount(minlength=self.size).double()
         self.area = count / pixels.numel()
         places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in labels.shape))
         self.centres = torch.stack([pixels.bincount(place, self.size) / count for place in places.T], dim=1)
+
+    def __call__(self, subsets: Tensor) -> Tensor:
+        """Inputs with the given regions shown: bool [n, R] -> float32 [n, C, h, w]."""
+        raise NotImplementedError
+
+    def parts(self, subsets: Tensor) -> Iterator[Tensor]:
+        """The same inputs in parts that hold a bounded number of values, for many subsets or large inputs."""
+        rows = max(64, _INPUT_VALUES // self._values)
+        return (self(part) for part in even_chunks(subsets, rows) if len(part))
+
+
+class MaskedInputs(RegionInputs):
+    """Hidden regions show a fill.
+
+    Args:
+        classifier: gives preprocessing and device.
+        image: float32 [3, H, W] in [0, 1] (any map with the classifier's number of channels).
+        labels: int64 [H, W], region ids 0...R-1, none empty.
+        fill: float32 [3, H, W], shown where regions are hidden.
+    """
+
+    def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, fill: Tensor) -> None:
+        device, preprocess = classifier.device, classifier.preprocessing
+        super().__init__(labels, math.prod(preprocess.shape))
+        image, labels, fill = image.to(device), labels.to(device), fill.to(device)
         self._shape = preprocess.shape
         self._hidden = preprocess(fill[None]).flatten()
         self._contributions = self._hidden.new_empty(self.size, self._hidden.numel())
@@ -64,8 +87,3 @@ class MaskedInputs:
         """Inputs with the given regions shown on the fill: bool [n, R] -> float32 [n, 3, h, w]."""
         shown = subsets.to(self._contributions)
         return torch.addmm(self._hidden, shown, self._contributions).unflatten(1, self._shape)
-
-    def parts(self, subsets: Tensor) -> Iterator[Tensor]:
-        """The same inputs in parts that hold a bounded number of values, for many subsets or large inputs."""
-        rows = max(64, _INPUT_VALUES // self._hidden.numel())
-        return (self(part) for part in even_chunks(subsets, rows) if len(part))

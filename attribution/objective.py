@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
-from attribution.masking import MaskedInputs
+from attribution.masking import RegionInputs
 
 WITH_GRADIENT = 3  # images that one counts as, forward and back
 
@@ -84,7 +84,7 @@ class SubmodularObjective:
     def __init__(
         self,
         classifier: Classifier,
-        masked: MaskedInputs,
+        masked: RegionInputs,
         target: int,
         weights: ScoreWeights | None = None,
         *,

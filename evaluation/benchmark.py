@@ -191,8 +191,9 @@ class _Run:
                 try:
                     self._measure(case, measure, protocol, judged.names(spec, seed), score_key, curve_path)
                 except NotApplicable as error:
-                    self.not_measured.add((judged.model, measure))
-                    self._fail(Failure(judged.model, "", measure.label, seed, str(error), refused=True))
+                    if metric.curve:  # it depends on the model and the fill alone
+                        self.not_measured.add((judged.model, measure))
+                    self._fail(Failure(judged.model, "", measure.label if metric.curve else spec.label, seed, str(error), refused=True))
                     continue
                 except Broken as error:
                     self._fail(judged.failure(spec, seed, f"{measure.label}: {error}"))

@@ -140,7 +140,7 @@ def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None =
         model: a model of the benchmark.
         measures: a panel each; the first measure and insertion - deletion of the same protocol by default.
     """
-    measures = cost_measures(summary) if measures is None else measures
+    measures = cost_measures(summary, model) if measures is None else measures
     specs, costs = _specs(summary), {c.method: c.evaluations for c in summary.costs if c.model == model}
     with figure_style():
         figure = Figure(figsize=(12, 3.9 * len(measures) + 0.2), layout="constrained")
@@ -290,10 +290,10 @@ def ordered_methods(summary: Summary, model: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(m for m in summary.methods(model) if m in ran), *ran]))
 
 
-def cost_measures(summary: Summary) -> tuple[Measure, ...]:
-    """What quality against cost shows: the first measure, and insertion - deletion of the same (or the first) protocol."""
-    first, protocols = summary.measures[0], [p.label() for p in summary.results.settings.protocols]
-    wanted = first.protocol or protocols[0]
+def cost_measures(summary: Summary, model: str) -> tuple[Measure, ...]:
+    """What quality against cost shows: the model's first measure, and insertion - deletion of the same (or the first) protocol."""
+    first = summary.measures_of(model)[0]
+    wanted = first.protocol or summary.first_protocol(model)
     also = [m for m in summary.measures if m.metric == "insertion_deletion" and m.protocol == wanted and m != first]
     return (first, *also)
 

@@ -26,9 +26,9 @@ class Gallery:
         results = summary.results
         self.model, self.methods, self.results = model, ordered_methods(summary, model), results
         self.explained = {(e.method, e.sample): e for e in results.explained if e.model == model and e.seed == results.settings.seed}
-        self.measure = summary.measures[0]
+        self.measure = summary.measures_of(model)[0]
         self.scores = score_matrix(results, model, self.measure)
-        wanted = self.measure.protocol or results.settings.protocols[0].label()
+        wanted = self.measure.protocol or summary.first_protocol(model)
         both = [m for m in summary.measures if m.metric in ("insertion", "deletion") and m.protocol == wanted]
         self.captioned = [(m, score_matrix(results, model, m)) for m in (both or [self.measure])]
         self._made: dict[tuple[str, str], dict[str, Any]] = {}

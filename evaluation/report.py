@@ -141,7 +141,7 @@ def _planned_figures(summary: Summary) -> Iterator[_Planned]:
                 caption = metric_name(measure.metric)
                 alt = f"Scores of single images on {model}: {caption}{f' ({measure.protocol})' if measure.protocol else ''}"
                 file = f"{name}-scores-{at}-{slug(measure.label)}"
-                shown = measure.protocol in ("", labels[0])
+                shown = measure.protocol in ("", summary.first_protocol(model))
                 yield _Planned("scores", model, file, alt, caption, partial(plot_scores, summary, model, measure), shown)
         yield from _grid_figures(summary, model, name)
         if any(a.model == model for a in summary.agreements):
@@ -254,6 +254,7 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
         f"computed in {info['precision']}"
         for name, info in results.models.items()
     ]
+    along = " along the patches of models that have some, since tokens of hidden ones are dropped" if settings.drops else ""
     seeds = f"; stochastic methods ran with {settings.seeds} seeds, tables show the first" if settings.seeds > 1 else ""
     on_images = [
         (
@@ -264,7 +265,7 @@ def _protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
         ("Curves", [_protocol_text(protocol) for protocol in settings.protocols]),
         (
             "Regions",
-            [f"{settings.regions}{f' ({cut})' if cut else ''}, shared by region steps, searches and methods that cut the image"],
+            [f"{settings.regions}{f' ({cut})' if cut else ''}{along}, shared by region steps, searches and methods that cut the image"],
         ),
         ("Methods worked with", [f"fill {plain['method_fill']}"]),
     ]
@@ -392,7 +393,7 @@ def _doubts(entry: Entry, with_saturated: bool) -> list[tuple[str, str]]:
 
 def _spreads(summary: Summary, model: str) -> dict[str, Any]:
     """Seeds of the stochastic methods beside the images, for the measures of the first protocol and those without one."""
-    first = summary.results.settings.protocols[0].label()
+    first = summary.first_protocol(model)
     measures = [m for m in summary.measures if m.protocol in ("", first)]
     rows = []
     for method in ordered_methods(summary, model):

@@ -141,8 +141,9 @@ class BenchmarkSettings:
         pixel_steps: number of pixel steps.
         output: "probability" or "logit" of the target.
         protocol: a key of ``PROTOCOLS`` instead of fills, steps and output.
-        regions, region_options: the partition of region steps, shared by all methods and by the search.
-        method_fill: what hides pixels while methods and searches work; the first fill that is not imputed, by default.
+        regions, region_options: the partition of region steps, shared by all methods and by the search; where "drop" is among the
+            fills it follows the patches of models that have some (see ``follow_patches``).
+        method_fill: what hides pixels while methods and searches work; by default the first fill that is neither imputed nor "drop".
         samples: so many images, the first of a seeded permutation; all by default.
         only: "all", "correct" or "wrong": which images by the model's own prediction.
         target: "predicted" or "label".

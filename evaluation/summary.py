@@ -121,13 +121,21 @@ class Summary:
 
     def methods(self, model: str) -> tuple[str, ...]:
         """The methods that ran on a model, best first by the first measure, then those without a value there."""
-        ranked = [e.method for e in self.column(model, self.measures[0])]
+        ranked = [e.method for e in self.column(model, self.measures_of(model)[0])]
         return tuple(dict.fromkeys([*ranked, *(cost.method for cost in self.costs if cost.model == model)]))
 
     @property
     def measures(self) -> tuple[Measure, ...]:
         """The columns."""
         return self.results.settings.measures
+
+    def measures_of(self, model: str) -> tuple[Measure, ...]:
+        """The columns that a model has scores in; all of them where it has none."""
+        return tuple(measure for measure in self.measures if self.column(model, measure)) or self.measures
+
+    def first_protocol(self, model: str) -> str:
+        """Label of the first protocol that a model has scores under; of the first of all where it has none."""
+        return next((m.protocol for m in self.measures_of(model) if m.protocol), self.results.settings.protocols[0].label())
 
     def separation(self, model: str, measure: Measure) -> tuple[str, tuple[str, ...]] | None:
         """The best method under a measure, and those it cannot be told apart from; None where its mean has no interval."""

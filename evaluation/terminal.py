@@ -32,7 +32,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         for statement in conclusions(summary, model):
             console.print(Text(f"{model}: {statement}"))
         for failure in refusals(summary, model):
-            console.print(Text(f"left out: {failure['reason']}", style="dim"))
+            console.print(Text(f"left out: {failure['method']}: {failure['reason']}", style="dim"))
         console.print()
     nouns = " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures)))
     console.print(Text(f"rank. mean letters, below it the 95 % bootstrap interval over {nouns}; {LETTERS}", style="dim"))

@@ -80,9 +80,12 @@ def dependence(summary: Summary, model: str) -> list[str]:
 
 
 def refusals(summary: Summary, model: str) -> list[dict[str, str]]:
-    """Methods and measures that were left out for a model, each once with its reason."""
-    found = {(f.model, f.method): f.reason for f in summary.refused if f.model == model}
-    return [{"model": model, "method": method, "reason": reason} for (_, method), reason in found.items()]
+    """Methods and measures that were left out for a model, those with one reason together."""
+    found: dict[str, list[str]] = {}
+    for failure in summary.refused:
+        if failure.model == model and failure.method not in found.setdefault(failure.reason, []):
+            found[failure.reason].append(failure.method)
+    return [{"model": model, "method": "; ".join(methods), "reason": reason} for reason, methods in found.items()]
 
 
 def by_protocol(measures: Sequence[Measure]) -> list[tuple[str, list[Measure]]]:
@@ -121,12 +124,12 @@ def explained_class(summary: Summary) -> str:
 
 
 def _head_measures(summary: Summary, model: str) -> list[Measure]:
-    """Insertion and deletion under the first protocol; the first measure that has a mean where these were not measured.
+    """Insertion and deletion under the first protocol of the model; the first measure that has a mean where these were not measured.
 
     Where only grids were judged, their settings at the first layer.
     """
     decided = [m for m in summary.measures if summary.separation(model, m) is not None]
-    first = summary.results.settings.protocols[0].label()
+    first = summary.first_protocol(model)
     head = [m for m in decided if m.metric in ("insertion", "deletion") and m.protocol == first]
     if not head and decided and METRICS[decided[0].metric].grid:
         head = [m for m in decided if m.protocol == decided[0].protocol]

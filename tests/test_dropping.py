@@ -144,12 +144,18 @@ def test_what_cannot_drop_says_why(cnn: at.Classifier, vit: at.Classifier, small
     box = at.Classifier(lambda x: x.mean(dim=(2, 3)), size=32, scores="logits")
     with pytest.raises(at.NotApplicable, match="it is a black box"):
         at.explain(small_cat, box, fill="drop", **GRID)
-    with pytest.raises(at.NotApplicable, match="its head pools by avg"):
-        dropping(small_timm(global_pool="avg"), torch.zeros(32, 32, dtype=torch.int64))
     thirds = at.make_regions(small_cat, "grid", rows=3, columns=3)
+    with pytest.raises(at.NotApplicable, match="its head pools by avg"):
+        dropping(small_timm(global_pool="avg"), small_cat, thirds.labels)
     with pytest.raises(at.UserError, match=r"hides whole patches of 4x4 pixels, but no region has more than .*at.follow_patches"):
         at.explain(small_cat, vit, fill="drop", regions=thirds)
-    assert at.explain(small_cat, vit, fill="drop", regions=at.follow_patches(vit, thirds)).regions.count == 9
+    for given in (thirds, thirds.labels, thirds.labels.numpy(), thirds.masks):
+        assert (
+            at.explain(small_cat, vit, fill="drop", regions=at.follow_patches(vit, given), search="budget", evaluations=9).regions.count
+            == 9
+        )
+    with pytest.raises(at.UserError, match="regions are"):
+        at.follow_patches(vit, 5)
     with pytest.raises(at.UserError, match="fill 'drop' takes tokens away and is no image"):
         at.attribute(small_cat, vit, "occlusion", fill="drop")
     with pytest.raises(at.UserError, match="fill 'drop' with pixel steps"):
@@ -160,7 +166,7 @@ def test_regions_of_a_photo_follow_the_patches_up_to_the_resize(vit: at.Classifi
     labels = at.make_regions(cat, "grid", rows=8, columns=8).labels
     hiding, masked = masked_inputs(vit, cat, labels, "drop")
     single = torch.eye(64, dtype=torch.bool)
-    assert torch.equal(~hiding._hidden_patches(masked(single)[:, 3:]), single)
+    assert torch.equal(masked(single)[:, 3, ::4, ::4].flatten(1) == 0, single)
     logits = hiding.logits(masked(torch.ones(1, 64, dtype=torch.bool)))
     assert torch.allclose(logits, vit.logits(vit.inputs(cat)), atol=1e-5)
 
@@ -181,7 +187,7 @@ def test_what_a_resize_pads_is_not_hidden(small_cat: Tensor) -> None:
 def test_tokens_that_are_not_patches_of_pixels_are_refused() -> None:
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, num_classes=3)
     with pytest.raises(at.NotApplicable, match="its tokens are made by a HybridEmbed"):
-        dropping(at.Classifier(hybrid.eval(), size=224, scores="logits"), torch.zeros(224, 224, dtype=torch.int64))
+        follow_patches(at.Classifier(hybrid.eval(), size=224, scores="logits"), torch.zeros(224, 224, dtype=torch.int64))
 
 
 def test_the_batch_size_reaches_dropped_tokens(vit: at.Classifier, small_cat: Tensor) -> None:
@@ -208,21 +214,33 @@ def seen_through(way: str, name: str = "timm") -> at.Classifier:
     return at.Classifier(module, size=32, mean=0.5, std=0.5, scores="logits", name=name, **WAYS[way])
 
 
+def placed(way: str, height: int, width: int) -> list[tuple[float, float, int]]:
+    """Scale and start of rows and of columns in the input, and how many there are."""
+    if way == "squash":
+        return [(32 / height, 0, height), (32 / width, 0, width)]
+    scale = 36 / min(height, width) if way == "crop" else 32 / max(height, width)
+    resized = [int(side * scale + 1e-9) for side in (height, width)]
+    starts = [(32 - r) // 2 if r < 32 else -round((r - 32) / 2) for r in resized]  # as torchvision rounds
+    return [(r / side, start, side) for r, start, side in zip(resized, starts, (height, width), strict=True)]
+
+
 def patch_of(way: str, y: int, x: int, height: int, width: int) -> tuple[int, bool]:
     """The patch, of 4 x 4, that holds the centre of a pixel or is nearest to it, and whether the model sees the pixel."""
-    if way == "squash":
-        place = [(y + 0.5) * 32 / height, (x + 0.5) * 32 / width]
-    else:
-        sides = (min if way == "crop" else max)(height, width)
-        scale = (36 if way == "crop" else 32) / sides
-        resized = [int(side * scale + 1e-9) for side in (height, width)]
-        place = [(at + 0.5) * r / side + (32 - r) / 2 for at, side, r in zip((y, x), (height, width), resized, strict=True)]
+    place = [(at + 0.5) * scale + start for at, (scale, start, _) in zip((y, x), placed(way, height, width), strict=True)]
     row, column = (min(3, max(0, int(at // 8))) for at in place)
     return 4 * row + column, all(0 <= at < 32 for at in place)
 
 
+def pixel_of(way: str, patch: int, height: int, width: int) -> tuple[int, int] | None:
+    """The pixel that holds the middle of a patch; None for padding."""
+    middle = [
+        (8 * at + 4 - start) / scale for at, (scale, start, _) in zip((patch // 4, patch % 4), placed(way, height, width), strict=True)
+    ]
+    return (int(middle[0]), int(middle[1])) if 0 <= middle[0] < height and 0 <= middle[1] < width else None
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [(48, 64), (64, 48), (160, 90)])
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (160, 90), (36, 51), (51, 37), (5, 6)])
 def test_patches_go_to_the_region_that_has_most_of_them(way: str, size: tuple[int, int]) -> None:
     height, width = size
     labels = torch.randint(0, 9, (6, 6), generator=torch.Generator().manual_seed(5))
@@ -244,17 +262,20 @@ def test_patches_go_to_the_region_that_has_most_of_them(way: str, size: tuple[in
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["timm", "torchvision"])
-def test_any_regions_of_a_photo_that_is_cropped_or_padded(cat: Tensor, way: str, name: str) -> None:
-    """The patches that a hidden region has are gone, those of padding and of the others are not."""
-    photo = cat[:, 75:225]
+@pytest.mark.parametrize(("name", "size"), [("timm", None), ("torchvision", None), ("timm", (5, 6)), ("timm", (3, 3)), ("timm", (7, 37))])
+def test_any_regions_of_a_photo_that_is_cropped_or_padded(cat: Tensor, way: str, name: str, size: tuple[int, int] | None) -> None:
+    """The patches that a hidden region has are gone, also those between pixels; those of padding and of the others are not."""
+    photo = cat[:, 75:225] if size is None else torch.nn.functional.interpolate(cat[None], size=size, mode="area")[0]
     classifier, height, width = seen_through(way, name), *photo.shape[1:]
-    regions = follow_patches(classifier, at.make_regions(photo, "slico", count=20))
-    assert 4 < regions.count <= 16
+    regions = follow_patches(classifier, at.make_regions(photo, "grid", count=20 if size is None else 9))
+    assert 1 < regions.count <= 16
     hiding, masked = masked_inputs(classifier, photo, regions.labels, "drop")
     owners = dict.fromkeys(range(16), -1)
-    for y in range(0, height, 2):
-        for x in range(0, width, 2):
+    for patch in owners:
+        if pixel := pixel_of(way, patch, height, width):
+            owners[patch] = int(regions.labels[pixel])
+    for y in range(height):
+        for x in range(width):
             patch, seen = patch_of(way, y, x, height, width)
             if seen:
                 owners[patch] = int(regions.labels[y, x])
@@ -264,7 +285,8 @@ def test_any_regions_of_a_photo_that_is_cropped_or_padded(cat: Tensor, way: str,
         kept = [patch for patch, owner in owners.items() if owner < 0 or row[owner]]
         with torch.no_grad():
             assert torch.allclose(logits[None], one_by_one(classifier, photo, kept), atol=1e-5)
-    assert (way == "padding") == (-1 in owners.values())
+    if size is None:
+        assert (way == "padding") == (-1 in owners.values())
 
 
 def test_regions_by_name_follow_the_patches(cat: Tensor, small_cat: Tensor) -> None:
@@ -275,8 +297,8 @@ def test_regions_by_name_follow_the_patches(cat: Tensor, small_cat: Tensor) -> N
     assert torch.allclose(curves.insertion, found.insertion_scores, atol=1e-5)
     assert torch.allclose(curves.deletion, found.deletion_scores, atol=1e-5)
     assert -1 <= ev.mu_fidelity(classifier, cat, found, found.target, grid=5, fill="drop") <= 1
-    tiny = at.explain(small_cat[:, ::4, ::4], classifier, fill="black+drop", search="budget", evaluations=60)
-    assert torch.equal(follow_patches(classifier, tiny.regions).labels, tiny.regions.labels)
+    better = at.polish(at.attribute(cat, classifier, "saliency"), classifier, regions="slico", fill="black+drop", evaluations=60)
+    assert torch.equal(better.regions.labels, found.regions.labels)
 
 
 def test_a_benchmark_of_dropped_tokens_cuts_along_the_patches(tmp_path: Path) -> None:
@@ -287,18 +309,27 @@ def test_a_benchmark_of_dropped_tokens_cuts_along_the_patches(tmp_path: Path) ->
             "data": str(image_folder(tmp_path / "data", 2, side=50)),
             "models": [seen_through("crop"), box],
             "methods": ["random", {"method": "budget", "options": {"evaluations": 40, "fill": "drop"}}],
-            "metrics": ["insertion"],
-            "fills": ["black", "drop"],
+            "metrics": ["insertion", "insertion_deletion"],
+            "fills": ["drop", "black"],
             "regions": "slico",
             "region_options": {"count": 9},
         }
     )
     results = ev.run_benchmark(chosen, tmp_path / "out")
     assert not results.failed
-    assert {(failure.model, failure.method) for failure in results.failures} == {("box", "insertion (regions, drop, p)"), ("box", "budget")}
+    assert {(failure.model, failure.method) for failure in results.failures} == {
+        ("box", "insertion (regions, drop, p)"),
+        ("box", "insertion_deletion (regions, drop, p)"),
+        ("box", "budget"),
+    }
+    assert ev.run_benchmark(chosen, tmp_path / "out").scores == results.scores
     page = write_report(ev.summarise(results), tmp_path / "out").html.read_text(encoding="utf-8")
-    assert "does not apply to box: it is a black box" in page
-    classifier, kept = seen_through("crop"), {(s.model, s.method, s.sample, s.measure.protocol): s.value for s in results.scores}
+    assert page.count("does not apply to box: it is a black box") == 1
+    assert "insertion (regions, drop, p); insertion_deletion (regions, drop, p); budget" in page
+    assert "slico (count 9) along the patches of models that have some" in page
+    assert "worst image of random by insertion (regions, black, p)" in page
+    classifier = seen_through("crop")
+    kept = {(s.model, s.method, s.sample, s.measure.protocol): s.value for s in results.scores if s.measure.metric == "insertion"}
     assert len(kept) == 2 * 2 * 2 + 2
     for sample in results.samples["timm"]:
         image = at.load_image(tmp_path / "data" / sample)

@@ -124,7 +124,8 @@ def test_pruning_sweeps_every_combination(results: runner.NeuronResults) -> None
 
 
 def test_a_run_resumes_and_ends_with_the_same_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = run_neurons(settings(folder), tmp_path / "whole")
+    chosen = settings(folder, kept=[1])
+    wanted = run_neurons(chosen, tmp_path / "whole")
     write_neuron_report(summarise_neurons(wanted), tmp_path / "whole")
     original, calls = PathFinder.search, 0
 
@@ -137,21 +138,21 @@ def test_a_run_resumes_and_ends_with_the_same_files(folder: Path, tmp_path: Path
 
     monkeypatch.setattr(PathFinder, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_neurons(settings(folder), tmp_path / "part")
+        run_neurons(chosen, tmp_path / "part")
     before = set(read_log(tmp_path / "part" / "records.jsonl"))
     assert 0 < len(before) < len(read_log(tmp_path / "whole" / "records.jsonl"))
     monkeypatch.setattr(PathFinder, "search", original)
     monkeypatch.setattr(runner, "TOGETHER", 5)  # other batches, the same numbers
-    resumed = run_neurons(settings(folder), tmp_path / "part")
+    resumed = run_neurons(chosen, tmp_path / "part")
     for kind, measured in resumed.measured.items():
         np.testing.assert_array_equal(measured.neurons, wanted.measured[kind].neurons)
         np.testing.assert_allclose(measured.scores, wanted.measured[kind].scores, rtol=1e-4, atol=1e-6)
     seen: list[int] = []
     monkeypatch.setattr(PathFinder, "search", lambda *a, **k: seen.append(1))
-    run_neurons(settings(folder), tmp_path / "whole")
+    run_neurons(chosen, tmp_path / "whole")
     assert not seen, "nothing was missing"
     files = {path: path.read_bytes() for path in sorted((tmp_path / "whole").rglob("*.*")) if path.suffix in (".csv", ".json", ".html")}
-    write_neuron_report(summarise_neurons(run_neurons(settings(folder), tmp_path / "whole")), tmp_path / "whole")
+    write_neuron_report(summarise_neurons(run_neurons(chosen, tmp_path / "whole")), tmp_path / "whole")
     assert {path: path.read_bytes() for path in files} == files
 
 

@@ -48,8 +48,8 @@ def benchmark(
         typer.Option(
             "--fill",
             "-f",
-            help="Comma-separated fills of the curves: black, mean, blur, linear (imputed), model_mean, '#rrggbb', an image file. "
-            "Several give the sensitivity panel. Default: black.",
+            help="Comma-separated fills of the curves: black, mean, blur, linear (imputed), model_mean, drop (tokens of a vision "
+            "transformer), '#rrggbb', an image file. Several give the sensitivity panel. Default: black.",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def benchmark(
     region_count: Annotated[int | None, typer.Option(min=2, help="About how many regions.", show_default=False)] = None,
     method_fill: Annotated[
         str | None,
-        typer.Option(help="What hides pixels while methods work. Default: the first fill that is not linear.", show_default=False),
+        typer.Option(help="What hides pixels while methods work. Default: the first fill but linear and drop.", show_default=False),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", min=1, help="So many images, drawn by the seed. Default: all.", show_default=False)

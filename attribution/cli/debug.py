@@ -44,7 +44,7 @@ def debug(
         typer.Option(help="Explain this one sample instead, by its id, and print and draw what was found.", show_default=False),
     ] = None,
     fill: Annotated[
-        str, typer.Option("--fill", "-f", help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb' or an image file.")
+        str, typer.Option("--fill", "-f", help=f"What hides a region: {', '.join(FILLS)}, model_mean, drop, '#rrggbb' or an image file.")
     ] = "black",
     regions: Annotated[str, typer.Option("--regions", "-r", help=f"How images are cut: {', '.join(REGIONS)}.")] = "slico",
     region_count: Annotated[

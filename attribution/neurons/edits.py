@@ -169,16 +169,16 @@ def mean_logit_changes(
         with torch.no_grad(), layers.recorded() as hidden:
             clean.append(classifier.logits(inputs[rows]).cpu())
         activations.append(layers.at_tokens(hidden[layer])[:, :, list(units)].float().mean(dim=1).cpu())
-    usual = torch.cat(clean).mean(dim=0)
+    usual = torch.cat(clean)
 
     def without(unit: int) -> Tensor:
         def removed(hidden: Tensor, at: int, _rows: Tensor) -> Tensor:
             return hidden.index_fill(2, torch.tensor([unit], device=hidden.device), 0) if at == layer else hidden
 
-        return _run(classifier, inputs, layers, removed, classifier.logits).mean(dim=0)
+        return (_run(classifier, inputs, layers, removed, classifier.logits) - usual).mean(dim=0)
 
-    changes = [without(int(unit)) - usual for unit in units]
-    return torch.stack(changes) if changes else usual.new_empty(0, len(usual)), torch.cat(activations).mean(dim=0)
+    changes = [without(int(unit)) for unit in units]
+    return torch.stack(changes) if changes else usual.new_empty(0, usual.shape[1]), torch.cat(activations).mean(dim=0)
 
 
 def _run(
