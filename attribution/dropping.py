@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
-from attribution.errors import NotApplicable, UserError
+from attribution.errors import NotApplicable, UserError, describe
 from attribution.hooks import edited_inputs
 from attribution.loading import load_classifier
 from attribution.masking import RegionInputs
@@ -72,7 +73,11 @@ def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.
     """
     classifier = load_classifier(classifier)
     if not isinstance(regions, Regions):
-        height, width = np.shape(regions)[-2:] if np.ndim(regions) >= 2 else (1, 1)
+        if not isinstance(regions, Tensor | np.ndarray) or regions.ndim not in (2, 3):
+            raise UserError(
+                f"regions are {describe(regions)}: expected Regions (see at.make_regions), an int label map [H, W] or bool masks [R, H, W]"
+            )
+        height, width = regions.shape[-2:]
         regions = make_regions(torch.zeros(3, height, width), regions)
     patches = _Patches(classifier.preprocessing, _known(classifier)[2], regions.labels)
     labels = patches.owners[patches.of_pixels]
@@ -125,7 +130,7 @@ class _Axis:
         self.count = side // length
         centres = (torch.arange(pixels, dtype=torch.float64) + 0.5) * scale + start
         self.patches = (centres / length).floor().long().clamp(0, self.count - 1)
-        self.seen = (centres >= 0) & (centres < side)
+        self.seen = (centres >= 0) & (centres < self.count * length)
         middles = ((torch.arange(self.count, dtype=torch.float64) + 0.5) * length - start) / scale
         self.nearest = middles.floor().long().clamp(0, pixels - 1)
         self.shown = (middles >= 0) & (middles < pixels)
@@ -144,6 +149,7 @@ class _DroppedInputs(RegionInputs):
         hidden = (1 - subsets.to(self._whole))[:, self._owners] * self._is_owned
         rows, columns = (side // length for side, length in zip(self._whole.shape[2:], self._patch, strict=True))
         channel = hidden.view(-1, 1, rows, columns).repeat_interleave(self._patch[0], 2).repeat_interleave(self._patch[1], 3)
+        channel = F.pad(channel, (0, self._whole.shape[3] - channel.shape[3], 0, self._whole.shape[2] - channel.shape[2]))
         return torch.cat([self._whole.expand(len(channel), -1, -1, -1), channel], dim=1)
 
 
@@ -171,7 +177,8 @@ class _Dropping(Wrapping):
             raise NotApplicable("fill 'drop' shows a patch or not, so that no gradients flow to how much of it is shown")
         self._base.find_out(want_features)
         inputs = inputs.to(self.device)
-        shown = inputs[:, 3, :: self._patch[0], :: self._patch[1]].flatten(1) < 0.5  # a patch is hidden as a whole
+        rows, columns = (length * (side // length) for side, length in zip(inputs.shape[2:], self._patch, strict=True))
+        shown = inputs[:, 3, : rows : self._patch[0], : columns : self._patch[1]].flatten(1) < 0.5  # a patch is hidden as a whole
         return self._fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
@@ -226,6 +233,8 @@ def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
         embed = module.patch_embed
         if not isinstance(embed, PatchEmbed):
             raise _refused(classifier, f"its tokens are made by a {type(embed).__name__}, not from patches of pixels")
+        if getattr(embed, "dynamic_img_pad", False):
+            raise _refused(classifier, "it pads its input to whole patches")
         patch = embed.patch_size
         return module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1]))
     if isinstance(module, VisionTransformer):

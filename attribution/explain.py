@@ -116,6 +116,8 @@ def explain(
 
         scoring = {**chosen.objective_options, **(objective_options or {})}
         _check_options(SubmodularObjective, scoring, "objective")
+        if drops(fill) and "confidence_classifier" in scoring:
+            raise UserError("fill 'drop' takes tokens of one model away: it goes without a confidence_classifier, a second one")
         objectives = [SubmodularObjective(hiding, each, wanted, weights, **scoring) for hiding, each in masked]
         objective = objectives[0] if len(objectives) == 1 else MeanObjective(objectives)
         p = _pending(chosen.pending if pending is None else pending, cut.count)

@@ -193,7 +193,8 @@ class _Run:
                 except NotApplicable as error:
                     if metric.curve:  # it depends on the model and the fill alone
                         self.not_measured.add((judged.model, measure))
-                    self._fail(Failure(judged.model, "", measure.label if metric.curve else spec.label, seed, str(error), refused=True))
+                    left_out = measure.label if metric.curve else f"{spec.label}: {measure.label}"
+                    self._fail(Failure(judged.model, "", left_out, seed, str(error), refused=True))
                     continue
                 except Broken as error:
                     self._fail(judged.failure(spec, seed, f"{measure.label}: {error}"))

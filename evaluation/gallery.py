@@ -26,7 +26,9 @@ class Gallery:
         results = summary.results
         self.model, self.methods, self.results = model, ordered_methods(summary, model), results
         self.explained = {(e.method, e.sample): e for e in results.explained if e.model == model and e.seed == results.settings.seed}
-        self.measure = summary.measures_of(model)[0]
+        measure = summary.first_of_images(model)
+        assert measure is not None, f"{model} has no scores of images"
+        self.measure = measure
         self.scores = score_matrix(results, model, self.measure)
         wanted = self.measure.protocol or summary.first_protocol(model)
         both = [m for m in summary.measures if m.metric in ("insertion", "deletion") and m.protocol == wanted]

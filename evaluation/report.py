@@ -229,9 +229,7 @@ def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "most_dots": MOST_DOTS,
         "protocols": len(settings.protocols),
         "dependence": {model: dependence(summary, model) for model in summary.results.models},
-        "galleries": [Gallery(summary, model).context() for model in summary.results.models if ordered_methods(summary, model)]
-        if settings.measured()
-        else [],
+        "galleries": [Gallery(summary, model).context() for model in summary.results.models if summary.first_of_images(model)],
         "nouns": " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures))),
         "on_images": bool(settings.measured()),
         "cells": settings.cells if settings.grid_settings else None,
@@ -239,7 +237,11 @@ def _page(summary: Summary, drawn: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "spreads": [_spreads(summary, model) for model in summary.results.models],
         "failures": failures[:_MOST_FAILURES],
         "failures_left_out": max(0, len(failures) - _MOST_FAILURES),
-        "refusals": [row for model in summary.results.models for row in refusals(summary, model)],
+        "refusals": [
+            {"model": model, "methods": "; ".join(methods), "reason": reason}
+            for model in summary.results.models
+            for reason, methods in refusals(summary, model).items()
+        ],
     }
 
 
@@ -452,6 +454,11 @@ def _plain_summary(summary: Summary) -> dict[str, Any]:
         "conclusions": {model: conclusions(summary, model) for model in summary.results.models},
         "separations": separations,
         "agreements": [{**vars(a), "tau": a.tau if math.isfinite(a.tau) else None} for a in summary.agreements],
-        "refused": [row for model in summary.results.models for row in refusals(summary, model)],
+        "refused": [
+            {"model": model, "method": method, "reason": reason}
+            for model in summary.results.models
+            for reason, methods in refusals(summary, model).items()
+            for method in methods
+        ],
         "failures": [{key: value for key, value in vars(f).items() if key != "refused"} for f in results.failed],
     }

@@ -135,7 +135,12 @@ class Summary:
 
     def first_protocol(self, model: str) -> str:
         """Label of the first protocol that a model has scores under; of the first of all where it has none."""
-        return next((m.protocol for m in self.measures_of(model) if m.protocol), self.results.settings.protocols[0].label())
+        found = (m.protocol for m in self.measures_of(model) if m.protocol and not METRICS[m.metric].grid)
+        return next(found, self.results.settings.protocols[0].label())
+
+    def first_of_images(self, model: str) -> Measure | None:
+        """The first measure of single images, not grids, that a model has scores in."""
+        return next((m for m in self.measures_of(model) if self.column(model, m) and not METRICS[m.metric].grid), None)
 
     def separation(self, model: str, measure: Measure) -> tuple[str, tuple[str, ...]] | None:
         """The best method under a measure, and those it cannot be told apart from; None where its mean has no interval."""

@@ -31,8 +31,8 @@ def print_summary(summary: Summary, console: Console) -> None:
                 console.print(table)
         for statement in conclusions(summary, model):
             console.print(Text(f"{model}: {statement}"))
-        for failure in refusals(summary, model):
-            console.print(Text(f"left out: {failure['method']}: {failure['reason']}", style="dim"))
+        for reason, methods in refusals(summary, model).items():
+            console.print(Text(f"left out: {'; '.join(methods)}: {reason}", style="dim"))
         console.print()
     nouns = " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures)))
     console.print(Text(f"rank. mean letters, below it the 95 % bootstrap interval over {nouns}; {LETTERS}", style="dim"))

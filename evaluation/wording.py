@@ -79,13 +79,13 @@ def dependence(summary: Summary, model: str) -> list[str]:
     return found
 
 
-def refusals(summary: Summary, model: str) -> list[dict[str, str]]:
-    """Methods and measures that were left out for a model, those with one reason together."""
+def refusals(summary: Summary, model: str) -> dict[str, list[str]]:
+    """Methods and measures that were left out for a model, by the reason."""
     found: dict[str, list[str]] = {}
     for failure in summary.refused:
         if failure.model == model and failure.method not in found.setdefault(failure.reason, []):
             found[failure.reason].append(failure.method)
-    return [{"model": model, "method": "; ".join(methods), "reason": reason} for reason, methods in found.items()]
+    return found
 
 
 def by_protocol(measures: Sequence[Measure]) -> list[tuple[str, list[Measure]]]:

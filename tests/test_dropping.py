@@ -154,8 +154,13 @@ def test_what_cannot_drop_says_why(cnn: at.Classifier, vit: at.Classifier, small
             at.explain(small_cat, vit, fill="drop", regions=at.follow_patches(vit, given), search="budget", evaluations=9).regions.count
             == 9
         )
-    with pytest.raises(at.UserError, match="regions are"):
-        at.follow_patches(vit, 5)
+    for given in (5, "slico", [[0, 1]], torch.zeros(4)):
+        with pytest.raises(at.UserError, match=r"regions are .*expected Regions"):
+            at.follow_patches(vit, given)
+    with pytest.raises(at.UserError, match="goes without a confidence_classifier"):
+        at.explain(small_cat, vit, fill="black+drop", objective_options={"confidence_classifier": cnn}, **GRID)
+    with pytest.raises(at.NotApplicable, match="pads its input to whole patches"):
+        follow_patches(small_timm(dynamic_img_pad=True), thirds)
     with pytest.raises(at.UserError, match="fill 'drop' takes tokens away and is no image"):
         at.attribute(small_cat, vit, "occlusion", fill="drop")
     with pytest.raises(at.UserError, match="fill 'drop' with pixel steps"):
@@ -287,6 +292,24 @@ def test_any_regions_of_a_photo_that_is_cropped_or_padded(cat: Tensor, way: str,
             assert torch.allclose(logits[None], one_by_one(classifier, photo, kept), atol=1e-5)
     if size is None:
         assert (way == "padding") == (-1 in owners.values())
+
+
+def test_what_is_left_of_the_input_beyond_whole_patches(cat: Tensor) -> None:
+    """timm reads the first 3 x 3 patches of 8 x 8 pixels of 30 x 30."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model("vit_tiny_patch16_224", img_size=30, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+        nn.init.normal_(module.head.weight, std=0.5)
+    classifier = at.Classifier(module.eval(), size=30, mean=0.5, std=0.5, scores="logits")
+    photo = torch.nn.functional.interpolate(cat[None], size=(30, 30), mode="area")[0]
+    labels = torch.arange(30).div(8, rounding_mode="floor").clamp(max=2)
+    labels = 3 * labels[:, None] + labels
+    assert torch.equal(follow_patches(classifier, at.make_regions(photo, "grid", rows=3, columns=3)).labels, labels)
+    hiding, masked = masked_inputs(classifier, photo, labels, "drop")
+    row = torch.tensor([True, False, True, False, False, True, True, True, False])
+    with torch.no_grad():
+        found = hiding.logits(masked(row[None]))
+        assert torch.allclose(found, one_by_one(classifier, photo, row.nonzero()[:, 0].tolist()), atol=1e-5)
 
 
 def test_regions_by_name_follow_the_patches(cat: Tensor, small_cat: Tensor) -> None:

@@ -188,6 +188,15 @@ def test_images_and_grids_in_one_run(data: Path, tmp_path: Path) -> None:
         assert f'<h2 id="{section}">' in page
 
 
+def test_a_model_with_scores_of_grids_alone_has_no_gallery(data: Path, tmp_path: Path) -> None:
+    """Curves under dropped tokens are no measure of a CNN; its grids are still reported."""
+    chosen = settings(data, metrics=["insertion", "gridpg"], fills=["drop"], samples=2, methods=["saliency", "random"], layers=["final"])
+    results = ev.run_benchmark(chosen, tmp_path / "out")
+    assert {score.measure.metric for score in results.scores} == {"gridpg"} and not results.failed
+    page = write_report(ev.summarise(results), tmp_path / "out").html.read_text(encoding="utf-8")
+    assert "insertion (regions, drop, p)" in page and "Chosen by rule" not in page and '<h2 id="grids">' in page
+
+
 def test_models_share_grids_of_images_that_all_get_right(data: Path, tmp_path: Path) -> None:
     class Doubtful(Colours):
         def forward(self, x: Tensor) -> Tensor:
