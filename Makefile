@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help env demo test test-all lint types readme clean
+.PHONY: help env demo test test-all test-install lint types readme clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ demo: $(READY)  ## Explain a photo of a cat with both embedded classifiers
 
 test: $(READY)  ## Run the tests (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest
+
+test-install: $(READY)  ## Run the slow tests of the installed wheel and of several processes
+	$(BIN)/python -m pytest -m slow -k 'wheel or workers'
 
 test-all: $(READY)  ## Run the slow tests too
 	$(BIN)/python -m pytest -m 'not readme'

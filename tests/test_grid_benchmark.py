@@ -319,6 +319,7 @@ def guessed(tmp_path: Path, cnn: at.Classifier) -> Path:
     return tmp_path / "guessed"
 
 
+@pytest.mark.slow
 def test_workers_change_no_number(guessed: Path, tmp_path: Path) -> None:
     """Two processes, one of them stopped halfway in an earlier run, make the records of one."""
     plain = {"models": ["zoo:cnn"], "methods": ["saliency", "random", "lrp"], "metrics": ["gridpg", "difull"], "layers": ["final"]}

@@ -41,6 +41,7 @@ def test_the_wheel_holds_what_the_demo_needs_and_no_datasets_package(wheel: Path
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"attribution", "evaluation"}
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own that borrows only the dependencies."""
     venv.create(tmp_path / "venv", system_site_packages=False, with_pip=False)
