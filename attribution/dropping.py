@@ -1,7 +1,7 @@
 """Missing instead of painted: the tokens of hidden patches are taken out of a vision transformer's sequence.
 
 A painted patch is still a patch, and to the model a black one may speak for a class (missingness bias: Jain et al., ICLR 2022).
-Here an image carries a fourth channel, 1 where it is hidden; the patches where it is 1 never reach the first block. Rows with as
+Here an input carries a fourth channel, 1 where it is hidden; the patches where it is 1 never reach the first block. Rows with as
 many tokens are forwarded together, so that the cost falls with what is hidden.
 """
 
