@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attribution.dropping import is_drop
 from attribution.explain import versions
 from attribution.files import slug, whole_file
 from attribution.plotting import Figure
@@ -308,8 +309,8 @@ def _grid_rows(summary: Summary) -> list[tuple[str, list[str]]]:
 def _protocol_text(protocol: Protocol) -> str:
     steps = "a region a step" if protocol.steps == "regions" else f"{protocol.count} steps of equally many pixels"
     axis = "exact share of pixels" if protocol.axis == "area" else "share of pixels that are not black"
-    fill = protocol.settings()["fill"]
-    return f"{protocol.label()}: {steps}; hidden pixels show {fill}; {protocol.output} of the class; over the {axis}"
+    hidden = "tokens of hidden patches are dropped" if is_drop(protocol.fill) else f"hidden pixels show {protocol.settings()['fill']}"
+    return f"{protocol.label()}: {steps}; {hidden}; {protocol.output} of the class; over the {axis}"
 
 
 def _leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:

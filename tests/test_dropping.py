@@ -349,6 +349,7 @@ def test_a_benchmark_of_dropped_tokens_cuts_along_the_patches(tmp_path: Path) ->
     page = write_report(ev.summarise(results), tmp_path / "out").html.read_text(encoding="utf-8")
     assert page.count("does not apply to box: it is a black box") == 1
     assert "insertion (regions, drop, p); insertion_deletion (regions, drop, p); budget" in page
+    assert "regions, drop, p: a region a step; tokens of hidden patches are dropped; probability" in page
     assert "slico (count 9) along the patches of models that have some" in page
     assert "worst image of random by insertion (regions, black, p)" in page
     classifier = seen_through("crop")
