@@ -17,7 +17,7 @@ FLOORS = [
     ["attribution.figures"],
     ["attribution.image", "attribution.hooks"],
     ["attribution.model"],
-    ["attribution.fills", "attribution.regions", "attribution.provenance"],
+    ["attribution.fills", "attribution.regions", "attribution.provenance", "attribution.deprecation"],
     ["attribution.masking", "attribution.explanation"],
     ["attribution.task", "attribution.dropping"],
     ["attribution.network", "attribution.objective"],
