@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import evaluation.statistics as es
-from evaluation.statistics import comparisons, intervals
 from attribution.errors import UserError
-from evaluation.statistics import ranking, validity
+from evaluation.statistics import comparisons, intervals, ranking, validity
 from evaluation.statistics.comparisons import Comparison
 from evaluation.statistics.intervals import Interval
 
