@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from attribution.errors import describe
 from attribution.model.classifier import Classifier
