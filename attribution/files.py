@@ -11,6 +11,10 @@ from pathlib import Path
 from attribution.errors import UserError
 
 
+class CannotWrite(UserError):
+    """A file cannot be written: the folder is closed to us, or the disk is full."""
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Write to a temporary name beside path, renamed to path when the block ends well, removed when it does not.
@@ -18,21 +22,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because many writers choose the format by it.
 
     Raises:
-        UserError: the folder cannot be made or written to, or the disk is full.
+        CannotWrite: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another output folder") from None
+        raise CannotWrite(f"cannot write {path} ({error.strerror or error}): choose another output folder") from None
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
+        raise CannotWrite(
             f"cannot write {path} ({error.strerror or error}): nothing was changed; make room, or choose another folder"
         ) from None
     except BaseException:
@@ -43,7 +47,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another name") from None
+        raise CannotWrite(f"cannot write {path} ({error.strerror or error}): choose another name") from None
 
 
 def slug(name: str) -> str:

@@ -9,7 +9,9 @@ import typer
 
 from attribution import __version__
 from attribution.errors import UserError
+from evaluation.pareto.study import PARETO
 from vision_attribution import benchmark, debug, explain, neurons
+from vision_attribution.studies import study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +42,7 @@ app.command()(benchmark.benchmark)
 app.command()(debug.debug)
 
 app.command()(neurons.neurons)
+app.command()(study_command(PARETO))
 
 
 def main() -> None:

@@ -29,13 +29,13 @@ from attribution.fills import FILLS
 from attribution.image import demo_image_path
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
-from attribution.model.loading import load_classifier
+from attribution.model.loading import load_classifier, read_class_names
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from attribution.tuning import tune
-from vision_attribution.inputs import distinct_stems, find_images, read_class_names
+from vision_attribution.inputs import distinct_stems, find_images
 from vision_attribution.progress import Bar
 
 DEMO_MODELS = ("zoo:cnn", "zoo:vit")

@@ -10,7 +10,7 @@ from pathlib import Path
 from attribution.errors import UserError
 from attribution.image import IMAGE_SUFFIXES
 from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier
+from attribution.model.loading import load_classifier, read_class_names
 
 
 def model_with_names(model: str, classes: Path | None, *, device: str, checkpoint: Path | None, batch_size: int | None) -> str | Classifier:
@@ -56,14 +56,3 @@ def distinct_stems(paths: list[Path]) -> list[str]:
         taken.add(stem)
         stems.append(stem)
     return stems
-
-
-def read_class_names(path: Path) -> list[str]:
-    """One name a line; blank lines at the end are ignored."""
-    try:
-        names = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
-    if not names:
-        raise UserError(f"{path} is empty: expected one class name a line")
-    return [name.strip() for name in names]

@@ -22,7 +22,7 @@ from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier
+from attribution.model.loading import load_classifier, read_class_names
 from attribution.neurons import (
     Decoded,
     NeuronDecoder,
@@ -35,7 +35,7 @@ from attribution.neurons import (
     neuron_path,
     plot_path,
 )
-from vision_attribution.inputs import distinct_stems, find_images, model_with_names, read_class_names
+from vision_attribution.inputs import distinct_stems, find_images, model_with_names
 from vision_attribution.progress import Bar
 
 _AMONG = 500  # images looked at for exemplars

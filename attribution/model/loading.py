@@ -79,6 +79,17 @@ def load_classifier(
     )
 
 
+def read_class_names(path: Path) -> list[str]:
+    """One name a line; blank lines at the end are ignored."""
+    try:
+        names = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
+    if not names:
+        raise UserError(f"{path} is empty: expected one class name a line")
+    return [name.strip() for name in names]
+
+
 def save_classifier(classifier: Classifier, path: str | Path) -> None:
     """Write a zoo, timm or torchvision classifier as one safetensors file that ``load_classifier`` reads back.
 

@@ -1,11 +1,10 @@
-"""The study image by image: each explanation is kept the moment it is measured, so that a run can continue."""
+"""Quality against evaluations, image by image: every explanation is a record of its own."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -18,135 +17,134 @@ from attribution.explanation import Explanation
 from attribution.fills import classifier_fill
 from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier
 from attribution.objective import SubmodularObjective
 from attribution.presets import BALANCED
-from attribution.provenance import digest_of
+from attribution.provenance import pixels_digest
 from attribution.regions import Regions, make_regions
 from attribution.search.budget import anytime_from, search_orders
 from evaluation.data.dataset import ImageDataset
 from evaluation.metrics.curves import perturbation_curves
 from evaluation.metrics.protocol import Protocol
-from evaluation.pareto.settings import BALANCED_SUFFIX, POLISHED, REFERENCE, SAMPLED, WHITE_BOX, ParetoResults, ParetoSettings, Point
-from evaluation.study.identity import identity_of, sample_seed
-from evaluation.study.opening import named_data
-from evaluation.study.records import Record, open_log, read_log
+from evaluation.pareto.settings import (
+    BALANCED_SUFFIX,
+    POLISHED,
+    REFERENCE,
+    SAMPLED,
+    WHITE_BOX,
+    ParetoResults,
+    ParetoSettings,
+    Point,
+    partition,
+)
+from evaluation.study.identity import identity_of, record_key, sample_seed
+from evaluation.study.opening import named_data, named_model
+from evaluation.study.records import Record
+from evaluation.study.run import Run, Unit, problems
 
-Progress = Callable[[int, int, str], None]
 _NO_LIMIT = 10**9  # images: the search is left as soon as a round goes beyond the last budget
 _OCCLUSION_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None) -> ParetoResults:
-    """Measure what the folder does not hold yet, and return everything.
-
-    Args:
-        settings: what is measured.
-        out: folder of ``records.jsonl``; several settings may share it, one process at a time.
-        progress: called with (images done, all of them, sample).
+def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
+    """Every method within every budget, on the same images, for each model and each partition.
 
     Raises:
-        UserError: settings that cannot be run, no image that the model gets right, or a full disk.
+        UserError: no image that a model gets right with enough confidence; in reading, nothing that was asked for.
     """
-    study = _Study(settings)
-    points: dict[str, tuple[Point, ...]] = {}
-    with open_log(Path(out) / "records.jsonl") as log:
-        for one in study.images():
-            if progress is not None:
-                progress(len(points), settings.samples, one.sample)
-            if any(key not in log for key in one.keys.values()):
-                case = _Case(settings, study.classifier, one.image, one.label, study.protocol, one.sample)
-                for method in settings.methods:
-                    missing = [budget for budget in settings.budgets_of(method) if one.keys[method, budget] not in log]
-                    for budget, point in case.points(method, missing):
-                        record = {"sample": one.sample, "point": None if point is None else asdict(point)}
-                        log.append(one.keys[method, budget], record)
-            points[one.sample] = one.held(log.records)
-        if progress is not None:
-            progress(len(points), len(points), "done")
-    return ParetoResults(settings, study.classifier.name, points)
+    settings = run.settings
+    points: dict[tuple[str, str], dict[str, tuple[Point, ...]]] = {}
+    run.expect(len(settings.models) * len(settings.partitions) * settings.samples * len(settings.methods))
+    for model in settings.models:
+        classifier = named_model(settings, model)
+        dataset = named_data(settings, classifier.class_names)
+        chosen = _chosen(settings, classifier, dataset)
+        for name in settings.partitions:
+            points[classifier.name, name.replace(":", " ")] = _Images(run, classifier, dataset, name).points(chosen)
+    if run.reading and not any(any(by_sample.values()) for by_sample in points.values()):
+        raise UserError(
+            f"{run.log.path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run"
+        )
+    return ParetoResults(settings, points, tuple(problems(run, lambda item: item[0])))
 
 
-def read_pareto(settings: ParetoSettings, out: str | Path) -> ParetoResults:
-    """What the folder holds of the settings, nothing measured: of a run that is finished, under way, or was killed.
-
-    Raises:
-        UserError: no records in the folder, or none of these settings.
-    """
-    study = _Study(settings)
-    path = Path(out) / "records.jsonl"
-    records = read_log(path)
-    points = {one.sample: held for one in study.images() if (held := one.held(records))}
-    if not points:
-        raise UserError(f"{path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run")
-    return ParetoResults(settings, study.classifier.name, points)
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image with the keys of its records."""
-
-    sample: str
-    image: Tensor
-    label: int
-    keys: dict[tuple[str, int], str]
-
-    def held(self, records: Mapping[str, Record]) -> tuple[Point, ...]:
-        found = [records[key]["point"] for key in self.keys.values() if key in records]
-        return tuple(Point(**point) for point in found if point is not None)
-
-
-class _Study:
-    """Model and images of settings."""
-
-    def __init__(self, settings: ParetoSettings) -> None:
-        self.settings = settings
-        self.classifier = load_classifier(settings.model)
-        self.dataset = named_data(settings, self.classifier.class_names)
-        self.protocol = Protocol(fill=settings.fill)
-
-    def images(self) -> Iterator[_Image]:
-        settings, classifier = self.settings, self.classifier
-        protocol = self.protocol.settings()
-        shared = [identity_of(classifier, classifier.name), protocol, settings.regions, settings.count, settings.seed]
-        for index, image in _chosen(settings, classifier, self.dataset):
-            sample, label = self.dataset.ids[index], int(self.dataset.labels[index] or 0)
-            content = [sample, hashlib.sha256(image.numpy().tobytes()).hexdigest(), label]
-            keys = {
-                (method, budget): digest_of([*shared, *content, method, budget])
-                for method in settings.methods
-                for budget in settings.budgets_of(method)
-            }
-            yield _Image(sample, image, label, keys)
-
-
-def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> Iterator[tuple[int, Tensor]]:
+def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> list[int]:
     """Images that the model gets right with enough confidence, in the order of the permutation."""
-    found = 0
+    found: list[int] = []
     for index in dataset.choose(None, settings.seed, labels_only=True):
-        image = dataset[index].image
-        probabilities = classifier.probabilities(classifier.inputs(image))[0]
+        probabilities = classifier.probabilities(classifier.inputs(dataset[index].image))[0]
         if int(probabilities.argmax()) == dataset.labels[index] and float(probabilities.max()) >= settings.confidence:
-            found += 1
-            yield index, image
-        if found == settings.samples:
-            return
+            found.append(index)
+        if len(found) == settings.samples:
+            break
     if not found:
         raise UserError(f"{dataset.name} has no image that {classifier.name} gets right with p >= {settings.confidence:g}")
+    return found
+
+
+class _Images:
+    """Images under one model, cut in one way."""
+
+    def __init__(self, run: Run[ParetoSettings], classifier: Classifier, dataset: ImageDataset, name: str) -> None:
+        self.run, self.settings, self.classifier, self.dataset = run, run.settings, classifier, dataset
+        self.partition = partition(name)
+        self.protocol = Protocol(fill=run.settings.fill)
+        self.identity = identity_of(classifier)
+        self.ways = [self.protocol.settings(), *self.partition, run.settings.seed]
+        self.case = lru_cache(maxsize=1)(self._case)
+
+    def points(self, chosen: Sequence[int]) -> dict[str, tuple[Point, ...]]:
+        ids = {self.dataset.ids[index]: index for index in chosen}
+        items = [(sample, method) for sample in ids for method in self.settings.methods]
+        found = self.run.stage(items, lambda item: self._unit(ids[item[0]], *item), lambda item: f"{item[0]} {item[1]}")
+        held = {
+            sample: [record["point"] for method in self.settings.methods for record in found[sample, method].values()] for sample in ids
+        }
+        return {sample: tuple(Point(**point) for point in points if point is not None) for sample, points in held.items() if points}
+
+    def _unit(self, index: int, sample: str, method: str) -> Unit:
+        case = self.case(index)
+        keys = {
+            budget: record_key(self.identity, case.pixels, sample, case.target, *self.ways, method, budget)
+            for budget in self.settings.budgets_of(method)
+        }
+
+        def measure(missing: Sequence[int]) -> Iterator[tuple[int, Record]]:
+            for budget, point in case.points(method, missing):
+                yield budget, {"sample": sample, "point": None if point is None else asdict(point)}
+
+        return Unit(keys, measure)
+
+    def _case(self, index: int) -> _Case:
+        image, label = self.dataset[index].image, self.dataset.labels[index]
+        assert label is not None
+        return _Case(self.settings, self.partition, self.classifier, image, int(label), self.protocol, self.dataset.ids[index])
 
 
 class _Case:
     """One image with its regions: any method of the study explains it, one function measures them all."""
 
     def __init__(
-        self, settings: ParetoSettings, classifier: Classifier, image: Tensor, target: int, protocol: Protocol, sample: str
+        self,
+        settings: ParetoSettings,
+        cut: tuple[str, int],
+        classifier: Classifier,
+        image: Tensor,
+        target: int,
+        protocol: Protocol,
+        sample: str,
     ) -> None:
         self.settings, self.classifier, self.image, self.target, self.protocol = settings, classifier, image, target, protocol
-        self.seed = sample_seed(settings.seed, sample)
-        self.regions: Regions = make_regions(image, settings.regions, count=settings.count)
-        fill = classifier_fill(image, settings.fill, classifier)
-        self.masked = MaskedInputs(classifier, image, self.regions.labels, fill)
+        self.cut, self.seed, self.pixels = cut, sample_seed(settings.seed, sample), pixels_digest(image)
         self._areas: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    @cached_property
+    def regions(self) -> Regions:
+        return make_regions(self.image, self.cut[0], count=self.cut[1])
+
+    @cached_property
+    def masked(self) -> MaskedInputs:
+        fill = classifier_fill(self.image, self.settings.fill, self.classifier)
+        return MaskedInputs(self.classifier, self.image, self.regions.labels, fill)
 
     def points(self, method: str, budgets: Sequence[int]) -> Iterator[tuple[int, Point | None]]:
         """The method within each budget, or as it is where its cost cannot be chosen; None where the budget is not enough."""
@@ -214,7 +212,7 @@ class _Case:
         if method == "kernel_shap":
             options["regions"] = self.regions
         if method == "hsic":
-            options["grid"] = 8 if self.settings.count > 36 else 6
+            options["grid"] = 8 if self.cut[1] > 36 else 6
         made = attribute(self.image, self.classifier, method, self.target, fill=self.settings.fill, seed=self.seed, **options)
         return made if made.evaluations <= budget else None
 

@@ -9,6 +9,7 @@ from attribution.errors import UserError
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
+from evaluation.study.settings import StudySettings, setting
 
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
 SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS whose cost is chosen
@@ -19,52 +20,42 @@ WHITE_BOX = "budget gradients"
 REFERENCE = "bidirectional"
 
 
-@dataclass(frozen=True)
-class ParetoSettings:
-    """Settings of ``run_pareto``.
+def pareto_methods() -> list[str]:
+    """Names that ``ParetoSettings.methods`` takes."""
+    return [*SEARCHES, *(f"{name}{BALANCED_SUFFIX}" for name in SEARCHES), POLISHED, WHITE_BOX, *SAMPLED]
 
-    Attributes:
-        data, root, split: of ``open_dataset``; the samples must be labelled.
-        model: a classifier, or a name that ``load_classifier`` takes.
-        regions: a key of ``REGIONS``.
-        count: R, about how many regions.
-        fill: what hides regions while methods work, and in the curves.
-        methods: keys of ``SEARCHES`` (with " 1:1" for balanced weights), "polished", "budget gradients" (the search by budget with
-            them), or of ``SAMPLED``.
-        budgets: evaluations of the search by budget and of polishing, ascending.
-        sampled_budgets: those of ``SAMPLED``, each of which is a run of its own.
-        samples: so many images, the first of a seeded permutation that the model gets right with enough confidence.
-        confidence: least probability of the label.
-        seed: of the images, and of methods that draw.
-    """
 
-    data: str
-    root: str | None = None
-    split: str = "test"
-    model: str | Classifier = "zoo:cnn"
-    regions: str = "grid"
-    count: int = 64
-    fill: str = "black"
-    methods: tuple[str, ...] = ("budget", REFERENCE)
-    budgets: tuple[int, ...] = BUDGETS
-    sampled_budgets: tuple[int, ...] = SAMPLED_BUDGETS
-    samples: int = 100
-    confidence: float = 0.7
-    seed: int = 0
+@dataclass(frozen=True, kw_only=True)
+class ParetoSettings(StudySettings):
+    """Settings of ``run_pareto``; every field is an option of ``attribution pareto``."""
+
+    models: tuple[str | Classifier, ...] = setting(
+        ("zoo:cnn", "zoo:vit"), option="--model", short="-m", help="Comma-separated names of models, as for explain."
+    )
+    partitions: tuple[str, ...] = setting(
+        ("grid:64",), option="--partition", help="Comma-separated: a way to cut images and about how many regions, such as slico:64."
+    )
+    methods: tuple[str, ...] = setting(
+        ("budget", REFERENCE),
+        choices=pareto_methods,
+        help=f"Comma-separated: searches, searches with balanced weights ('greedy{BALANCED_SUFFIX}'), {POLISHED}, '{WHITE_BOX}', "
+        f"{', '.join(SAMPLED)}.",
+    )
+    budgets: tuple[int, ...] = setting(BUDGETS, least=1, help="Images forwarded by the search by budget and by polishing, ascending.")
+    sampled_budgets: tuple[int, ...] = setting(SAMPLED_BUDGETS, least=1, help=f"The same for {', '.join(SAMPLED)}.")
+    fill: str = setting("black", short="-f", help="What hides regions while methods work, and in the curves.")
+    samples: int = setting(
+        100, short="-n", least=1, help="So many images, the first of a seeded permutation that the model gets right with confidence."
+    )
+    confidence: float = setting(0.7, least=0, most=1, help="Least probability of the label.")
 
     def __post_init__(self) -> None:
-        known = [*SEARCHES, *(f"{name}{BALANCED_SUFFIX}" for name in SEARCHES), POLISHED, WHITE_BOX, *SAMPLED]
-        if unknown := [name for name in self.methods if name not in known]:
-            raise UserError(f"unknown methods {', '.join(unknown)}: expected some of {', '.join(known)}")
-        if self.regions not in REGIONS:
-            raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
+        super().__post_init__()
         for budgets in (self.budgets, self.sampled_budgets):
-            if not budgets or list(budgets) != sorted(set(budgets)) or budgets[0] < 1:
+            if not budgets or list(budgets) != sorted(set(budgets)):
                 raise UserError(f"budgets are {list(budgets)}: expected ascending numbers of images")
-        for name, least in (("count", 2), ("samples", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+        for name in self.partitions:
+            partition(name)
 
     def budgets_of(self, method: str) -> tuple[int, ...]:
         """Budgets that the method is measured within; 0 alone for a search that cannot be told."""
@@ -72,10 +63,17 @@ class ParetoSettings:
             return self.sampled_budgets
         return self.budgets if method in ("budget", POLISHED, WHITE_BOX) else (0,)
 
-    @property
-    def partition(self) -> str:
-        """What tables call the regions."""
-        return f"{self.regions} {self.count}"
+
+def partition(name: str) -> tuple[str, int]:
+    """The region method and about how many regions, of a name such as "grid:64".
+
+    Raises:
+        UserError: anything else.
+    """
+    method, _, count = name.partition(":")
+    if method not in REGIONS or not count.isdecimal() or int(count) < 2:
+        raise UserError(f"partition is {name!r}: expected one of {', '.join(REGIONS)} with a number of regions, such as grid:64")
+    return method, int(count)
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ class ParetoResults:
 
     Attributes:
         settings: what was measured.
-        model: name of the classifier.
-        points: by sample id, in the order measured.
+        points: by (model, partition) and sample id, in the order measured.
+        failures: (sample, reason).
     """
 
     settings: ParetoSettings
-    model: str
-    points: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
+    points: Mapping[tuple[str, str], Mapping[str, tuple[Point, ...]]] = field(default_factory=dict)
+    failures: tuple[tuple[str, str], ...] = ()

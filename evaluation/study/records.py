@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import UserError
+from attribution.files import CannotWrite
 
 Record = dict[str, Any]
 
@@ -26,7 +27,7 @@ class RecordLog:
         records: what it holds, by key, in the order of first appearance.
     """
 
-    def __init__(self, path: Path, file: FileIO, records: dict[str, Record]) -> None:
+    def __init__(self, path: Path, file: FileIO | None, records: dict[str, Record]) -> None:
         self.path, self.records, self._file = path, records, file
 
     def __contains__(self, key: str) -> bool:
@@ -36,8 +37,9 @@ class RecordLog:
         """Write a record; when this raises, the file is as before.
 
         Raises:
-            UserError: the disk is full or the file cannot be written.
+            CannotWrite: the disk is full or the file cannot be written.
         """
+        assert self._file is not None, "this log was opened for reading"
         full = {"key": key, **record}
         line = (json.dumps(full, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
         end = self._file.seek(0, os.SEEK_END)
@@ -49,7 +51,7 @@ class RecordLog:
             self._file.truncate(end)
             if not isinstance(error, OSError):
                 raise
-            raise UserError(
+            raise CannotWrite(
                 f"cannot write {self.path} ({error.strerror or error}): what was measured so far is kept; make room and start again"
             ) from None
         self.records[key] = full
@@ -66,7 +68,7 @@ def open_log(path: Path) -> Iterator[RecordLog]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = FileIO(path, "a+")
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another output folder") from None
+        raise CannotWrite(f"cannot write {path} ({error.strerror or error}): choose another output folder") from None
     with file:
         _lock(file, path)
         file.seek(0)
@@ -88,6 +90,20 @@ def read_log(path: Path) -> dict[str, Record]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of a benchmark") from None
     return _parse(data, path)[0]
+
+
+def shard_name(number: int) -> str:
+    """The file in which a further process of a study keeps its records."""
+    return f"records-{number}.jsonl"
+
+
+def take_over(out: Path, log: RecordLog) -> None:
+    """Move the records that processes of this or an earlier run kept into the study's log."""
+    for path in sorted(out.glob("records-*.jsonl")):
+        for key, record in read_log(path).items():
+            if key not in log:
+                log.append(key, {name: value for name, value in record.items() if name != "key"})
+        path.unlink()
 
 
 def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:

@@ -1,40 +1,234 @@
-"""Settings of studies, from plain values."""
+"""Settings of studies: every field has a type, a default, a range and a help text, and is an option of the study's command.
+
+A setting is written once, as a field made by ``setting``. From the fields come the checks of values, the reader of TOML files, the
+options of the command (in ``vision_attribution``), and the command line that repeats a run.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+import shlex
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from attribution.baselines.smoothing import Smoothing
-from attribution.errors import UserError
+from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
+from attribution.errors import UserError, describe
+from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
 from attribution.regions import Regions
 
+T = TypeVar("T", bound="StudySettings")
+Choices = Iterable[str] | Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of settings is beside its type and default.
+
+    Attributes:
+        help: of the option; it says what the setting does, in one or two sentences.
+        option: its name on the command line; made from the field's name when None, "" for none.
+        short: a letter for it, such as "-n".
+        least, most: range of its numbers, both included.
+        choices: names that it takes.
+        numbers: whether any number depends on it; what changes none is left out of stored settings.
+        keys: of a mapping, options for some of its keys: key -> (type, help).
+    """
+
+    help: str
+    option: str | None = None
+    short: str | None = None
+    least: float | None = None
+    most: float | None = None
+    choices: Choices | None = None
+    numbers: bool = True
+    keys: Mapping[str, tuple[type, str]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """What it may be, where that is a list."""
+        found = self.choices() if callable(self.choices) else self.choices
+        return [] if found is None else list(found)
+
+
+def setting(default: Any = MISSING, *, help: str, factory: Any = MISSING, **more: Any) -> Any:
+    """A field of settings; see ``Setting`` for what may be said of it. Without a default it must be given."""
+    return field(default=default, default_factory=factory, metadata={"setting": Setting(help, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What all studies are told: data, where the model runs, samples and seed."""
+
+    data: str = setting(
+        short="-d",
+        help="Labelled images: a recipe name (with --root), a folder with one subfolder a class, or a CSV or text list of path and label "
+        "(also mask or x0, y0, x1, y1, and group).",
+    )
+    root: str | None = setting(None, numbers=False, help="Where the data of a recipe lie.")
+    split: str = setting("test", help="Split of a recipe.")
+    samples: int | None = setting(None, short="-n", least=1, help="So many images, drawn by the seed.")
+    seed: int = setting(0, least=0, most=LARGEST_SEED, help="Of the choice of images and of everything that draws.")
+    checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
+    classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
+    device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
+    batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
+    workers: int = setting(1, least=1, numbers=False, help="So many processes measure side by side. It changes no number.")
+
+    def __post_init__(self) -> None:
+        for name, kind in hints_of(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind, settings_of(type(self))[name]))
+
+    def plain(self) -> dict[str, Any]:
+        """The settings that numbers depend on, as JSON; the data by their name, without their place."""
+        told = {name: getattr(self, name) for name, about in settings_of(type(self)).items() if about.numbers}
+        return plain_settings({name: plain_option(value) for name, value in told.items()}) | {"data": Path(self.data).name}
+
+    @classmethod
+    def make(cls: type[T], values: Mapping[str, Any], source: str = "the study") -> T:
+        """From plain values: lists, text, numbers.
+
+        Args:
+            values: by field.
+            source: where they come from, for messages.
+
+        Raises:
+            UserError: an unknown field, no data, or a value that does not fit.
+        """
+        known = settings_of(cls)
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"{source} has unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+        needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise UserError(f"{source} names no {missing[0]}: give a recipe name, an image folder, or a list of paths and labels")
+        return cls(**values)
+
+    @classmethod
+    def read(cls: type[T], path: Path, overrides: Mapping[str, Any]) -> T:
+        """From a TOML file; overrides win.
+
+        Raises:
+            UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(f"{path} cannot be read as TOML ({error})") from None
+        return cls.make({**table, **overrides}, str(path))
+
+    def command_line(self, command: str, **further: str) -> str:
+        """The command that repeats these settings; values given beside them are added as options."""
+        given: list[tuple[str, Any]] = []
+        for each in fields(self):
+            about, value = settings_of(type(self))[each.name], getattr(self, each.name)
+            given += [(option_name(each.name, about, key), value[key]) for key in about.keys if key in (value or {})]
+            usual = each.default if each.default_factory is MISSING else each.default_factory()
+            if about.option == "" or about.keys or value == usual:
+                continue
+            given.append((option_name(each.name, about), _spelled(value)))
+        words = ["attribution", command]
+        for option, value in [*given, *((f"--{name}", text) for name, text in further.items())]:
+            if value is True:
+                words.append(option)
+            else:
+                text = str(value)
+                words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+        return shlex.join(words)
+
+
+def settings_of(cls: type) -> dict[str, Setting]:
+    """What is said of each field of settings."""
+    return {each.name: each.metadata.get("setting", Setting("", option="")) for each in fields(cls)}
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The type of each field of settings."""
+    hints = typing.get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls)}
+
+
+def option_name(name: str, about: Setting, key: str | None = None) -> str:
+    """The option of a field, such as "--batch-size", or of one key of a mapping: "--region-count" of region_options."""
+    if key is not None:
+        name = f"{name.removesuffix('_options')}_{key}"
+    elif about.option is not None:
+        return about.option
+    return f"--{name.replace('_', '-')}"
+
+
+def plain_option(value: Any) -> Any:
+    """The value of a setting as JSON can hold it; arrays by the digest of their values."""
+    if isinstance(value, ScoreWeights | Smoothing):
+        return dict(vars(value))
+    if isinstance(value, Regions):
+        value = value.labels
+    if isinstance(value, Classifier):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): plain_option(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_option(each) for each in value]
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+    return plain_settings({"value": value})["value"]
+
 
 def check_fields(settings: type, values: Mapping[str, Any]) -> None:
-    """Whether plain values are fields of the settings of a job on labelled data.
-
-    Raises:
-        UserError: an unknown field, or no data.
-    """
-    known = {f.name for f in fields(settings)}
+    """Whether plain values are fields of settings, with data among them."""
+    known = {each.name for each in fields(settings)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
     if "data" not in values:
         raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
 
 
-def plain_option(value: Any) -> Any:
-    if isinstance(value, ScoreWeights | Smoothing):
-        return dict(vars(value))
-    if isinstance(value, Regions):
-        value = value.labels
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
-    return plain_settings({"value": value})["value"]
+def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
+    """The value as its type says, lists as tuples.
+
+    Raises:
+        UserError: another type, out of range, or none of the choices.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType) and type(None) in inner:
+        if value is None:
+            return None
+        others = [each for each in inner if each is not type(None)]
+        return _checked(name, value, others[0] if len(others) == 1 else Any, about)
+    if origin is Literal:
+        check_choice(name, value, inner)
+    elif origin is tuple:
+        if not isinstance(value, tuple | list | str):
+            raise UserError(f"{name} is {describe(value)}: expected a list")
+        return tuple(_checked(name, each, inner[0], about) for each in ([value] if isinstance(value, str) else value))
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {describe(value)}: expected true or false")
+    elif kind is int:
+        check_whole(name, value, int(about.least or 0), None if about.most is None else int(about.most))
+    elif kind is float:
+        check_number(name, value, -np.inf if about.least is None else about.least, np.inf if about.most is None else about.most)
+    elif kind is str:
+        if isinstance(value, Path):
+            value = str(value)
+        if not isinstance(value, str):
+            raise UserError(f"{name} is {describe(value)}: expected text")
+        if about.choices is not None:
+            check_choice(name, value, about.names())
+    elif isinstance(origin, type) and issubclass(origin, Mapping) and not isinstance(value, Mapping):
+        raise UserError(f"{name} is {describe(value)}: expected names with values, such as count=49")
+    return value
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(str(_spelled(each)) for each in value)
+    return value.name if isinstance(value, Classifier) else value

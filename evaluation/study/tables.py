@@ -37,12 +37,24 @@ def plain_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV text with a line of headings."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([columns, *rows])
     return buffer.getvalue()
 
 
+def csv_interval(interval: Interval | None) -> list[str]:
+    """Estimate and both ends as cells; empty where there is no interval."""
+    return [""] * 3 if interval is None else [csv_number(each) for each in (interval.estimate, interval.low, interval.high)]
+
+
+def interval_columns(*names: str) -> list[str]:
+    """The headings of ``csv_interval``: name, name_low, name_high."""
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+
+
 def csv_number(value: float | None) -> str:
+    """A number as a cell, six digits; empty where there is none."""
     return "" if value is None or not math.isfinite(value) else f"{value:.6g}"

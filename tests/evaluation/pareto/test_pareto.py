@@ -18,11 +18,12 @@ from attribution.presets import BALANCED
 from attribution.search.budget import anytime_from, search_orders
 from evaluation.metrics.protocol import Protocol
 from evaluation.pareto.figures import plot_pareto
-from evaluation.pareto.measure import read_pareto, run_pareto
-from evaluation.pareto.settings import ParetoSettings, Point
+from evaluation.pareto.settings import ParetoResults, ParetoSettings, Point
+from evaluation.pareto.study import PARETO, run_pareto
 from evaluation.pareto.summary import pareto_csv, summarise_pareto
 from evaluation.study.identity import sample_seed
 from evaluation.study.records import RecordLog, open_log
+from evaluation.study.run import held
 
 METHODS = ("budget", "bidirectional", "bidirectional 1:1", "polished", "rise", "kernel_shap", "hsic", "occlusion")
 BUDGETS = (10, 40, 60, 90, 120)
@@ -54,20 +55,29 @@ def settings(data: Path, classifier: at.Classifier, **values: object) -> ParetoS
     chosen = {
         "samples": 4,
         "confidence": 0.0,
-        "count": 9,
+        "partitions": ("grid:9",),
         "methods": METHODS,
         "budgets": BUDGETS,
         "sampled_budgets": (10, 40, 120),
         **values,
     }
-    return ParetoSettings(str(data), model=classifier, **chosen)  # type: ignore[arg-type]
+    return ParetoSettings(data=str(data), models=(classifier,), **chosen)  # type: ignore[arg-type]
+
+
+def points_of(results: ParetoResults) -> dict[str, tuple[Point, ...]]:
+    ((_, points),) = results.points.items()
+    return dict(points)
+
+
+def read_pareto(chosen: ParetoSettings, out: Path) -> ParetoResults:
+    return held(PARETO, chosen, out)
 
 
 def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
     results = run_pareto(settings(data, classifier), tmp_path)
-    assert len(results.points) == 4 and not any(sample.endswith("7.png") for sample in results.points)
+    assert len(points_of(results)) == 4 and not any(sample.endswith("7.png") for sample in points_of(results))
     dataset = ev.open_dataset(str(data), class_names=classifier.class_names)
-    for sample, points in results.points.items():
+    for sample, points in points_of(results).items():
         found = dataset[dataset.ids.index(sample)]
         regions = at.make_regions(found.image, "grid", count=9)
         by_name = {(point.method, point.budget): point for point in points}
@@ -107,8 +117,8 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
 
 
 def test_points_of_the_white_box(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
-    chosen = settings(data, classifier, samples=1, methods=("budget", "budget gradients"), budgets=(48, 120), count=36)
-    ((sample, points),) = run_pareto(chosen, tmp_path).points.items()
+    chosen = settings(data, classifier, samples=1, methods=("budget", "budget gradients"), budgets=(48, 120), partitions=("grid:36",))
+    ((sample, points),) = points_of(run_pareto(chosen, tmp_path)).items()
     dataset = ev.open_dataset(str(data), class_names=classifier.class_names)
     found = dataset[dataset.ids.index(sample)]
     explained = at.explain(
@@ -143,13 +153,15 @@ def test_a_run_continues_and_settings_share_a_folder(data: Path, classifier: at.
     assert forwarded <= 8  # predictions only
     only_held = read_pareto(settings(data, classifier, samples=3, methods=("budget", "rise")), tmp_path)
     assert forwarded <= 24
-    assert [len(points) for points in only_held.points.values()] == [len(BUDGETS), len(BUDGETS)]
+    assert [len(points) for points in points_of(only_held).values()] == [len(BUDGETS), len(BUDGETS)]
     more = run_pareto(settings(data, classifier, samples=3, methods=("bidirectional", "budget")), tmp_path)
     handle.remove()
     fewer = run_pareto(settings(data, classifier, samples=2, methods=("budget",), budgets=(60, 90)), tmp_path / "alone")
-    assert {sample: tuple(p for p in points if p.budget in (60, 90)) for sample, points in first.points.items()} == fewer.points
+    assert {sample: tuple(p for p in points if p.budget in (60, 90)) for sample, points in points_of(first).items()} == points_of(fewer)
     assert again.points == first.points
-    assert {sample: set(points) for sample, points in first.points.items()}.items() <= {s: set(p) for s, p in more.points.items()}.items()
+    assert {sample: set(points) for sample, points in points_of(first).items()}.items() <= {
+        s: set(p) for s, p in points_of(more).items()
+    }.items()
 
 
 def test_a_run_killed_between_two_points_of_an_image_ends_with_the_same(
@@ -170,7 +182,7 @@ def test_a_run_killed_between_two_points_of_an_image_ends_with_the_same(
     with pytest.raises(KeyboardInterrupt):
         run_pareto(chosen, tmp_path / "cut")
     left = 10**6
-    assert [len(points) for points in read_pareto(chosen, tmp_path / "cut").points.values()] == [3]
+    assert [len(points) for points in points_of(read_pareto(chosen, tmp_path / "cut")).values()] == [3]
     assert run_pareto(chosen, tmp_path / "cut").points == whole.points
 
 
@@ -181,21 +193,21 @@ def test_what_is_held_is_read_without_a_lock_and_must_be_there(data: Path, class
     assert not (tmp_path / "nowhere").exists()
     run_pareto(chosen, tmp_path)
     with open_log(tmp_path / "records.jsonl"):
-        assert len(read_pareto(chosen, tmp_path).points) == 1
+        assert len(points_of(read_pareto(chosen, tmp_path))) == 1
     with pytest.raises(at.UserError, match="holds nothing of what is asked for"):
         read_pareto(settings(data, classifier, methods=("rise",)), tmp_path)
 
 
 def test_rows_compare_with_the_published_search(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
     results = run_pareto(settings(data, classifier), tmp_path)
-    rows = summarise_pareto(results)
+    rows = summarise_pareto(results).rows
     by_name = {(row.method, row.budget): row for row in rows}
     quality = {
         (method, budget): np.array(
             [next(p.difference for p in points if (p.method, p.budget) == (method, budget)) for points in all_points]
         )
         for method, budget in by_name
-        for all_points in [list(results.points.values())]
+        for all_points in [list(points_of(results).values())]
     }
     for key, row in by_name.items():
         assert row.quality.estimate == pytest.approx(quality[key].mean()) and row.quality.count == 4
@@ -215,11 +227,12 @@ def test_rows_compare_with_the_published_search(data: Path, classifier: at.Class
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"methods": ("budget", "magic")}, "unknown methods magic"),
+        ({"methods": ("budget", "magic")}, "methods is 'magic': expected one of bidirectional"),
         ({"budgets": (40, 10)}, "expected ascending numbers of images"),
-        ({"regions": "hexagons"}, "unknown regions 'hexagons'"),
+        ({"partitions": ("hexagons:9",)}, "partition is 'hexagons:9'"),
         ({"samples": 0}, "samples is 0"),
-        ({"confidence": 1.1}, "has no image that small gets right"),
+        ({"confidence": 1.1}, "confidence is 1.1: expected a number from 0 to 1"),
+        ({"confidence": 1.0}, "has no image that small gets right"),
     ],
 )
 def test_bad_settings(data: Path, classifier: at.Classifier, tmp_path: Path, values: dict, message: str) -> None:

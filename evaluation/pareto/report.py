@@ -1,0 +1,73 @@
+"""The table and the figure of quality against evaluations, and the page that shows both."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.pareto.figures import plot_pareto
+from evaluation.pareto.settings import ParetoResults
+from evaluation.pareto.summary import ParetoSummary, Row, pareto_csv
+from evaluation.statistics.intervals import Interval
+from evaluation.study.page import write_text
+from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
+from evaluation.study.tables import plain_values
+
+_HEADINGS = ("model", "regions", "method", "images forwarded", "images", "insertion - deletion", "against bidirectional", "p")
+
+
+def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
+    """Write pareto.csv, pareto.json, figures/pareto.png and report.html; the same summary gives the same bytes.
+
+    Raises:
+        CannotWrite: the folder cannot be written to, or the disk is full; each file is whole or not there.
+    """
+    out = Path(out)
+    plain = {**plain_heading(summary.results.settings), "rows": [plain_values(vars(row)) for row in summary.rows]}
+    plain["failures"] = [{"sample": sample, "reason": reason} for sample, reason in summary.results.failures]
+    write_tables(out, {"pareto.csv": pareto_csv(summary.rows), "pareto.json": json_text(plain)})
+    alt = "Insertion - deletion over the images forwarded, a line or a point for each method"
+    files, shown = draw_figures([Planned("quality", "pareto", alt, partial(plot_pareto, summary.rows))], out / "figures")
+    text = study_page(
+        f"Quality against evaluations on {plain['settings']['data']}",
+        protocol=[("Measured", [protocol_of(summary.results)])],
+        tables=[
+            PageTable("Insertion - deletion, with the 95 % bootstrap interval over images", _HEADINGS, [cells(row) for row in summary.rows])
+        ],
+        figures=shown["quality"],
+        failures=summary.results.failures,
+    )
+    write_text(out / "report.html", text)
+    return ReportFiles(out / "report.html", out / "pareto.csv", out / "pareto.json", files)
+
+
+def print_pareto(summary: ParetoSummary, console: Console) -> None:
+    """A row for each method within each budget."""
+    table = Table(box=box.SIMPLE_HEAD, title=protocol_of(summary.results), title_justify="left")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
+    for row in summary.rows:
+        table.add_row(*cells(row))
+    console.print(table)
+
+
+def protocol_of(results: ParetoResults) -> str:
+    """Under which protocol the numbers were measured."""
+    settings = results.settings
+    return f"fill {settings.fill}, region steps, probability of the label, exact share of pixels, seed {settings.seed}"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text."""
+    name = f"{row.method} {row.budget}" if row.budget else row.method
+    gain = "" if row.gain is None else _text(row.gain, "+.3f")
+    p = "" if row.gain is None else f"{row.p:.4f}"
+    return [row.model, row.partition, name, f"{row.evaluations:.0f}", str(row.quality.count), _text(row.quality, ".3f"), gain, p]
+
+
+def _text(interval: Interval, form: str) -> str:
+    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"

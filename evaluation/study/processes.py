@@ -1,0 +1,131 @@
+"""An executor of several processes: each measures units of its own and keeps them in a log that the study then takes over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attribution.errors import UserError
+from evaluation.study.records import open_log, read_log, shard_name, take_over
+from evaluation.study.run import Run, Unit
+from evaluation.study.settings import StudySettings
+
+_PAUSE = 0.2  # seconds between looks at the processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """So many processes of this machine, each with its share of the CPU's threads.
+
+    A process loads the model and the data by their names. Units are handed out one by one. Failures are not kept: who goes over the
+    units again in the study's own process meets them there, and finds everything else done.
+
+    Attributes:
+        count: number of processes.
+    """
+
+    count: int
+
+    def measure(self, run: Run[Any], stage: int, missing: Sequence[int]) -> None:
+        """Measure items of a stage, given by their places; afterwards the run's log holds their records.
+
+        Raises:
+            UserError: settings that hold objects instead of names, or a process that died.
+        """
+        if len(missing) < 2:
+            return
+        try:
+            pickle.dumps((run.study, run.settings))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise UserError(f"these settings cannot be handed to other processes ({error}): give models by name, or workers = 1") from None
+        context = multiprocessing.get_context("spawn")
+        waiting, done = context.Queue(), context.Value("i", 0)
+        for place in missing:
+            waiting.put(place)
+        count = min(self.count, len(missing))
+        job = (run.study, run.settings, run.out, stage, waiting, done, count)
+        workers = [context.Process(target=_work, args=(*job, number)) for number in range(count)]
+        try:
+            for worker in workers:
+                worker.start()
+            while any(worker.is_alive() for worker in workers):
+                time.sleep(_PAUSE)
+                run.report(f"{count} processes", min(run.done + done.value, run.total))
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+                worker.join()
+            waiting.cancel_join_thread()
+            take_over(run.out, run.log)
+        if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+            raise UserError(
+                f"{len(failed)} of {count} processes stopped early (exit code {failed[0]}): run again with workers = 1 to see why"
+            )
+
+
+def executor_of(settings: StudySettings) -> Processes | None:
+    """The processes that the settings ask for; None for this process alone."""
+    return Processes(settings.workers) if settings.workers > 1 else None
+
+
+class _StageEnds(Exception):
+    """The stage that a process was made for is measured."""
+
+
+@dataclass
+class _Share(Run[Any]):
+    """The run inside a process: it measures what it is handed of one stage, and nothing of other stages."""
+
+    own_stage: int = 0
+    waiting: Any = None
+    counter: Any = None
+    parent: int = field(default_factory=os.getppid)
+
+    def stage(self, items: Any, unit_of: Any, what: Any = str) -> Any:
+        stage, self.stages = self.stages, self.stages + 1
+        if stage < self.own_stage:
+            return {item: self._known(item, unit_of) for item in items}
+        while True:
+            try:
+                place = self.waiting.get(timeout=_PAUSE)
+            except queue.Empty:
+                raise _StageEnds from None
+            if os.getppid() != self.parent:
+                raise SystemExit(1)  # the study was killed: what is left belongs to its next run
+            self._measured(items[place], unit_of)
+            with self.counter.get_lock():
+                self.counter.value += 1
+
+    def fail(self, item: Any, part: Any, reason: str, refused: bool = False) -> None:
+        """Failures are kept by the study itself."""
+
+    def _known(self, item: Any, unit_of: Any) -> Any:
+        return self._measured(item, lambda each: _unmeasured(unit_of(each)))
+
+
+def _unmeasured(unit: Unit | None) -> Unit | None:
+    return None if unit is None else Unit(unit.parts, lambda missing: (), unit.files)
+
+
+def _work(study: Any, settings: Any, out: Path, stage: int, waiting: Any, counter: Any, count: int, number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count if hasattr(os, "sched_getaffinity") else 1))
+    known = read_log(out / "records.jsonl")
+    with open_log(out / shard_name(number)) as log:
+        log.records.update(known)
+        share = _Share(study, settings, out, log, own_stage=stage, waiting=waiting, counter=counter)
+        try:
+            study.measure(share)
+        except _StageEnds:
+            return

@@ -1,0 +1,254 @@
+"""run: one skeleton for all studies. It does keys, resumption, failures, progress, interruption, and several processes.
+
+A study is a frozen value: the type of its settings, and functions that measure, summarise, write and print. To measure, it walks
+through stages. A stage is a list of items, such as the images of a data set, and a function that makes the ``Unit`` of an item:
+the keys of its records, and how to measure them. Only records that the folder does not hold yet are measured. Each is written the
+moment it is known, so that a run that was killed continues where it stopped and ends with the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from rich.console import Console
+
+from attribution.errors import NotApplicable, NotMisclassified
+from attribution.provenance import digest_of
+from evaluation.study.attempts import Broken, attempted, attempted_each
+from evaluation.study.records import Record, RecordLog, open_log, read_log, take_over
+from evaluation.study.report import ReportFiles
+from evaluation.study.settings import StudySettings
+
+S = TypeVar("S", bound=StudySettings)
+R = TypeVar("R")
+M = TypeVar("M")
+Item = TypeVar("Item", bound=Hashable)
+Progress = Callable[[int, int, str], None]
+Found = Iterable[tuple[Any, "Record | Exception"]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured at once, such as one image by one method, or a batch of images.
+
+    Attributes:
+        parts: the key of each record, of ``record_key``, by any name.
+        measure: takes the parts that are missing and yields each with its record, or with ``Broken`` or ``NotApplicable`` and the
+            reason. It may yield more than was asked for; what is known already stays.
+        files: by part, the file that has to be there beside the record; ``measure`` writes it before it yields.
+    """
+
+    parts: Mapping[Any, str]
+    measure: Callable[[Sequence[Any]], Found]
+    files: Mapping[Any, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What could not be measured.
+
+    Attributes:
+        item, part: of the stage and the unit; part is None where the whole unit failed.
+        reason: why.
+        refused: whether it is not defined for the model at all.
+    """
+
+    item: Any
+    part: Any
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Study(Generic[S, R, M]):
+    """One kind of study.
+
+    Attributes:
+        name: of its command.
+        summary: one sentence, the help of its command.
+        settings: type of its settings; the command's options are made from its fields.
+        measure: walks through the stages and returns the results.
+        summarise: from results to a summary: means, intervals, tests.
+        write: writes tables, figures and the page of a summary into a folder; the same summary gives the same bytes.
+        show: prints the summary.
+        failures: of the results, a line for each thing that failed.
+        noun: what the progress counts.
+        details: further paragraphs and examples of the command's help.
+    """
+
+    name: str
+    summary: str
+    settings: type[S]
+    measure: Callable[[Run[S]], R]
+    summarise: Callable[[R], M]
+    write: Callable[[M, Path], ReportFiles]
+    show: Callable[[M, Console], None]
+    failures: Callable[[R], Sequence[str]]
+    noun: str = "image"
+    details: str = ""
+
+
+class Executor(Protocol):
+    """Where the units of a stage are measured."""
+
+    def measure(self, run: Run[Any], stage: int, missing: Sequence[int]) -> None:
+        """Measure items of a stage, given by their places, and put the records into the run's log."""
+
+
+@dataclass
+class Run(Generic[S]):
+    """A study under way in a folder.
+
+    Attributes:
+        study: what is run.
+        settings: of the study.
+        out: the folder.
+        log: its records.
+        executor: where units are measured first; None measures them here alone.
+        progress: called with (items done, all of them, what is done now).
+        reading: whether only what the folder holds is wanted, and nothing is measured or written.
+        failures: what failed so far.
+    """
+
+    study: Study[S, Any, Any]
+    settings: S
+    out: Path
+    log: RecordLog
+    executor: Executor | None = None
+    progress: Progress | None = None
+    reading: bool = False
+    failures: list[Failed] = field(default_factory=list)
+    done: int = 0
+    total: int = 0
+    stages: int = 0
+
+    def expect(self, count: int) -> None:
+        """Tell the progress how many more items will come than those of the stage that begins next."""
+        self.total += count
+
+    def report(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        """Show how far the run is."""
+        if self.progress is not None:
+            self.progress(self.done if done is None else done, self.total if total is None else total, what)
+
+    def file(self, folder: str, key: str, *names: str) -> Path:
+        """The npz file of a record, inside the output folder."""
+        return self.out.joinpath(folder, *names, f"{key}.npz")
+
+    def stage(
+        self, items: Sequence[Item], unit_of: Callable[[Item], Unit | None], what: Callable[[Item], str] = str
+    ) -> dict[Item, dict[Any, Record]]:
+        """Measure what is missing of some items.
+
+        Args:
+            items: distinct.
+            unit_of: makes the unit of an item; None leaves the item out. Where it fails, the item has failed.
+            what: the words that the progress shows for an item.
+
+        Returns:
+            The records of each item by part; what failed is not among them, but in ``failures``.
+        """
+        self.total = max(self.total, self.done + len(items))
+        stage, self.stages = self.stages, self.stages + 1
+        if self.executor is not None:
+            missing = [place for place, item in enumerate(items) if self._is_missing(item, unit_of)]
+            self.executor.measure(self, stage, missing)
+        found = {}
+        for item in items:
+            self.report(what(item))
+            found[item] = self._measured(item, unit_of)
+            self.done += 1
+        self.report("" if not items else what(items[-1]))
+        return found
+
+    def fail(self, item: Any, part: Any, reason: str, refused: bool = False) -> None:
+        """Keep a failure; the same one again is not written twice."""
+        failed = Failed(item, part, reason, refused)
+        self.failures.append(failed)
+        if self.reading:
+            return
+        record = {"failed": str(item), "part": "" if part is None else str(part), "reason": reason, "refused": refused}
+        key = "failure-" + digest_of(list(record.values()))
+        if key not in self.log:
+            self.log.append(key, record)
+
+    def _is_missing(self, item: Item, unit_of: Callable[[Item], Unit | None]) -> bool:
+        try:
+            unit = attempted(partial(unit_of, item))
+        except (Broken, NotApplicable, NotMisclassified):
+            return False  # it fails here again, where failures are kept
+        return unit is not None and bool(self._missing(unit))
+
+    def _missing(self, unit: Unit) -> list[Any]:
+        return [part for part, key in unit.parts.items() if key not in self.log or not self._has_file(unit, part)]
+
+    def _has_file(self, unit: Unit, part: Any) -> bool:
+        return part not in unit.files or unit.files[part].exists()
+
+    def _measured(self, item: Item, unit_of: Callable[[Item], Unit | None]) -> dict[Any, Record]:
+        unit: Unit | None = None
+        try:
+            unit = attempted(partial(unit_of, item))
+            if unit is None:
+                return {}
+            if (missing := self._missing(unit)) and not self.reading:
+                for part, record in attempted_each(partial(unit.measure, missing)):
+                    self._keep(item, unit, part, record, missing)
+        except (NotApplicable, Broken) as error:
+            self.fail(item, None, str(error), refused=isinstance(error, NotApplicable))
+        if unit is None:
+            return {}
+        known = {part: self.log.records.get(key) for part, key in unit.parts.items() if self._has_file(unit, part)}
+        return {part: record for part, record in known.items() if record is not None}
+
+    def _keep(self, item: Any, unit: Unit, part: Any, record: Record | Exception, missing: Sequence[Any]) -> None:
+        if isinstance(record, Exception):
+            self.fail(item, part, str(record), refused=isinstance(record, NotApplicable))
+        elif part in missing:
+            self.log.append(unit.parts[part], record)
+
+
+def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executor | None = None, progress: Progress | None = None) -> R:
+    """Measure what the folder does not hold yet, and return everything.
+
+    Args:
+        study: what to run.
+        settings: what is measured.
+        out: folder of ``records.jsonl`` and of the files beside it; one process at a time.
+        executor: where units are measured; this process by default. See ``executor_of``.
+        progress: called with (items done, all of them, what is done now).
+
+    Raises:
+        UserError: settings that cannot be run at all, or a full disk. Images that fail are returned instead, and tried again by the
+            next run.
+    """
+    out = Path(out)
+    with open_log(out / "records.jsonl") as log:
+        take_over(out, log)
+        return study.measure(Run(study, settings, out, log, executor, progress))
+
+
+def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:
+    """What the folder holds of the settings, nothing measured: of a run that is finished, under way, or was killed.
+
+    Raises:
+        UserError: no records in the folder.
+    """
+    path = Path(out) / "records.jsonl"
+    return study.measure(Run(study, settings, Path(out), RecordLog(path, None, read_log(path)), reading=True))
+
+
+def batches(values: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
+    """Values in tuples of at most ``size``."""
+    return [tuple(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def problems(run: Run[Any], name: Callable[[Any], str] = str) -> Iterator[tuple[str, str]]:
+    """(sample, reason) of what failed, refusals apart, in the order in which it failed."""
+    for failed in run.failures:
+        if not failed.refused:
+            yield name(failed.item if failed.part is None else failed.part), failed.reason

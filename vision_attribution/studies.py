@@ -1,0 +1,169 @@
+"""The commands of studies, made from the fields of their settings: an option is written once, where its setting is."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from attribution.errors import UserError
+from attribution.model.classifier import Classifier
+from evaluation.study.processes import executor_of
+from evaluation.study.run import Study, held, run
+from evaluation.study.settings import Setting, StudySettings, hints_of, option_name, settings_of
+from vision_attribution.progress import Bar
+
+Given = dict[str, Any]
+Instead = Callable[[Given, Given, Path], bool]
+
+
+def study_command(
+    study: Study[Any, Any, Any], extras: Sequence[inspect.Parameter] = (), instead: Instead | None = None
+) -> Callable[..., None]:
+    """The command of a study: a function whose parameters are the settings, for typer.
+
+    Args:
+        study: what it runs.
+        extras: parameters of the command beside the settings.
+        instead: does something else where it returns True; called with the settings that were given, the extras, and the folder.
+    """
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_config(extras))
+    out = _parameter("out", Path, "Folder of records, tables, figures and the page.", ["--out", "-o"], Path("out") / study.name, show=True)
+    measure = _parameter("measure", bool, "Measure what is missing, or show what --out holds.", ["--measure/--no-measure"], True, show=True)
+    options = [each for name in fields(study.settings) for each in _options(study.settings, name)]
+    parameters = [*extras, config, *options, out, measure]
+
+    def command(**values: Any) -> None:
+        given = _given(study.settings, values)
+        further = {each.name: values[each.name] for each in extras}
+        try:
+            if instead is None or not instead(given, further, values["out"]):
+                path = values["config"]
+                settings = study.settings.make(given, "the command") if path is None else study.settings.read(path, given)
+                run_study(study, settings, values["out"], measure=values["measure"])
+        except KeyboardInterrupt:
+            typer.echo("interrupted: what was measured is kept, the same command continues", err=True)
+            raise typer.Exit(130) from None
+
+    command.__name__ = study.name
+    command.__doc__ = f"{study.summary}\n\n{inspect.cleandoc(study.details)}"
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in keyword}
+    return command
+
+
+def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *, measure: bool = True) -> None:
+    """Run a study, write its page, and print its tables.
+
+    Raises:
+        UserError: settings that cannot be run, or some images that failed, after everything was written.
+    """
+    if measure:
+        with Bar(unit=study.noun) as progress:
+            results = run(study, settings, out, executor_of(settings), progress)
+    else:
+        results = held(study, settings, out)
+    summary = study.summarise(results)
+    files = study.write(summary, out)
+    study.show(summary, console())
+    typer.echo(f"report: {files.html}")
+    if failures := study.failures(results):
+        count = f"{len(failures)} measurement{'' if len(failures) == 1 else 's'}"
+        raise UserError(f"{count} failed, such as {failures[0]} (all are listed in {files.html}; the others count)")
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, or 120 characters."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def extra(name: str, kind: Any, help: str, *names: str, default: Any = None) -> inspect.Parameter:
+    """A parameter of a command beside the settings: an option, or an argument where no names are given."""
+    return _parameter(name, kind, help, list(names), default)
+
+
+def _config(extras: Sequence[inspect.Parameter]) -> Any:
+    text = "TOML file of settings; options given beside it win."
+    positional = any(isinstance(each.annotation.__metadata__[0], typer.models.ArgumentInfo) for each in extras)
+    about = typer.Option("--config", help=text, show_default=False) if positional else typer.Argument(help=text, show_default=False)
+    return Annotated[Path | None, about]
+
+
+def _parameter(name: str, kind: Any, help: str, names: Sequence[str], default: Any, show: bool = False) -> inspect.Parameter:
+    about: Any = typer.Option(*names, help=help, show_default=show) if names else typer.Argument(help=help, show_default=show)
+    optional = kind if default is not None else kind | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, about])
+
+
+def _options(settings: type[StudySettings], field: Field[Any]) -> list[inspect.Parameter]:
+    """The options of a field; none has a default of its own, so that those of a file count."""
+    name, about = field.name, settings_of(settings)[field.name]
+    found = [_parameter(_keyed(name, key), kind, help, [option_name(name, about, key)], None) for key, (kind, help) in about.keys.items()]
+    if about.option == "" or about.keys:
+        return found
+    names = [option_name(name, about), *([about.short] if about.short else [])]
+    return [_parameter(name, _kind(hints_of(settings)[name]), f"{about.help}{_choices(about)}{_default(field)}", names, None)]
+
+
+def _keyed(name: str, key: str) -> str:
+    return f"{name.removesuffix('_options')}_{key}"
+
+
+def _kind(hint: Any) -> Any:
+    """What the option of a setting is to typer: lists are text, split at commas."""
+    inner = [each for each in typing.get_args(hint) if each is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return list[str]
+    if hint in (int, float, bool):
+        return hint
+    return _kind(inner[0]) if len(inner) == 1 and typing.get_origin(hint) is not typing.Literal else str
+
+
+def _choices(about: Setting) -> str:
+    names = about.names()
+    return f" One of {', '.join(names)}." if names and not any(name in about.help for name in names) else ""
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is MISSING or value is None or value is False:
+        return ""
+    if isinstance(value, tuple):
+        words = [getattr(each, "label", each.name if isinstance(each, Classifier) else str(each)) for each in value]
+        return f" Default: {','.join(words)}." if len(words) <= 12 else f" Default: {len(words)} of them."
+    return f" Default: {value}."
+
+
+def _given(settings: type[StudySettings], values: Mapping[str, Any]) -> Given:
+    """What was given on the command line, by field."""
+    given: Given = {}
+    for name, about in settings_of(settings).items():
+        keyed = {key: values[_keyed(name, key)] for key in about.keys if values[_keyed(name, key)] is not None}
+        if keyed:
+            given[name] = keyed
+        elif not about.keys and values.get(name) not in (None, []):
+            given[name] = _parsed(name, values[name], hints_of(settings)[name])
+    return given
+
+
+def _parsed(name: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    parts = [part.strip() for text in value for part in text.split(",") if part.strip()]
+    hint = next((each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is tuple), hint)
+    kind = typing.get_args(hint)[0]
+    if kind not in (int, float):
+        return tuple(parts)
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError:
+        wanted = "whole numbers, such as 1,5,20" if kind is int else "numbers, such as 0.1,0.5"
+        raise UserError(f"--{name.replace('_', '-')} is {','.join(value)!r}: expected {wanted}") from None
