@@ -215,7 +215,7 @@ def test_images_that_fail_are_listed_and_tried_again(
     chosen = settings(example, data)
     results = run(example.BRIGHTNESS, chosen, tmp_path / "out", progress=lambda *told: progress.append(told))
     ((sample, reason),) = results.failures
-    assert sample == f"{path.parent.name}/{path.name}" and "cannot be read" in reason
+    assert sample == f"{path.parent.name}/{path.name}" and "is a damaged image" in reason
     assert progress[0][:2] == (0, 6) and progress[-1][:2] == (6, 6)
     path.write_bytes(good)
     assert run(example.BRIGHTNESS, chosen, tmp_path / "out").failures == ()
