@@ -1,12 +1,13 @@
-"""Missing instead of painted: the tokens of hidden patches are taken out of a vision transformer's sequence.
+"""The fill "drop": the tokens of hidden patches are taken out of a vision transformer's sequence.
 
-A painted patch is still a patch, and to the model a black one may speak for a class (missingness bias: Jain et al., ICLR 2022).
-Here an input carries a fourth channel, 1 where it is hidden; the patches where it is 1 never reach the first block. Rows with as
-many tokens are forwarded together, so that the cost falls with what is hidden.
+A painted patch is still a patch, and the model may take a black one as evidence for a class (missingness bias: Jain et al., ICLR
+2022). Here an input has a fourth channel, which is 1 where the image is hidden; patches where it is 1 never reach the first block.
+Images that keep equally many tokens are forwarded together, so that hiding more costs less.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from attribution.errors import NotApplicable, UserError, describe
 from attribution.fills import Fill, classifier_fill, is_drop
 from attribution.hooks import edited_inputs
 from attribution.masking import MaskedInputs, RegionInputs
-from attribution.model.classifier import Classifier, Wrapping
-from attribution.model.forwarding import even_chunks
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import Relay, even_chunks
 from attribution.model.loading import load_classifier
 from attribution.model.preprocessing import Preprocessing
 from attribution.regions import Regions, make_regions
@@ -28,7 +29,7 @@ from attribution.regions import Regions, make_regions
 def masked_inputs(
     classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
 ) -> tuple[Classifier, RegionInputs]:
-    """Inputs of any subsets of an image's regions under a fill, and the classifier that takes them: another one for "drop".
+    """The classifier to ask about subsets of an image's regions under a fill, and the inputs for it; "drop" needs another classifier.
 
     Raises:
         UserError: see ``make_fill``; "drop" with regions that cut patches.
@@ -43,9 +44,9 @@ _SLACK = 0.25  # share of a patch that may belong to other regions, as at border
 
 
 def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Classifier, RegionInputs]:
-    """The same classifier on inputs of four channels, red green blue and hidden, and these inputs for any subsets of regions.
+    """The same classifier on inputs of four channels (red, green, blue and hidden), and such inputs for any subsets of regions.
 
-    What is left of an image is shown as it is: nothing is painted that a resize could blur into it.
+    What is shown of an image is shown as it is: nothing is painted that a resize could blur into it.
 
     Args:
         classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
@@ -56,32 +57,33 @@ def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Cla
         NotApplicable: another model, with the reason.
         UserError: regions that cut patches.
     """
-    patch = _known(classifier)[2]
-    patches = _Patches(classifier.preprocessing, patch, labels)
+    parts, way = _known(classifier), classifier.preprocessing
+    patch, patches = parts.patch, _Patches(way, parts.patch, labels)
     if (least := patches.least_share) < 1 - _SLACK:
         raise UserError(
             f"fill 'drop' hides whole patches of {patch[0]}x{patch[1]} pixels, but no region has more than {least:.0%} of one of "
             f"{classifier.name}: give regions that follow them, at.follow_patches(classifier, regions)"
         )
-    return _Dropping(classifier), _DroppedInputs(classifier, image, labels, patches.owners, patch)
+    four = replace(way, mean=(*way.mean, 0.0), std=(*way.std, 1.0))
+    hiding = classifier.with_forward(DroppingForward(classifier.forward, parts), preprocessing=four)
+    return hiding, _DroppedInputs(classifier, image, labels, patches.owners, patch)
 
 
 def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.ndarray) -> Regions:
-    """Regions along the borders of patches: each patch, as it lies in the image, goes to the region that has most of its pixels.
+    """Move the borders of regions to those of patches: each patch goes to the region that has most of its pixels in the image.
 
-    What the model does not see of the image, beyond the crop, goes with the nearest patch.
+    Pixels that the crop cuts off go with the nearest patch.
 
     Args:
         classifier: see ``dropping``; or a name that ``load_classifier`` takes.
         regions: of an image of H x W pixels; also a label map int [H, W], or bool masks [R, H, W].
 
     Returns:
-        A partition of the same image, and the given one where it follows the patches already. Regions that have most of no patch
-        are gone.
+        A partition of the same image: the given one if it follows the patches already. A region that has most of no patch is left out.
 
     Raises:
         NotApplicable: a model without patches, with the reason.
-        UserError: regions that are none.
+        UserError: something other than regions.
     """
     classifier = load_classifier(classifier)
     if not isinstance(regions, Regions):
@@ -91,7 +93,7 @@ def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.
             )
         height, width = regions.shape[-2:]
         regions = make_regions(torch.zeros(3, height, width), regions)
-    patches = _Patches(classifier.preprocessing, _known(classifier)[2], regions.labels)
+    patches = _Patches(classifier.preprocessing, _known(classifier).patch, regions.labels)
     labels = patches.owners[patches.of_pixels]
     if torch.equal(labels, regions.labels):
         return regions
@@ -100,13 +102,13 @@ def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.
 
 
 class _Patches:
-    """Where the patches of a model's input lie in an image, and whose they are.
+    """Where the patches of a model's input lie in an image, and which region owns each.
 
     Attributes:
-        of_pixels: int64 [H, W], the patch that each pixel's centre lies in, or next to where it is cropped.
-        owners: int64 [patches], the region that has most of a patch's pixels, of equal ones the first; of a patch between pixels that
-            of the nearest one. -1 for padding, which is never hidden.
-        least_share: the smallest share of its pixels that the owner of any patch has.
+        of_pixels: int64 [H, W], the patch that holds each pixel's centre; the nearest patch for pixels that the crop cuts off.
+        owners: int64 [patches], the region that has most of a patch's pixels; ties go to the lowest region. A patch that holds the
+            centre of no pixel belongs to the region of the nearest pixel. -1 for padding, which is never hidden.
+        least_share: the smallest share of a patch's pixels that its owner has, over all patches.
     """
 
     def __init__(self, way: Preprocessing, patch: tuple[int, int], labels: Tensor) -> None:
@@ -116,7 +118,7 @@ class _Patches:
             for count, (scale, start), side, length in zip(labels.shape, way.placement(*labels.shape), way.size, patch, strict=True)
         )
         self.of_pixels = rows.patches[:, None] * columns.count + columns.patches
-        weights = (rows.seen[:, None] & columns.seen).double() + 1e-9  # pixels beyond the crop decide where no others do
+        weights = (rows.seen[:, None] & columns.seen).double() + 1e-9  # pixels that the crop cuts off decide only where no others vote
         regions = int(labels.max()) + 1
         votes = torch.bincount((self.of_pixels * regions + labels).flatten(), weights.flatten(), rows.count * columns.count * regions).view(
             -1, regions
@@ -128,14 +130,14 @@ class _Patches:
 
 
 class _Axis:
-    """One axis of an image and of the input that it becomes.
+    """The rows, or the columns, of an image and of the input that it becomes.
 
     Attributes:
-        patches: int64 [pixels], the patch that each pixel's centre lies in or next to.
-        seen: bool [pixels], whether it lies in the input.
-        count: patches.
-        nearest: int64 [count], the pixel that holds the middle of each patch, or is next to it.
-        shown: bool [count], whether that middle lies in the image, not in what is padded.
+        patches: int64 [pixels], the patch that holds each pixel's centre, or the nearest.
+        seen: bool [pixels], whether that centre lies in a patch.
+        count: number of patches.
+        nearest: int64 [count], the pixel that holds the middle of each patch, or the nearest.
+        shown: bool [count], whether that middle lies in the image rather than in padding.
     """
 
     def __init__(self, pixels: int, scale: float, start: float, side: int, length: int) -> None:
@@ -165,73 +167,76 @@ class _DroppedInputs(RegionInputs):
         return torch.cat([self._whole.expand(len(channel), -1, -1, -1), channel], dim=1)
 
 
-class _Dropping(Wrapping):
-    """See ``dropping``."""
+@dataclass(frozen=True, eq=False)
+class _Transformer:
+    """Where a vision transformer keeps its patches.
 
-    def __init__(self, base: Classifier) -> None:
-        self._first_block, self._prefix, self._patch = _known(base)
-        self.__dict__.update({name: value for name, value in base.__dict__.items() if name not in self.__dict__})
-        way = base.preprocessing
-        self.preprocessing = Preprocessing(way.size, (*way.mean, 0.0), (*way.std, 1.0), way.resize, way.resized, way.interpolation)
-        self._base = base
+    Attributes:
+        first_block: the first module that takes the sequence of tokens.
+        prefix: number of tokens before those of patches.
+        patch: (height, width), pixels of the input.
+    """
 
-    @property
-    def num_classes(self) -> int:
-        return self._base.num_classes
+    first_block: nn.Module
+    prefix: int
+    patch: tuple[int, int]
 
-    @property
-    def weights_digest(self) -> str | None:
-        return self._base.weights_digest
 
-    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        self._check_inputs(inputs)
+@dataclass(frozen=True, eq=False)
+class DroppingForward(Relay):
+    """Takes inputs [n, 4, h, w], red green blue and hidden, and computes their scores without the tokens of hidden patches.
+
+    Attributes:
+        parts: of the vision transformer that the base runs.
+    """
+
+    parts: _Transformer
+
+    def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         if inputs.requires_grad and torch.is_grad_enabled():
             raise NotApplicable("fill 'drop' shows a patch or not, so that no gradients flow to how much of it is shown")
-        self._base.find_out(want_features)
-        inputs = inputs.to(self.device)
-        rows, columns = (length * (side // length) for side, length in zip(inputs.shape[2:], self._patch, strict=True))
-        shown = inputs[:, 3, : rows : self._patch[0], : columns : self._patch[1]].flatten(1) < 0.5  # a patch is hidden as a whole
-        return self._fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
+        self.find_out(want_features)  # not while tokens are taken away
+        inputs = inputs.to(self.runner.device)
+        (height, width), sides = self.parts.patch, inputs.shape[2:]
+        rows, columns = (length * (side // length) for side, length in zip(sides, self.parts.patch, strict=True))
+        shown = inputs[:, 3, :rows:height, :columns:width].flatten(1) < 0.5  # a patch is hidden as a whole
+        return self.runner.fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        """Rows that keep as many tokens together: scores and features in the order of the rows."""
+        """Forward rows that keep equally many tokens together; scores and features in the order of the rows."""
         counts = shown.sum(dim=1).cpu()
-        places, rows, features = [], [], []
+        places, scores, features = [], [], []
         for count in counts.unique().tolist():
             same = (counts == count).nonzero()[:, 0]
-            for part in even_chunks(same, self.batch_size):
+            for part in even_chunks(same, self.runner.batch_size):
                 at = part.to(pixels.device)
                 # stable, so that tokens keep their order
                 kept = shown[at].int().argsort(dim=1, descending=True, stable=True)[:, :count]
                 found = self._with_tokens(pixels[at], kept, want_features)
                 places.append(at)
-                rows.append(found[0])
+                scores.append(found[0])
                 features.append(found[1])
         if not places:
-            return self._base._forward(pixels, want_features)
+            return self.base(pixels, want_features)
         back = torch.cat(places).argsort()
-        return torch.cat(rows)[back], torch.cat(features)[back]
+        return torch.cat(scores)[back], torch.cat(features)[back]
 
     def _with_tokens(self, pixels: Tensor, kept: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        """One batch, every row with the tokens before those of patches and the patches kept: int [n, count]."""
-        start = 0
+        """Forward one batch, every row with the tokens before those of patches and with the patches kept: int [n, count]."""
+        start, prefix = 0, self.parts.prefix
 
         def without_the_rest(tokens: Tensor) -> Tensor:
             nonlocal start
-            own = kept[start : start + len(tokens)] + self._prefix
+            own = kept[start : start + len(tokens)] + prefix
             start += len(tokens)
             chosen = tokens.gather(1, own[:, :, None].expand(-1, -1, tokens.shape[2]))
-            return torch.cat([tokens[:, : self._prefix], chosen], dim=1)
+            return torch.cat([tokens[:, :prefix], chosen], dim=1)
 
-        with self._base.forwarding(self.batch_size), edited_inputs({self._first_block: without_the_rest}):
-            return self._base._forward(pixels, want_features)
-
-    def find_out(self, want_features: bool) -> None:
-        self._base.find_out(want_features)
+        with edited_inputs({self.parts.first_block: without_the_rest}):
+            return self.base(pixels, want_features)
 
 
-def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
-    """First block, number of tokens before those of patches, and (height, width) of a patch."""
+def _known(classifier: Classifier) -> _Transformer:
     from timm.layers import PatchEmbed
     from timm.models import vision_transformer
     from torchvision.models import VisionTransformer
@@ -248,11 +253,11 @@ def _known(classifier: Classifier) -> tuple[nn.Module, int, tuple[int, int]]:
         if getattr(embed, "dynamic_img_pad", False):
             raise _refused(classifier, "it pads its input to whole patches")
         patch = embed.patch_size
-        return module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1]))
+        return _Transformer(module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1])))
     if isinstance(module, VisionTransformer):
         if not isinstance(module.conv_proj, nn.Conv2d):
             raise _refused(classifier, "its tokens are made by several convolutions, not from patches of pixels")
-        return module.encoder.layers[0], 1, (module.patch_size, module.patch_size)
+        return _Transformer(module.encoder.layers[0], 1, (module.patch_size, module.patch_size))
     kind = "a black box" if not isinstance(module, nn.Module) else f"a {type(module).__name__}"
     raise _refused(classifier, f"it is {kind}")
 

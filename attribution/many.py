@@ -1,22 +1,24 @@
-"""Several images explained at once: the candidates of all searches meet in full batches."""
+"""Several images explained at once: the candidates of all searches are forwarded together, in full batches."""
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_whole
 from attribution.errors import UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.fills import drops
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
+from attribution.model.forwarding import Relay
 from attribution.model.loading import load_classifier
 from attribution.search.contract import Progress
 
@@ -32,8 +34,8 @@ def explain_many(
 ) -> list[Explanation]:
     """``explain`` for many images, several at a time.
 
-    Each search runs in a thread of its own and waits wherever it needs the model; when all of them wait, what they ask for is
-    forwarded in one go. Late rounds of a search have few candidates and leave a device half empty: together they fill it.
+    Each search runs in a thread of its own and waits whenever it needs the model. When all of them wait, the images that they ask for
+    are forwarded in one batch. The late rounds of one search have few candidates, which do not fill a device; those of several do.
 
     Args:
         images: whatever ``load_image`` takes.
@@ -48,13 +50,12 @@ def explain_many(
         (probabilities within 1e-5 in float32; where F of two candidates is that close, the order may differ).
 
     Raises:
-        UserError: another number of targets than images, fill "drop" or a confidence classifier, which cannot be shared, or what
-            ``explain`` raises for an image, with its place.
+        UserError: another number of targets than images; fill "drop" or a confidence classifier, which cannot be shared; or what
+            ``explain`` raises for an image, with the number of that image.
     """
     if isinstance(images, str | bytes | Tensor) or not isinstance(images, Sequence):
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
-    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
-        raise UserError(f"together is {together!r}: expected a whole number of images, at least 1")
+    check_whole("together", together, 1)
     if drops(options.get("fill", "black")):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
@@ -75,85 +76,89 @@ def explain_many(
 
 
 class _Meeting:
-    """Where searches meet to have their images forwarded together."""
+    """Where searches, each in a thread of its own, have their images forwarded together by the thread that called ``run``."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         classifier.find_out(False)  # here, not in the threads
         self.changed = threading.Condition()
-        self.waiting: dict[int, tuple[Tensor, bool]] = {}
+        self.waiting: dict[int, tuple[Tensor, bool]] = {}  # job -> the images that it wants forwarded, and whether with features
         self.answers: dict[int, tuple[Tensor, Tensor] | BaseException] = {}
+        self.found: dict[int, Explanation | BaseException] = {}
+        self.threads: list[threading.Thread] = []
         self.running = 0
 
     def run(self, jobs: Sequence[Callable[[Classifier], Explanation]], together: int, progress: Progress | None) -> list[Explanation]:
-        """All jobs, at most so many at a time, each with a classifier whose forward passes come here."""
-        found: dict[int, Explanation | BaseException] = {}
-        threads: list[threading.Thread] = []
-        started, reported = 0, 0
-        grad = torch.is_grad_enabled()
+        """Run all jobs, at most ``together`` at a time. Each is given a classifier whose forward passes are made here."""
         own_threads = torch.get_num_threads()
-
-        def work(at: int) -> None:
-            try:
-                torch.set_num_threads(1)  # the little that this thread computes must not wake workers beside the model's
-                lane = copy.copy(self.classifier)
-                lane._forward = lambda inputs, want_features: self._ask(at, inputs, want_features)  # type: ignore[method-assign]
-                with torch.set_grad_enabled(grad):
-                    outcome: Explanation | BaseException = jobs[at](lane)
-            except BaseException as error:
-                outcome = error
-            with self.changed:
-                found[at] = outcome
-                self.running -= 1
-                self.changed.notify_all()
-
         try:
-            while len(found) < len(jobs):
-                with self.changed:
-                    failed = any(isinstance(outcome, BaseException) for outcome in found.values())
-                    while started < len(jobs) and self.running < together and not failed:
-                        threads.append(threading.Thread(target=work, args=(started,), daemon=True))
-                        self.running += 1
-                        started += 1
-                        threads[-1].start()
-                    self.changed.wait_for(lambda: len(self.waiting) == self.running)
-                    asked = dict(sorted(self.waiting.items()))
-                if failed and not self.running:
-                    break
-                if asked:
-                    self._answer(asked)
-                if progress is not None and len(found) > reported:
-                    reported = len(found)
-                    progress(reported, len(jobs))
-            if progress is not None and reported < len(jobs) == len(found):
-                progress(len(jobs), len(jobs))
+            self._serve(jobs, together, progress)
         finally:
-            self._dismiss(threads)
+            self._dismiss(self.threads)
             torch.set_num_threads(own_threads)  # threads that start later would have one as well
-        for at in range(len(jobs)):
-            outcome = found.get(at)
+        for at, outcome in sorted(self.found.items()):
             if isinstance(outcome, UserError):
                 raise type(outcome)(f"image {at}: {outcome}") from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
-        return [outcome for _, outcome in sorted(found.items()) if isinstance(outcome, Explanation)]
+        return [outcome for _, outcome in sorted(self.found.items()) if isinstance(outcome, Explanation)]
+
+    def _serve(self, jobs: Sequence[Callable[[Classifier], Explanation]], together: int, progress: Progress | None) -> None:
+        """Start jobs and forward what they ask for, until all are done or one has failed."""
+        reported = 0
+        while len(self.found) < len(jobs):
+            with self.changed:
+                failed = any(isinstance(outcome, BaseException) for outcome in self.found.values())
+                while len(self.threads) < len(jobs) and self.running < together and not failed:
+                    self._start(jobs[len(self.threads)])
+                self.changed.wait_for(lambda: len(self.waiting) == self.running)
+                asked = dict(sorted(self.waiting.items()))
+            if failed and not self.running:
+                break
+            if asked:
+                self._answer(asked)
+            if progress is not None and len(self.found) > reported:
+                reported = len(self.found)
+                progress(reported, len(jobs))
+        if progress is not None and reported < len(jobs) == len(self.found):
+            progress(len(jobs), len(jobs))
+
+    def _start(self, job: Callable[[Classifier], Explanation]) -> None:
+        at, grad = len(self.threads), torch.is_grad_enabled()
+
+        def work() -> None:
+            try:
+                torch.set_num_threads(1)  # the little that this thread computes must not wake workers beside the model's
+                with torch.set_grad_enabled(grad):
+                    outcome: Explanation | BaseException = job(self.classifier.with_forward(_Lane(self.classifier.forward, self, at)))
+            except BaseException as error:
+                outcome = error
+            with self.changed:
+                self.found[at] = outcome
+                self.running -= 1
+                self.changed.notify_all()
+
+        self.threads.append(threading.Thread(target=work, daemon=True))
+        self.running += 1
+        self.threads[-1].start()
 
     def _answer(self, asked: dict[int, tuple[Tensor, bool]]) -> None:
-        """Forward what was asked for; those who need features apart from those who do not."""
+        """Forward what was asked for: in one batch with features, and in one without."""
         answers: dict[int, tuple[Tensor, Tensor] | BaseException] = {}
+        forward = self.classifier.forward
         for want_features in (False, True):
             group = [at for at, (_, wanted) in asked.items() if wanted == want_features]
             if not group:
                 continue
             counts = [len(asked[at][0]) for at in group]
             try:
-                rows, features = self.classifier._forward(torch.cat([asked[at][0] for at in group]), want_features)
-                for at, *parts in zip(group, rows.split(counts), features.split(counts), strict=True):
+                scores, features = forward(torch.cat([asked[at][0] for at in group]), want_features)
+                for at, *parts in zip(group, scores.split(counts), features.split(counts), strict=True):
                     answers[at] = (parts[0], parts[1])
             except Exception:
                 for at in group:  # each on its own, so that only those fail that must
                     try:
-                        answers[at] = self.classifier._forward(asked[at][0], want_features)
+                        answers[at] = forward(asked[at][0], want_features)
                     except Exception as error:
                         answers[at] = error
         with self.changed:
@@ -162,7 +167,8 @@ class _Meeting:
                 del self.waiting[at]
             self.changed.notify_all()
 
-    def _ask(self, at: int, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+    def ask(self, at: int, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        """Wait in the thread of a job until its images are forwarded; what went wrong with them is raised here."""
         with self.changed:
             self.waiting[at] = (inputs, want_features)
             self.changed.notify_all()
@@ -173,7 +179,7 @@ class _Meeting:
         return answer
 
     def _dismiss(self, threads: Sequence[threading.Thread]) -> None:
-        """Let threads end that still wait, as after an interrupt."""
+        """End the threads that still wait, as after an interrupt."""
         while any(thread.is_alive() for thread in threads):
             with self.changed:
                 for at in list(self.waiting):
@@ -183,6 +189,17 @@ class _Meeting:
             for thread in threads:
                 if thread.is_alive():
                     thread.join(0.05)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane(Relay):
+    """How the classifier of one job is forwarded: by the meeting."""
+
+    meeting: _Meeting
+    job: int
+
+    def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        return self.meeting.ask(self.job, inputs, want_features)
 
 
 class _Dismissed(Exception):

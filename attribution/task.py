@@ -84,8 +84,7 @@ class Task:
     _made: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if "_probe" not in vars(self.classifier):
-            self.classifier.logits(self.inputs)  # what a classifier finds out once must not run while a method counts calls
+        self.classifier.find_out(False)  # must not run while a method counts calls
 
     @property
     def evaluations(self) -> int:
@@ -133,15 +132,9 @@ class Task:
 
     @contextmanager
     def rows_together(self, rows: int) -> Iterator[None]:
-        """Forward so many rows in one batch, whatever the batch size of the classifier or of the one whose features it reads."""
-        own = {each: each.batch_size for each in self.classifier.chain}
-        try:
-            for each, size in own.items():
-                each.batch_size = max(rows, size)
+        """Forward so many rows in one batch, whatever the batch size of the classifier."""
+        with self.classifier.forwarding(max(rows, self.classifier.batch_size)):
             yield
-        finally:
-            for each, size in own.items():
-                each.batch_size = size
 
     def blend(self, masks: Tensor) -> Tensor:
         """Soft masks over the model input: [n, 1, h, w] in [0, 1], 1 shows the image, 0 the fill -> inputs [n, 3, h, w]."""

@@ -1,25 +1,26 @@
-"""How a classifier is forwarded: in which precision and memory layout, compiled or not, whichever is fastest where it runs."""
+"""Finds the fastest way to forward a classifier on this machine: precision, memory layout, compiled or not."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
-from attribution.errors import UserError
+from attribution.checks import check_choice, check_number, check_whole
+from attribution.deprecation import image_first
 from attribution.fills import make_fill
 from attribution.image import ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 
-_HOPELESS = 3.0  # times slower than plain float32 in a second call: not timed any further
-_TRIED = 16  # images on a CPU, which a few fill
-_WORTH = 0.95  # of plain float32's time: what saves less is left alone
+_HOPELESS = 3.0  # a way that takes so many times as long as plain float32 in a second call is not timed any further
+_TRIED = 16  # images on a CPU, which a few keep busy
+_WORTH = 0.95  # a way must take at most this share of plain float32's time
 
 
 @dataclass(frozen=True)
@@ -67,50 +68,51 @@ class _Way:
         classifier.batch_size = self.batch_size
 
     def forward(self, classifier: Classifier, inputs: Tensor) -> float:
-        """Seconds that it takes; the batch size stays what was found to fit into memory."""
+        """Forward the inputs this way; seconds that it takes. The batch size that was found to fit into memory is kept."""
         self.set_on(classifier)
         spent, self.probabilities = _seconds(classifier, inputs)
         self.batch_size = classifier.batch_size
         return spent
 
 
+@image_first
 def tune(
+    image: ImageSource | None,
     classifier: Classifier,
-    image: ImageSource | None = None,
     *,
     precisions: Sequence[str] = PRECISIONS,
     compiled: bool = False,
     tolerance: float = 0.02,
     repeats: int = 5,
 ) -> tuple[Tuning, ...]:
-    """Measure how the classifier is forwarded fastest here, and set it so.
+    """Measure which way of forwarding the classifier is fastest on this machine, and set the classifier to it.
 
-    Plain float32 stays unless another way saves 5 % of its time and moves no probability of what it forwards by more than the
-    tolerance. What is fastest depends on the machine, and numbers depend on it a little: the precision is stored with every
-    explanation. Gradients are always computed in float32.
+    Plain float32 stays unless another way saves 5 % of its time and changes no probability by more than the tolerance. The fastest way
+    depends on the machine and changes numbers a little, so the precision is stored with every explanation. Gradients are always
+    computed in float32.
 
     Args:
+        image: whatever ``load_image`` takes, such as one of those to be explained: it is forwarded at several steps from its blur to
+            itself. None forwards noise, which tells the speed but little about the differences of probabilities.
         classifier: changed in place.
-        image: whatever ``load_image`` takes, such as one of those in question: steps from its blur to itself are forwarded. By
-            default it is noise, which says how fast but little about how close.
         precisions: those to try.
         compiled: whether to try ``torch.compile`` as well, which takes a while and needs a compiler on CPUs.
         tolerance: largest difference of any probability, 0 to 1.
-        repeats: timed forward passes of each way, alternating.
+        repeats: timed forward passes of each way, in turns.
 
     Returns:
-        Every way that works here, the fastest first; a precision that is hopelessly slow is not tried in other layouts.
+        Every way that works here, the fastest first. A precision that is much slower than float32 is not tried in other layouts.
 
     Raises:
         UserError: unknown precisions, no repeats, or an image that cannot be read.
     """
-    if unknown := [name for name in precisions if name not in PRECISIONS]:
-        raise UserError(f"unknown precisions {', '.join(map(repr, unknown))}: expected some of {', '.join(PRECISIONS)}")
-    if repeats < 1:
-        raise UserError(f"repeats is {repeats}: expected at least 1")
+    for name in precisions:
+        check_choice("precision", name, PRECISIONS)
+    check_whole("repeats", repeats, 1)
+    check_number("tolerance", tolerance, 0, 1)
     inputs = _inputs(classifier, image)
     names = dict.fromkeys(("float32", *precisions))
-    own_module = isinstance(classifier.module, nn.Module) and type(classifier) is Classifier
+    own_module = isinstance(classifier.module, nn.Module) and classifier.forward is classifier.runner
     layouts, compiling = (False, True) if own_module else (False,), (False, True) if own_module and compiled else (False,)
     ways = [_Way(*way) for way in itertools.product(names, layouts, compiling, (classifier.batch_size,))]
     before = _Way(classifier.precision, classifier.channels_last, classifier.compiled, classifier.batch_size)
@@ -133,7 +135,7 @@ def tune(
 
 
 def _inputs(classifier: Classifier, image: ImageSource | None) -> Tensor:
-    """What is forwarded: a batch, on a CPU no more than a few."""
+    """A batch of model inputs to time; a small one on a CPU."""
     count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
     if image is None:
         noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
@@ -144,7 +146,7 @@ def _inputs(classifier: Classifier, image: ImageSource | None) -> Tensor:
 
 
 def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -> list[_Way]:
-    """Forward each way before it is timed, so that loading and compiling count for none; those that are worth timing."""
+    """Forward each way before it is timed, so that loading and compiling do not count; returns those that are worth timing."""
     plain, worth, hopeless = 0.0, list[_Way](), set[str]()
     for way in ways:
         if way.precision in hopeless:
@@ -153,7 +155,7 @@ def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -
             spent = way.forward(classifier, inputs)
             if way is ways[0] or way.compiled or spent > _HOPELESS * plain:  # the first call may have loaded or compiled what it needs
                 spent = way.forward(classifier, inputs)
-        except Exception:  # no compiler, an operation that lacks this precision, an overflow: not a way here
+        except Exception:  # no compiler, an operation that lacks this precision, an overflow: this way does not work here
             if way is ways[0]:
                 raise
             continue
@@ -170,6 +172,6 @@ def _first_calls(classifier: Classifier, inputs: Tensor, ways: Sequence[_Way]) -
 
 @torch.no_grad()
 def _seconds(classifier: Classifier, inputs: Tensor) -> tuple[float, Tensor]:
-    start = time.perf_counter()
+    start = perf_counter()
     found = classifier.probabilities(inputs).cpu()  # on the CPU, so that an accelerator has finished
-    return time.perf_counter() - start, found
+    return perf_counter() - start, found

@@ -187,7 +187,7 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
 def ways(spec: str, device: str) -> list[list[str]]:
     """What ``tune`` measures."""
     classifier = load(spec, device)
-    found = at.tune(classifier, at.demo_image_path(), compiled=True)
+    found = at.tune(at.demo_image_path(), classifier, compiled=True)
     plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
     return [
         [

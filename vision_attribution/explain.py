@@ -158,7 +158,7 @@ def explain(
 
     def prepare(classifier: Classifier, path: Path) -> None:
         if classifier in waiting:
-            ways = tune(classifier, path)
+            ways = tune(path, classifier)
             waiting.remove(classifier)
             typer.echo(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
 

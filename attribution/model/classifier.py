@@ -1,31 +1,27 @@
-"""A classifier with everything that belongs to it: preprocessing, module, class names.
+"""A classifier with everything that belongs to it: preprocessing, class names, and how its scores are computed.
 
-Nothing outside this file resizes, crops or normalises. Preprocessing is affine in the image (no rounding, no clipping after a
-bicubic resize), which is what lets ``masking`` build the input of any subset of regions from one matrix product.
+Nothing else resizes, crops or normalises. Preprocessing is affine in the image (no rounding, no clipping after a bicubic resize), so
+that ``masking`` can build the input of any subset of regions by one matrix product.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attribution.checks import check_choice, is_whole
 from attribution.errors import UserError, describe
-from attribution.hooks import evaluation_mode, hooks_of, is_rebuilt, record_inputs
 from attribution.image import ImageSource, load_image
-from attribution.model.forwarding import PRECISIONS, automatic_batch_size, even_chunks, is_out_of_memory
-from attribution.model.head import pooled_features
+from attribution.model.forwarding import Forward, ModuleForward
+from attribution.model.outputs import SCORES, Outputs
 from attribution.model.preprocessing import Preprocessing, Resize, checked_sides, checked_triple
+from attribution.model.prototypes import PrototypeForward
 
 T = TypeVar("T")
 
@@ -35,7 +31,8 @@ class Identity:
     """What the numbers that a classifier gives depend on.
 
     Attributes:
-        name, weights, preprocessing, class_names: of the classifier; weights as their digest.
+        name, preprocessing, class_names: of the classifier.
+        weights: their digest; None for a black box.
         precision: empty for float32.
     """
 
@@ -46,6 +43,19 @@ class Identity:
     precision: tuple[str, ...]
 
 
+class _OfRunner(Generic[T]):
+    """An attribute of a classifier that its runner holds."""
+
+    def __set_name__(self, _owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, classifier: Any, _owner: type) -> T:
+        return self if classifier is None else getattr(classifier.runner, self.name)  # type: ignore[return-value]
+
+    def __set__(self, classifier: Any, value: T) -> None:
+        setattr(classifier.runner, self.name, value)
+
+
 class Classifier:
     """An image classifier: its preprocessing, its module and its class names.
 
@@ -54,24 +64,38 @@ class Classifier:
             output may also be a tuple or list (the first item), a dict or an object with ``logits``.
         size: side of the model input in pixels, or (h, w).
         mean, std: normalisation per channel of an image in [0, 1].
-        class_names: C names; "class 0", "class 1" ... when not given.
+        class_names: C names; "class 0", "class 1", "class 2" and so on by default.
         resize, resized, interpolation: see ``Preprocessing``.
-        scores: what the module returns: "logits", "probabilities", or "auto" (probabilities when the rows of a first output
+        scores: what the module returns: "logits", "probabilities", or "auto" (probabilities if the rows of a first output
             are non-negative and sum to 1, else logits).
         head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
-        name: what reports call it.
-        batch_size: most images forwarded at once; None lets the input size decide. Where a batch does not fit into memory, it is
-            halved until it does, unless anybody looks inside the module meanwhile.
+        name: what reports call it; the type of the module by default.
+        batch_size: most images forwarded at once; None chooses by the size of the input. A batch that does not fit into memory is
+            halved until it does, unless somebody else has hooks on the module.
         precision: "float32", or "bfloat16" or "float16" for autocast; scores are float32 in any case, and gradients are computed
-            in float32. ``tune`` finds out what is fastest.
+            in float32. ``tune`` finds the fastest.
         channels_last: give the module its inputs in the channels-last memory layout.
-        compiled: forward by ``torch.compile``, except where features or gradients are wanted or anybody looks inside the module: where
-            it has other hooks than when it was given.
+        compiled: forward by ``torch.compile``, except where features or gradients are wanted or somebody else has hooks on the module.
+
+    Attributes:
+        forward: computes the scores; see ``with_forward``.
+        module, batch_size, precision, channels_last, compiled: may be changed; classifiers made from this one share them.
+        device: where the module's parameters lie; the CPU for a black box.
+        heads: the final layers of the module.
 
     Raises:
-        UserError: settings that contradict each other or the module's output; raised at the first forward where the
-            module's output is needed to know.
+        UserError: settings that contradict each other or the module's output; raised at the first forward pass if the
+            module's output must be known.
     """
+
+    forward: Forward
+    module = _OfRunner[nn.Module | Callable[[Tensor], Any]]()
+    batch_size = _OfRunner[int]()
+    precision = _OfRunner[str]()
+    channels_last = _OfRunner[bool]()
+    compiled = _OfRunner[bool]()
+    device = _OfRunner[torch.device]()
+    heads = _OfRunner[list[nn.Module]]()
 
     def __init__(
         self,
@@ -94,95 +118,59 @@ class Classifier:
     ) -> None:
         if not callable(module):
             raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
-        if scores not in ("auto", "logits", "probabilities"):
-            raise UserError(f"scores={scores!r}: expected 'auto', 'logits' or 'probabilities'")
-        sides = checked_sides(size)
-        self.module = module
-        self.preprocessing = Preprocessing(sides, checked_triple(mean), checked_triple(std), resize, resized, interpolation)
+        check_choice("scores", scores, SCORES)
         self.name = name or type(module).__name__
-        self.batch_size = batch_size
-        self.precision = precision
-        self.channels_last, self.compiled = channels_last, compiled
-        self._scores = scores
-        self._head = head
+        sides = checked_sides(size)
+        self.preprocessing = Preprocessing(sides, checked_triple(mean), checked_triple(std), resize, resized, interpolation)
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
-        self._own_hooks = hooks_of(module) if isinstance(module, nn.Module) else frozenset()
-        self._compiled_module: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
+        self.forward = ModuleForward(
+            module,
+            self.preprocessing,
+            name=self.name,
+            scores=scores,
+            head=head,
+            batch_size=batch_size,
+            precision=precision,
+            channels_last=channels_last,
+            compiled=compiled,
+        )
 
     def __repr__(self) -> str:
         height, width = self.preprocessing.size
         return f"Classifier({self.name}, input {height}x{width}, device {self.device})"
 
     @property
-    def batch_size(self) -> int:
-        """Most images forwarded at once."""
-        return self._batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int | None) -> None:
-        if value is None:
-            height, width = self.preprocessing.size
-            value = automatic_batch_size(height * width, self.device)
-        if value < 1:
-            raise UserError(f"batch size {value}: expected at least 1")
-        self._batch_size = value
+    def runner(self) -> ModuleForward:
+        """The part of ``forward`` that runs the module."""
+        return self.forward.runner
 
     @property
-    def precision(self) -> str:
-        """In which the module computes where no gradients are wanted."""
-        return self._precision
+    def outputs(self) -> Outputs:
+        """What the scores mean: how they become logits and probabilities."""
+        return self.forward.outputs
 
-    @precision.setter
-    def precision(self, value: str) -> None:
-        if value not in PRECISIONS:
-            raise UserError(f"precision {value!r}: expected one of {', '.join(PRECISIONS)}")
-        if value != "float32":
-            try:
-                torch.autocast(self.device.type, getattr(torch, value))
-            except RuntimeError as error:
-                raise UserError(f"precision {value!r} cannot be had on {self.device} ({error}): expected float32") from None
-        self._precision = value
-
-    @contextmanager
-    def forwarding(self, batch_size: int | None) -> Iterator[None]:
+    def forwarding(self, batch_size: int | None) -> AbstractContextManager[None]:
         """Forward at most so many images at once within the context; None changes nothing."""
-        if batch_size is None:
-            yield
-            return
-        own = self._batch_size
-        self.batch_size = batch_size
-        try:
-            yield
-        finally:
-            self._batch_size = own
+        return nullcontext() if batch_size is None else self._during("batch_size", batch_size)
+
+    def in_float32(self) -> AbstractContextManager[None]:
+        """Forward in float32 within the context: gradients are computed so, and values that meet them must be as well."""
+        return self._during("precision", "float32")
 
     @contextmanager
-    def in_float32(self) -> Iterator[None]:
-        """Forward in float32 within the context: where values recorded inside meet gradients, which are computed so."""
-        own = self.precision
-        self.precision = "float32"
+    def _during(self, setting: str, value: Any) -> Iterator[None]:
+        runner = self.runner
+        own = getattr(runner, setting)
+        setattr(runner, setting, value)
         try:
             yield
         finally:
-            self.precision = own
-
-    @property
-    def chain(self) -> tuple[Classifier, ...]:
-        """This classifier, the one that it has compute, and so on, down to the one that runs the module."""
-        return (self,)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module's parameters lie; the CPU for a callable without any."""
-        if isinstance(self.module, nn.Module):
-            for tensor in chain(self.module.parameters(), self.module.buffers()):
-                return tensor.device
-        return torch.device("cpu")
+            setattr(runner, setting, own)
 
     @property
     def num_classes(self) -> int:
-        """C, the number of scores that the module returns (or the number of class names, where they were given)."""
-        return len(self._class_names) if self._class_names is not None else self._probe[0]
+        """C, the number of class names if these were given, else of scores."""
+        return len(self._class_names) if self._class_names is not None else self.outputs.count
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -191,20 +179,12 @@ class Classifier:
 
     @property
     def weights_digest(self) -> str | None:
-        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box."""
-        if not isinstance(self.module, nn.Module):
-            return None
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            if not isinstance(tensor, Tensor):
-                continue
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """sha256 over the names, shapes and bytes of all weights; None for a black box."""
+        return self.forward.weights_digest
 
     @property
     def identity(self) -> Identity:
-        """What numbers depend on; memory layout and compiling change no more than the rounding of float32 and are left out."""
+        """What numbers depend on. Memory layout and compiling are left out: they change the rounding of float32 and no more."""
         precision = () if self.precision == "float32" else (self.precision,)
         return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, precision)
 
@@ -214,7 +194,7 @@ class Classifier:
         Raises:
             UserError: no such class.
         """
-        if isinstance(target, bool) or not isinstance(target, int | np.integer | str):
+        if not is_whole(target) and not isinstance(target, str):
             raise UserError(f"target is {describe(target)}: expected a class name, or an index from 0 to {self.num_classes - 1}")
         if isinstance(target, str):
             exact = [i for i, name in enumerate(self.class_names) if name == target]
@@ -251,11 +231,11 @@ class Classifier:
         Raises:
             UserError: the module returned something other than n finite rows of C scores.
         """
-        return self._forward(inputs, want_features=False)[0]
+        return self._scored(inputs, want_features=False)[0]
 
     def probabilities(self, inputs: Tensor) -> Tensor:
-        """Softmax of the logits, float32 [n, C]."""
-        return self.logits(inputs).softmax(dim=1)
+        """Probabilities of model inputs, float32 [n, C]: the softmax of the logits."""
+        return self.outputs.probabilities(self.logits(inputs))
 
     def features(self, inputs: Tensor) -> Tensor:
         """Pooled features, the input of the final layer (the mean of the two for distilled models): float32 [n, D].
@@ -263,11 +243,11 @@ class Classifier:
         Raises:
             UserError: a black box, or a module whose final layer cannot be told (name it with ``head=``).
         """
-        return self._forward(inputs, want_features=True)[1]
+        return self._scored(inputs, want_features=True)[1]
 
     def logits_and_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, [n, C] and [n, D], from one forward pass."""
-        return self._forward(inputs, want_features=True)
+        """Logits [n, C] and features [n, D] from one forward pass."""
+        return self._scored(inputs, want_features=True)
 
     def with_prototypes(
         self, matrix: Tensor, scale: float = 1.0, normalize: bool = False, class_names: Sequence[str] | None = None
@@ -278,7 +258,7 @@ class Classifier:
             matrix: [C, D], one embedding per class.
             scale: factor of the logits (100 for CLIP).
             normalize: divide features and embeddings by their L2 norms first (CLIP's cosine).
-            class_names: C names; this classifier's own when it has as many classes.
+            class_names: C names; this classifier's own if it has as many classes.
 
         Raises:
             UserError: not a matrix, or another number of names than rows.
@@ -286,247 +266,48 @@ class Classifier:
         matrix = torch.as_tensor(matrix, dtype=torch.float32, device=self.device)
         if matrix.ndim != 2:
             raise UserError(f"prototypes are {describe(matrix)}: expected a matrix [classes, features]")
-        if class_names is None and self.num_classes == len(matrix):
-            class_names = self.class_names
-        if class_names is not None and len(class_names) != len(matrix):
+        if class_names is None:
+            own = self.num_classes == len(matrix)
+            class_names = self.class_names if own else [f"class {index}" for index in range(len(matrix))]
+        if len(class_names) != len(matrix):
             raise UserError(f"{len(matrix)} prototypes, but {len(class_names)} class names were given: give one for each")
-        return PrototypeClassifier(self, matrix.detach(), float(scale), normalize, class_names)
+        forward = PrototypeForward(self.forward, matrix.detach(), float(scale), normalize)
+        return self.with_forward(forward, name=f"{self.name} with prototypes", class_names=class_names)
 
-    @cached_property
-    def _probe(self) -> tuple[int, bool]:
-        """(number of classes, whether the module returns probabilities), read off one forward pass of a gray image."""
-        with torch.no_grad():
-            blank = torch.full((2, *self.preprocessing.shape), 0.5, device=self.device)
-            blank[1] = torch.linspace(0, 1, blank.shape[-1], device=self.device)
-            offset, scale = blank.new_tensor(self.preprocessing.mean), blank.new_tensor(self.preprocessing.std)
-            rows = self._call((blank - offset[:, None, None]) / scale[:, None, None], plainly=True)
-        if self._scores != "auto":
-            return rows.shape[1], self._scores == "probabilities"
-        sums_to_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-4).all())
-        return rows.shape[1], rows.shape[1] > 1 and sums_to_one and bool((rows >= 0).all())
+    def with_forward(
+        self,
+        forward: Forward,
+        *,
+        preprocessing: Preprocessing | None = None,
+        name: str | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Classifier:
+        """Another classifier whose scores are computed in another way. This one stays as it is.
 
-    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        self._check_inputs(inputs)
-        count, returns_probabilities = self._probe
-        if self._class_names is not None and len(self._class_names) != count:
-            raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
-        with_gradients = torch.is_grad_enabled() and inputs.requires_grad
-        return self._fitting(lambda: self._forward_chunks(inputs, want_features, returns_probabilities), len(inputs), with_gradients)
-
-    def _fitting(self, forward: Callable[[], T], rows: int, with_gradients: bool = False) -> T:
-        """Forward rows in batches, halved until they fit into memory.
-
-        Not under gradients, which keep every batch, nor under hooks of others, who may count on one call for one batch.
+        Args:
+            forward: computes the scores. A ``Relay`` to this classifier's ``forward`` shares its module, batch size and precision.
+            preprocessing, name, class_names: those of this classifier by default.
         """
-        own = self._batch_size
-        while True:
-            try:
-                return forward()
-            except RuntimeError as error:
-                tried = min(self._batch_size, rows)
-                if tried <= 1 or with_gradients or not is_out_of_memory(error) or self._is_watched:
-                    self._batch_size = own
-                    raise
-            # outside the except block, where the traceback no longer holds the tensors of the failed batch
-            self._batch_size = tried // 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    @property
-    def _is_watched(self) -> bool:
-        """Whether the module has other hooks than its own, such as those of weight_norm."""
-        return isinstance(self.module, nn.Module) and not hooks_of(self.module) <= self._own_hooks
-
-    def _forward_chunks(self, inputs: Tensor, want_features: bool, returns_probabilities: bool) -> tuple[Tensor, Tensor]:
-        rows, features = [], []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and inputs.requires_grad):
-            for chunk in even_chunks(inputs.to(self.device), self.batch_size):
-                if want_features:
-                    chunk_rows, chunk_features = self._call_with_features(chunk)
-                    features.append(chunk_features)
-                else:
-                    chunk_rows = self._call(chunk)
-                rows.append(chunk_rows)
-            scores = torch.cat(rows)
-            self._check_finite(scores)
-            if returns_probabilities:
-                self._check_probabilities(scores)
-                scores = scores.log()
-            return scores, torch.cat(features) if features else scores.new_zeros(len(scores), 0)
+        made = copy.copy(self)
+        made.forward, made.name = forward, name or self.name
+        made.preprocessing = preprocessing or self.preprocessing
+        made._class_names = tuple(map(str, class_names)) if class_names is not None else self._class_names
+        return made
 
     def find_out(self, want_features: bool) -> None:
-        """What takes forward passes of its own to know, now: for callers under whose hooks they would be mistaken for others."""
-        self._probe  # noqa: B018
-        if want_features:
-            self._heads  # noqa: B018
+        """Make the forward passes now that are made once: for callers whose hooks must not meet them."""
+        self.forward.find_out(want_features)
 
-    def _check_inputs(self, inputs: Any) -> None:
+    def _scored(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
+        """Checked logits [n, C] and features [n, D]."""
         expected = self.preprocessing.shape
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
             raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
-
-    def _call(self, inputs: Tensor, plainly: bool = False) -> Tensor:
-        """Checked scores of one batch; plainly: without autocast and compiling, as under gradients."""
-        plainly = plainly or torch.is_grad_enabled()
-        if self.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        lower = None if plainly or self.precision == "float32" else getattr(torch, self.precision)
-        with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
-            if isinstance(self.module, nn.Module):
-                with evaluation_mode(self.module):
-                    output = (self.module if plainly else self._fastest(self.module))(inputs)
-            else:
-                output = self.module(inputs)
-        return self._checked_scores(output, len(inputs))
-
-    def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
-        """The module, compiled where that is wanted and leaves out nobody who looks inside."""
-        if not self.compiled or self._is_watched or is_rebuilt():
-            return module
-        if self._compiled_module is None or self._compiled_module[0] is not module:
-            self._compiled_module = (module, torch.compile(module, dynamic=True))
-        return self._compiled_module[1]
-
-    def _call_with_features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self._heads
-        with record_inputs(heads) as calls:
-            rows = self._call(inputs)
-        last: dict[nn.Module, Tensor] = dict(calls)  # a head that is called twice counts with its last call
-        if not last:
-            raise UserError(f"the final layer of {self.name} was never called: name the right one with head=")
-        pooled = [pooled_features(value) for value in last.values()]
-        return rows, torch.stack(pooled).mean(dim=0).float()
-
-    @cached_property
-    def _heads(self) -> list[nn.Module]:
-        """The final layers: the one named, else the last linear (or 1x1 convolution) with C outputs; two for distilled models."""
-        if not isinstance(self.module, nn.Module):
-            raise UserError(f"{self.name} is a black box without features: give an nn.Module, or set the weights that need features to 0")
-        modules = dict(self.module.named_modules())
-        if self._head is not None:
-            if self._head not in modules:
-                raise UserError(f"{self.name} has no layer {self._head!r}: its last layers are {', '.join([n for n in modules if n][-4:])}")
-            return [modules[self._head]]
-        count = self._probe[0]
-        for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
-            candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
-            with torch.no_grad(), record_inputs(candidates) as calls:
-                self._call(torch.zeros(1, *self.preprocessing.shape, device=self.device), plainly=True)
-            if calls:
-                distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
-                return distilled if len(distilled) == 2 else [calls[-1][0]]
-        raise UserError(f"no final layer with {count} outputs was found in {self.name}: name it with head=")
-
-    def _checked_scores(self, output: Any, count: int) -> Tensor:
-        received = output
-        if isinstance(output, dict):
-            output = output.get("logits", output)
-        elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-            output = output.logits
-        elif isinstance(output, tuple | list) and len(output):
-            output = output[0]
-        if isinstance(output, np.ndarray):
-            output = torch.from_numpy(output.copy())  # torch takes neither read-only nor flipped arrays
-        shaped = isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == count and output.shape[1] > 0
-        if not shaped:
-            raise UserError(f"{self.name} returned {_describe_output(received)} for {count} images: expected scores [{count}, classes]")
-        return output.float().to(self.device)
-
-    def _check_finite(self, scores: Tensor) -> None:
-        bad = scores.isnan() | scores.eq(torch.inf) | scores.isneginf().all(dim=1, keepdim=True)
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            raise UserError(
-                f"{self.name} returned {scores[row, column].item()} for class {column} of image {row} in a batch of {len(scores)}: "
-                "expected finite scores; check its weights and its preprocessing"
-            )
-
-    def _check_probabilities(self, scores: Tensor) -> None:
-        bad = (scores < 0).any(dim=1) | (scores.sum(dim=1) <= 0)
-        if bad.any():
-            row = int(bad.nonzero()[0, 0])
-            low, high = scores[row].min().item(), scores[row].max().item()
-            raise UserError(
-                f"{self.name} returned {low:.4g} to {high:.4g} as the probabilities of image {row}: expected none negative and not all "
-                "zero; give scores='logits' if they are logits"
-            )
-
-
-class Wrapping(Classifier):
-    """A classifier that has another one compute: in the precision of that one."""
-
-    _base: Classifier
-
-    @property
-    def chain(self) -> tuple[Classifier, ...]:
-        return (self, *self._base.chain)
-
-    @property
-    def precision(self) -> str:
-        return self._base.precision
-
-    @precision.setter
-    def precision(self, value: str) -> None:
-        self._base.precision = value
-
-
-class PrototypeClassifier(Wrapping):
-    """See ``Classifier.with_prototypes``."""
-
-    def __init__(self, base: Classifier, matrix: Tensor, scale: float, normalize: bool, class_names: Sequence[str] | None) -> None:
-        way = base.preprocessing
-        self._base = base
-        super().__init__(
-            base.module,
-            precision=base.precision,
-            size=way.size,
-            mean=way.mean,
-            std=way.std,
-            resize=way.resize,
-            resized=way.resized,
-            interpolation=way.interpolation,
-            class_names=class_names,
-            name=f"{base.name} with prototypes",
-            batch_size=base.batch_size,
-            scores="logits",
-        )
-        self._matrix, self._scale, self._normalize = matrix, scale, normalize
-
-    @property
-    def num_classes(self) -> int:
-        return len(self._matrix)
-
-    @property
-    def weights_digest(self) -> str | None:
-        settings = f"{self._base.weights_digest} {self._scale} {self._normalize}"
-        return hashlib.sha256(settings.encode() + self._matrix.cpu().numpy().tobytes()).hexdigest()
-
-    def find_out(self, want_features: bool) -> None:
-        self._base.find_out(True)
-
-    def _forward(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        self._check_inputs(inputs)
-        features = torch.cat([self._base.features(chunk) for chunk in even_chunks(inputs, self.batch_size)])
-        matrix = self._matrix.to(features.device)
-        if features.shape[1] != matrix.shape[1]:
-            raise UserError(
-                f"prototypes have {matrix.shape[1]} features, {self._base.name} has {features.shape[1]}: "
-                f"give a matrix [classes, {features.shape[1]}]"
-            )
-        if self._normalize:
-            features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
-        scores = self._scale * features @ matrix.T
-        self._check_finite(scores)
-        return scores, features
-
-
-def _describe_output(output: Any) -> str:
-    if isinstance(output, dict):
-        return f"a dict with {', '.join(map(str, list(output)[:5])) or 'no keys'}"
-    if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {', '.join(describe(item) for item in output[:3]) or 'nothing'}"
-    logits = inspect.getattr_static(output, "logits", None)
-    return describe(output) if logits is None else f"{type(output).__name__} with logits {describe(output.logits)}"
+        count = self.outputs.count
+        if self._class_names is not None and len(self._class_names) != count:
+            raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
+        scores, features = self.forward(inputs, want_features)
+        return self.outputs.logits(scores, self.name), features
 
 
 def _some(names: Sequence[str], limit: int = 12) -> str:

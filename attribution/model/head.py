@@ -1,8 +1,59 @@
-"""The final layer of a classifier, and the pooled features that it takes."""
+"""The final layers of a network, its heads, and the pooled features that they take."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution.errors import UserError
+from attribution.hooks import record_inputs
+
+
+def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Any], name: str) -> list[nn.Module]:
+    """Find the final layers: the one named, else the last linear layer (or 1x1 convolution) called that has C outputs.
+
+    A distilled model has two, ``head`` and ``head_dist``.
+
+    Args:
+        module: an ``nn.Module``; a black box is refused.
+        named: name of the final layer.
+        count: C, the number of scores.
+        run: forwards an image through the module.
+        name: of the classifier, for messages.
+
+    Raises:
+        UserError: a black box, no layer of that name, or none with C outputs.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{name} is a black box without features: give an nn.Module, or set the weights that need features to 0")
+    modules = dict(module.named_modules())
+    if named is not None:
+        if named not in modules:
+            raise UserError(f"{name} has no layer {named!r}: its last layers are {', '.join([n for n in modules if n][-4:])}")
+        return [modules[named]]
+    for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
+        candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
+        with torch.no_grad(), record_inputs(candidates) as calls:
+            run()
+        if calls:
+            distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
+            return distilled if len(distilled) == 2 else [calls[-1][0]]
+    raise UserError(f"no final layer with {count} outputs was found in {name}: name it with head=")
+
+
+def features_of(calls: Sequence[tuple[nn.Module, Tensor]], name: str) -> Tensor:
+    """Pooled features float32 [n, D] from what entered the heads in one pass; the mean of both heads of a distilled model.
+
+    Raises:
+        UserError: no head was called.
+    """
+    last = dict(calls)  # the last call counts where a head is called twice
+    if not last:
+        raise UserError(f"the final layer of {name} was never called: name the right one with head=")
+    return torch.stack([pooled_features(value) for value in last.values()]).mean(dim=0).float()
 
 
 def pooled_features(value: Tensor) -> Tensor:

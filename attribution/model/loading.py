@@ -97,7 +97,8 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         UserError: the architecture has no name by which it could be built again.
     """
     source = classifier.name.partition(":")[0]
-    if source not in SOURCES or type(classifier) is not Classifier or not isinstance(classifier.module, nn.Module):
+    runner = classifier.runner
+    if source not in SOURCES or classifier.forward is not runner or not isinstance(runner.module, nn.Module):
         raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
     way = classifier.preprocessing
     card = {
@@ -110,12 +111,12 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
             "resize": way.resize,
             "resized": way.resized,
             "interpolation": way.interpolation,
-            "head": classifier._head,
-            "scores": classifier._scores,
+            "head": runner.head,
+            "scores": runner.scores,
         },
     }
     # shared tensors are written once per name: safetensors refuses aliases
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in classifier.module.state_dict().items()}
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in runner.module.state_dict().items()}
     with whole_file(path) as temporary:
         save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
 

@@ -6,24 +6,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.checks import check_choice
 from attribution.errors import UserError
 
 Resize = Literal["squash", "short_side", "long_side"]
+_RESIZES = ("squash", "short_side", "long_side")
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Image [n, 3, H, W] in [0, 1] -> model input [n, 3, h, w]: resize, crop or pad to the centre, normalise.
+    """Images [n, 3, H, W] in [0, 1] become model inputs [n, 3, h, w]: resized, cropped or padded around the centre, normalised.
 
     Attributes:
         size: (h, w) of the model input, pixels.
         mean, std: per channel, red green blue of an image; the input is (image - mean) / std.
-        resize: "squash" resizes each side on its own, "short_side" and "long_side" keep the aspect ratio; what reaches beyond
-            the input is cut off, what is missing is padded with the mean colour.
+        resize: "squash" resizes each side on its own. "short_side" and "long_side" keep the aspect ratio: the image is cropped to the
+            input where it is larger, and padded with the mean colour where it is smaller.
         resized: (h, w) that the resize aims at, before the crop; None means size.
         interpolation: "bilinear" or "bicubic", both antialiased as in Pillow, or "nearest".
     """
@@ -40,10 +43,8 @@ class Preprocessing:
             raise UserError(f"input size {self.size}: expected a positive height and width")
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError(f"mean {self.mean} and std {self.std}: expected three numbers each, std positive")
-        if self.resize not in ("squash", "short_side", "long_side"):
-            raise UserError(f"unknown resize {self.resize!r}: expected squash, short_side or long_side")
-        if self.interpolation not in _INTERPOLATIONS:
-            raise UserError(f"unknown interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}")
+        check_choice("resize", self.resize, _RESIZES)
+        check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,6 +53,13 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.linear(images - images.new_tensor(self.mean)[:, None, None])
+
+    def gray_inputs(self, device: torch.device) -> Tensor:
+        """Two model inputs [2, channels, h, w]: of a gray image, and of one that goes from black to white, left to right."""
+        images = torch.full((2, *self.shape), 0.5, device=device)
+        images[1] = torch.linspace(0, 1, images.shape[-1], device=device)
+        offset, scale = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images - offset[:, None, None]) / scale[:, None, None]
 
     def linear(self, images: Tensor) -> Tensor:
         """The linear part: what a difference of two images [n, 3, H, W] becomes as a difference of two inputs [n, 3, h, w]."""
@@ -64,7 +72,7 @@ class Preprocessing:
         return self._centred(images) / images.new_tensor(self.std)[:, None, None]
 
     def placement(self, height: int, width: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Where an image lies in the input: (scale, start) of its rows and of its columns; a place y of the image is at y scale + start."""
+        """Where an image lies in the input: (scale, start) of its rows and of its columns. Row y of the image is at scale * y + start."""
         resized = self._resized_size(height, width)
         left, _, top, _ = self._padding(*resized)
         return (resized[0] / height, top), (resized[1] / width, left)

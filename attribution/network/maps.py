@@ -255,7 +255,7 @@ def _is_global_attention(task: Task, calls: list[_Call], call: _Call) -> bool:
 
 def _head_width(classifier: Classifier) -> int:
     try:
-        head = classifier._heads[0]
+        head = classifier.heads[0]
     except UserError:
         return -1
     return int(getattr(head, "in_features", None) or getattr(head, "in_channels", None) or -1)

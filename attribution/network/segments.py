@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attribution.errors import NotApplicable
 from attribution.hooks import evaluation_mode, removed_after, stand_ins, stopped_after
-from attribution.model.classifier import Classifier, Wrapping
+from attribution.model.classifier import Classifier
 from attribution.network.maps import FeatureLayer, map_layers
 from attribution.task import Task
 
@@ -50,7 +50,7 @@ class Segment:
         self, classifier: Classifier, start: FeatureLayer | None, stop: FeatureLayer | None = None, probe: Probe | None = None
     ) -> None:
         if stop is None:
-            _settle(classifier)
+            classifier.find_out(False)  # not while stand-ins answer
         self.classifier = _for_parts(classifier)
         self.start, self.stop = start, stop
         self._before: dict[str, list[_Value]] = {}
@@ -264,22 +264,7 @@ def _two_images(classifier: Classifier) -> Tensor:
     return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False).to(classifier.device)
 
 
-def _settle(classifier: Classifier) -> None:
-    """Let a classifier find out what it finds out once: it must not run while stand-ins answer."""
-    for each in classifier.chain:
-        each._probe  # noqa: B018
-    for each in classifier.chain[1:]:
-        each._heads  # noqa: B018
-
-
 def _for_parts(classifier: Classifier) -> Classifier:
-    """The classifier without a limit of its own, so that rows of maps and the images that stand for them stay together, in float32.
-
-    What is recorded of parts, and compared with the whole, is computed in float32.
-    """
-    made = copy.copy(classifier)
-    made.batch_size = _ANY_BATCH
-    if isinstance(made, Wrapping):
-        made._base = _for_parts(made._base)
-    made.precision = "float32"
-    return made
+    """The classifier in float32 and without a batch size, so that rows of maps and the images that stand for them stay together."""
+    runner = classifier.runner.changed(batch_size=_ANY_BATCH, precision="float32")
+    return classifier.with_forward(classifier.forward.on(runner))

@@ -11,10 +11,12 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from attribution.checks import check_choice
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import frozen_parameters, record_inputs, record_outputs
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import even_chunks
+from attribution.model.prototypes import PrototypeForward
 from attribution.neurons.edits import mean_logit_changes
 from attribution.neurons.finder import rows_at_once
 from attribution.neurons.layers import NeuronLayers, find_neurons
@@ -52,8 +54,7 @@ class NeuronDecoder:
         inputs: Tensor | None = None,
         layers: NeuronLayers | None = None,
     ) -> None:
-        if mode not in ("centred", "raw", "scaled"):
-            raise UserError(f"mode={mode!r}: expected 'centred', 'raw' or 'scaled'")
+        check_choice("mode", mode, ("centred", "raw", "scaled"))
         if mode == "scaled" and inputs is None:
             raise UserError("mode='scaled' needs inputs: images whose deviation at the final normalisation is averaged")
         self.classifier, self.mode = classifier, mode
@@ -252,8 +253,7 @@ class _Head:
 
 def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
     """Head, final normalisation and layer scales, verified on one image."""
-    inner = classifier.chain[-1]
-    module, heads = inner.module, inner._heads
+    runner, module, heads = classifier.runner, classifier.module, classifier.heads
     assert isinstance(module, nn.Module)
     if not all(isinstance(head, nn.Linear) for head in heads):
         raise _refused(classifier, "its head is no linear layer")
@@ -262,7 +262,7 @@ def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
     with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(module):
         noise = torch.randn(1, *classifier.preprocessing.shape, generator=generator).to(classifier.device)
         with record_inputs([*norms, *heads]) as received, record_outputs([*layers.modules, *norms]) as returned:
-            logits = inner.logits(noise.requires_grad_())
+            scores, _ = runner(noise.requires_grad_(), want_features=False)
         outputs, entered = dict(returned), dict(received)
         called = [each for each, _ in returned]
         scales = []
@@ -285,13 +285,13 @@ def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
         if expected.shape != read.shape[1:] or not torch.allclose(expected, read.mean(dim=0), atol=1e-4):
             raise _refused(classifier, "its head reads more than the normalised class token or mean of tokens")
     answers = torch.stack([head(values) for head, values in zip(heads, read, strict=True)]).mean(dim=0).detach().float()
-    if not inner._probe[1] and not torch.allclose(answers, logits.detach(), atol=1e-3):
+    if runner.outputs.kind == "logits" and not torch.allclose(answers, scores.detach(), atol=1e-3):
         raise _refused(classifier, "its logits are not what its linear head returns")
     weight = torch.stack([head.weight.detach().float() for head in heads]).mean(dim=0)  # type: ignore[operator]
-    if inner is not classifier:
-        if classifier._normalize:  # type: ignore[attr-defined]
+    if isinstance(forward := classifier.forward, PrototypeForward):
+        if forward.normalize:
             raise _refused(classifier, "its scores are cosines, which no linear map gives")
-        weight = classifier._scale * classifier._matrix.float()  # type: ignore[attr-defined]
+        weight = forward.scale * forward.matrix
     return _Head(weight.cpu(), norm, tuple(scales))
 
 

@@ -389,8 +389,8 @@ class PathFinder:
 
 
 def rows_at_once(classifier: Classifier) -> int:
-    """Most rows of one forward pass under hooks, which must meet them all at once: no classifier of a chain may split them."""
-    return min(each.batch_size for each in classifier.chain)
+    """Most rows of one forward pass under hooks, which must meet them all at once."""
+    return classifier.batch_size
 
 
 def _removing(units: Tensor) -> Callable[[Tensor], Tensor]:

@@ -179,7 +179,7 @@ def _found(classifier: Classifier, module: nn.Module, calls: Sequence[_Call]) ->
 
 
 def _stream_width(classifier: Classifier) -> int:
-    head = classifier.chain[-1]._heads[0]
+    head = classifier.heads[0]
     return int(head.in_features if isinstance(head, nn.Linear) else head.in_channels)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,6 @@ is evaluated are new callables on its modules.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,8 +21,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from attribution.errors import NotApplicable, UserError
-from attribution.model.classifier import Classifier, Wrapping
+from attribution.checks import check_choice, check_whole
+from attribution.errors import NotApplicable
+from attribution.model.classifier import Classifier
 from attribution.network.maps import FeatureLayer
 from attribution.network.resized import Resized, resized
 from attribution.network.segments import Activation, Segment, module_of
@@ -41,10 +41,8 @@ def heads_of(setting: str, n: int) -> tuple[int, ...]:
     Raises:
         UserError: no such setting, or n out of range.
     """
-    if setting not in SETTINGS:
-        raise UserError(f"unknown setting {setting!r}: expected one of {', '.join(SETTINGS)}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise UserError(f"n is {n!r}: expected a whole number of at least 2 cells a side")
+    check_choice("setting", setting, SETTINGS)
+    check_whole("n", n, 2)
     return tuple(range(n * n)) if setting == "gridpg" else (0, n * n - 1)
 
 
@@ -239,15 +237,10 @@ class GridModel:
 
 def at_size(classifier: Classifier, size: tuple[int, int], module: nn.Module | Callable[[Tensor], Tensor]) -> Classifier:
     """The same classifier for images of another size, as it is for one resized network."""
-    classifier._probe  # noqa: B018  is known from images of its own size, before a head of fixed size meets others
-    made = copy.copy(classifier)
-    if module is not classifier.module:
-        vars(made).pop("_heads", None)
-    made.module = module
-    made.preprocessing = replace(classifier.preprocessing, size=size, resize="squash", resized=None)
-    if isinstance(made, Wrapping):
-        made._base = at_size(made._base, size, module)
-    return made
+    runner, way = classifier.runner, replace(classifier.preprocessing, size=size, resize="squash", resized=None)
+    runner.find_out(False)  # from images of its own size, before a head of fixed size meets others
+    same = {} if module is runner.module else {"module": module}
+    return classifier.with_forward(classifier.forward.on(runner.changed(preprocessing=way, **same)), preprocessing=way)
 
 
 def split_cells(grids: Tensor, n: int) -> Tensor:

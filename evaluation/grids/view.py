@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from attribution.fills import make_fill
 from attribution.model.classifier import Classifier
+from attribution.model.forwarding import ModuleForward
+from attribution.model.outputs import Outputs
 from attribution.model.preprocessing import Preprocessing
 from attribution.network.maps import FeatureLayer
 from attribution.network.segments import Activation
@@ -123,14 +125,13 @@ class GridView:
         """A classifier of maps; at the input, of images."""
         cell, layer, size = self.model.classifier, self.model.layer, (maps.shape[2], maps.shape[3])
         name = cell.name if layer is None else f"{cell.name} after {layer.name}"
-        made = Classifier(head, size=size, class_names=cell.class_names, scores="logits", name=name)
         rows = cell.batch_size if size == cell.preprocessing.size else max(1, cell.batch_size // self.model.n**2)
-        made.batch_size = rows
         channels = maps.shape[1]
         plain = Preprocessing(size, (0.0,) * channels, (1.0,) * channels)
-        made.preprocessing = plain if layer is not None else replace(self.preprocessing, size=size)
-        vars(made)["_probe"] = (cell.num_classes, False)  # known, and a probe would ask for images
-        return made
+        way = plain if layer is not None else replace(self.preprocessing, size=size)
+        outputs = Outputs(cell.num_classes, "logits")
+        forward = ModuleForward(head, way, name=name, batch_size=rows, outputs=outputs)
+        return cell.with_forward(forward, preprocessing=way, name=name, class_names=cell.class_names)
 
     def _logits(self, setting: str, cell: int, alone: bool) -> Callable[[Tensor], Tensor]:
         given, through = self.activation(setting), self.model.through(setting, cell)

@@ -75,7 +75,7 @@ def test_dropped_tokens_equal_a_model_without_them(name: str, small_cat: Tensor)
     assert torch.allclose(hiding.logits(everything), classifier.logits(classifier.inputs(small_cat)), atol=1e-5)
     logits, features = hiding.logits_and_features(masked(rows))
     assert torch.allclose(logits, found, atol=1e-5) and len(features) == 20
-    assert not classifier.module._forward_pre_hooks and not hiding._first_block._forward_pre_hooks
+    assert not classifier.module._forward_pre_hooks and not hiding.forward.parts.first_block._forward_pre_hooks
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

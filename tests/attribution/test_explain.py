@@ -193,7 +193,7 @@ def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tenso
         ({"target": 10}, "class index 10 is out of range"),
         ({"pending": 0}, "pending is 0"),
         ({"max_side": 0}, "max_side is 0"),
-        ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"regions": torch.zeros(5, 5, dtype=torch.int64)}, "label map is 5x5, the image 32x32"),
     ],
 )

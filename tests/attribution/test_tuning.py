@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,65 +184,109 @@ def test_what_was_compiled_is_not_used_for_another_module(monkeypatch: pytest.Mo
     assert torch.allclose(used.logits(inputs), used.module(inputs))
 
 
-class Paced(nn.Module):
-    """Slow unless it computes in bfloat16; in float16 it fails; ``off`` is what bfloat16 costs in accuracy."""
+class Clock:
+    """A clock that only goes on when a module says how long it takes."""
 
-    def __init__(self, off: float) -> None:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("attribution.tuning.perf_counter", made)
+    return made
+
+
+class Paced(nn.Module):
+    """Takes 20 ms, and 1 ms in bfloat16; in float16 it fails; ``off`` is what bfloat16 costs in accuracy."""
+
+    def __init__(self, clock: Clock, off: float) -> None:
         super().__init__()
-        self.off = off
+        self.clock, self.off = clock, off
 
     def forward(self, x: Tensor) -> Tensor:
         lower = torch.is_autocast_enabled("cpu")
         if lower and torch.get_autocast_dtype("cpu") == torch.float16:
             raise RuntimeError("not implemented for 'Half'")
-        time.sleep(0.001 if lower else 0.02)
+        self.clock.now += 0.001 if lower else 0.02
         return torch.stack([x.mean(dim=(1, 2, 3)) + self.off * lower, x[:, 0, 0, 0]], dim=1)
 
 
 @pytest.mark.parametrize(("off", "chosen"), [(0.01, "bfloat16"), (5.0, "float32")])
-def test_the_fastest_way_that_is_close_enough_is_chosen(off: float, chosen: str) -> None:
-    used = at.Classifier(Paced(off), size=8, batch_size=4)
-    ways = at.tune(used, repeats=3)
+def test_the_fastest_way_that_is_close_enough_is_chosen(clock: Clock, off: float, chosen: str) -> None:
+    used = at.Classifier(Paced(clock, off), size=8, batch_size=4)
+    ways = at.tune(None, used, repeats=3)
     assert used.precision == chosen
     assert [way.precision for way in ways if way.chosen] == [chosen]
-    assert {way.precision for way in ways} == {"float32", "bfloat16"} and len(ways) == 4
-    assert [way.rate for way in ways] == sorted((way.rate for way in ways), reverse=True)
+    assert [way.precision for way in ways] == ["bfloat16", "bfloat16", "float32", "float32"]
+    assert [way.rate for way in ways] == pytest.approx([4 / 0.001, 4 / 0.001, 4 / 0.02, 4 / 0.02])
     plain = next(way for way in ways if way.precision == "float32" and not way.channels_last)
     assert plain.deviation == 0 and (ways[0].deviation > 0.5) == (off > 1)
     assert "bfloat16" in str(ways[0]) and "images/s" in str(ways[0])
 
 
-def test_a_hopeless_precision_is_not_tried_in_other_layouts() -> None:
+def test_a_hopeless_precision_is_not_tried_in_other_layouts(clock: Clock) -> None:
+    calls: list[torch.dtype] = []
+
     class Hopeless(Paced):
         def forward(self, x: Tensor) -> Tensor:
-            time.sleep(0.1 if torch.is_autocast_enabled("cpu") else 0.001)
+            lower = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+            calls.append(lower)
+            clock.now += {torch.float32: 0.001, torch.float16: 0.1, torch.bfloat16: 0.2}[lower]
             return x.mean(dim=(2, 3))
 
-    tried = at.Classifier(Hopeless(0.0), size=8, batch_size=4)
-    ways = at.tune(tried, repeats=2)
-    assert [(way.precision, way.channels_last) for way in ways[2:]] in (
-        [("bfloat16", False), ("float16", False)],
-        [("float16", False), ("bfloat16", False)],
-    )
-    assert {way.precision for way in ways[:2]} == {"float32"} and tried.precision == "float32"
+    tried = at.Classifier(Hopeless(clock, 0.0), size=8, batch_size=4)
+    ways = at.tune(None, tried, repeats=2)
+    assert [(way.precision, way.channels_last) for way in ways] == [
+        ("float32", False),
+        ("float32", True),
+        ("float16", False),
+        ("bfloat16", False),
+    ]
+    assert calls.count(torch.float16) == calls.count(torch.bfloat16) == 2
+    assert tried.precision == "float32" and not tried.channels_last
 
 
-def test_what_does_not_fit_into_memory_leaves_the_batch_size_of_what_does() -> None:
+@pytest.mark.parametrize(("share", "chosen"), [(0.96, "float32"), (0.94, "bfloat16")])
+def test_what_saves_less_than_a_twentieth_is_left_alone(clock: Clock, share: float, chosen: str) -> None:
+    class Nearly(Paced):
+        def forward(self, x: Tensor) -> Tensor:
+            clock.now += 0.01 * (share if torch.is_autocast_enabled("cpu") else 1)
+            return x.mean(dim=(2, 3))
+
+    used = at.Classifier(Nearly(clock, 0.0), size=8, batch_size=4)
+    at.tune(None, used, precisions=["bfloat16"], repeats=1)
+    assert used.precision == chosen
+
+
+def test_the_old_order_of_arguments_still_works(clock: Clock) -> None:
+    used, image = at.Classifier(Paced(clock, 0.0), size=8, batch_size=4), torch.rand(3, 8, 8)
+    for arguments, options in (((used,), {}), ((used, image), {}), ((used,), {"image": image})):
+        used.precision = "float32"
+        with pytest.warns(DeprecationWarning, match=r"tune\(classifier, image, \.\.\.\) is now tune\(image, classifier, \.\.\.\)"):
+            at.tune(*arguments, repeats=1, **options)
+        assert used.precision == "bfloat16"
+
+
+def test_what_does_not_fit_into_memory_leaves_the_batch_size_of_what_does(clock: Clock) -> None:
     class Greedy(Paced):
         def forward(self, x: Tensor) -> Tensor:
             if torch.is_autocast_enabled("cpu") and len(x) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().forward(x)
 
-    used = at.Classifier(Greedy(5.0), size=8, batch_size=8)
-    at.tune(used, repeats=1)
+    used = at.Classifier(Greedy(clock, 5.0), size=8, batch_size=8)
+    at.tune(None, used, repeats=1)
     assert (used.precision, used.batch_size) == ("float32", 8)
-    used = at.Classifier(Greedy(0.01), size=8, batch_size=8)
-    at.tune(used, repeats=1)
+    used = at.Classifier(Greedy(clock, 0.01), size=8, batch_size=8)
+    at.tune(None, used, repeats=1)
     assert (used.precision, used.batch_size) == ("bfloat16", 2)
 
 
-def test_an_image_shows_how_close_a_precision_is(tmp_path: Path) -> None:
+def test_an_image_shows_how_close_a_precision_is(clock: Clock, tmp_path: Path) -> None:
     class Bright(Paced):
         """Off where an image is brighter than noise ever is on average."""
 
@@ -251,35 +294,37 @@ def test_an_image_shows_how_close_a_precision_is(tmp_path: Path) -> None:
             self.off = 5.0 if float(x.mean(dim=(1, 2, 3)).max()) > 0.8 else 0.0
             return super().forward(x)
 
-    used = at.Classifier(Bright(0.0), size=8, batch_size=4)
-    at.tune(used, repeats=2)
+    used = at.Classifier(Bright(clock, 0.0), size=8, batch_size=4)
+    at.tune(None, used, repeats=2)
     assert used.precision == "bfloat16"
-    at.tune(used, torch.full((3, 20, 20), 0.9), repeats=2)
+    at.tune(torch.full((3, 20, 20), 0.9), used, repeats=2)
     assert used.precision == "float32"
     with pytest.raises(at.UserError, match="no such file"):
-        at.tune(used, tmp_path / "none.png")
+        at.tune(tmp_path / "none.png", used)
     with pytest.raises(at.UserError, match="repeats is 0"):
-        at.tune(used, repeats=0)
+        at.tune(None, used, repeats=0)
+    with pytest.raises(at.UserError, match="tolerance is -1"):
+        at.tune(None, used, tolerance=-1)
 
 
-def test_an_interrupted_trial_changes_nothing() -> None:
+def test_an_interrupted_trial_changes_nothing(clock: Clock) -> None:
     class Stopped(Paced):
         def forward(self, x: Tensor) -> Tensor:
             if torch.is_autocast_enabled("cpu"):
                 raise KeyboardInterrupt
             return super().forward(x)
 
-    used = at.Classifier(Stopped(0.0), size=8, batch_size=4, channels_last=True)
+    used = at.Classifier(Stopped(clock, 0.0), size=8, batch_size=4, channels_last=True)
     with pytest.raises(KeyboardInterrupt):
-        at.tune(used)
+        at.tune(None, used)
     assert (used.precision, used.channels_last, used.compiled) == ("float32", True, False)
 
 
 def test_unknown_precisions_are_refused() -> None:
-    with pytest.raises(at.UserError, match=r"precision 'float17': expected one of float32, bfloat16, float16"):
+    with pytest.raises(at.UserError, match=r"precision is 'float17': expected one of float32, bfloat16, float16"):
         at.Classifier(Watched(), size=8, precision="float17")
-    with pytest.raises(at.UserError, match="unknown precisions 'float17'"):
-        at.tune(at.Classifier(Watched(), size=8), precisions=["float17"])
+    with pytest.raises(at.UserError, match=r"precision is 'float17': expected one of float32, bfloat16, float16"):
+        at.tune(None, at.Classifier(Watched(), size=8), precisions=["float17"])
 
 
 def test_the_precision_belongs_to_what_a_result_depends_on(inputs: Tensor) -> None:

@@ -214,7 +214,7 @@ def test_black_boxes(method: str, cnn: at.Classifier, small_cat: Tensor) -> None
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": "x"}, "seed is 'x'"),
-        ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"fill": "nonsense"}, "nonsense"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),

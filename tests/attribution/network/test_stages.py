@@ -517,8 +517,7 @@ def test_more_rows_than_the_batch_size() -> None:
         layer = find_layer(used, "features.5")
         found = Segment(used, layer)(Segment(used, None, layer)(Activation(x))).maps
         assert apart(found, used.logits(x)) < 1e-5
-        assert used.batch_size == 2 == plain.batch_size
-    assert prototypes._base.batch_size == 2  # type: ignore[attr-defined]
+        assert used.batch_size == 2 == plain.batch_size and used.runner is plain.runner
 
 
 def test_an_error_inside_a_part_leaves_the_network_as_it_came() -> None:

@@ -158,7 +158,7 @@ def test_other_architectures_decode_their_last_layer(name: str) -> None:
     activation = layers.at_tokens(hidden[1])[:, :, unit].sum()
     shift = (edited_x - clean_x)[0]
     assert torch.allclose(shift, -activation * decoder.directions(1, [unit])[0] / layers.read, atol=1e-5)
-    head = used._heads[0]
+    head = used.heads[0]
     expected = head.weight @ (norm.weight * (shift - shift.mean())) / deviation
     assert torch.allclose(-activation * decoder.effects(1, [unit])[0], expected, rtol=1e-3, atol=1e-5)
 
@@ -355,7 +355,7 @@ def test_refusals(name: str) -> None:
 
 def test_errors() -> None:
     used = toy_classifier(ToyTransformer())
-    with pytest.raises(at.UserError, match="mode='log': expected 'centred', 'raw' or 'scaled'"):
+    with pytest.raises(at.UserError, match="mode is 'log': expected one of centred, raw, scaled"):
         NeuronDecoder(used, "log")
     with pytest.raises(at.UserError, match="mode='scaled' needs inputs"):
         NeuronDecoder(used, "scaled")

@@ -82,7 +82,7 @@ def test_logits_of_every_setting(name: str, n: int) -> None:
 def test_heads() -> None:
     assert heads_of("gridpg", 3) == tuple(range(9))
     assert heads_of("difull", 3) == heads_of("dipart", 3) == (0, 8)
-    with pytest.raises(UserError, match="unknown setting 'diwhole': expected one of gridpg, difull, dipart"):
+    with pytest.raises(UserError, match="setting is 'diwhole': expected one of gridpg, difull, dipart"):
         heads_of("diwhole", 2)
     for n in (1, 0, -2, 2.0, True, "2"):
         with pytest.raises(UserError, match=r"n is .*: expected a whole number of at least 2"):
@@ -320,7 +320,7 @@ def test_prototypes(name: str) -> None:
         for setting in SETTINGS:
             found = model.through(setting, 3)(given_to(view, setting, 3))
             assert apart(found, own.logits(setting, inputs, 3, 2)) < 1e-4, (layer, setting)
-    assert used._base.batch_size == 3  # type: ignore[attr-defined]
+    assert used.batch_size == 3
 
 
 @pytest.mark.parametrize("method", ["deep_lift", "ablation_cam"])
@@ -640,8 +640,8 @@ def test_the_classifier_is_left_alone() -> None:
 def test_at_size() -> None:
     module, other = drawn(Pooled(), 1), drawn(Pooled(), 2)
     used = classifier(module, batch_size=5)
-    assert len(used._heads) == 1
+    assert len(used.heads) == 1
     larger = at_size(used, (32, 48), module)
     assert larger.preprocessing.size == (32, 48) and used.preprocessing.size == (SIDE, SIDE)
-    assert larger._heads is used._heads and at_size(used, (32, 48), other)._heads[0] is other.fc
+    assert larger.heads is used.heads and at_size(used, (32, 48), other).heads[0] is other.fc
     assert larger.logits(torch.zeros(1, 3, 32, 48)).shape == (1, CLASSES)
