@@ -148,7 +148,7 @@ def test_count(search: Callable[..., Tensor]) -> None:
     f = coverage(3, 10)
     assert len(search(Toy(10, f), count=4)) == 4
     for count in (0, 11):
-        with pytest.raises(at.UserError, match=f"count is {count}: expected 1 to 10"):
+        with pytest.raises(at.UserError, match=f"count is {count}: expected a whole number from 1 to 10"):
             search(Toy(10, f), count=count)
 
 
