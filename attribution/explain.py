@@ -1,4 +1,4 @@
-"""explain: regions, objective, search and trajectories composed into one explanation."""
+"""explain: regions, objective, search and trajectories make one explanation. polish: a better order from one that is there."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attribution.checks import check_choice, check_seed, is_whole
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import Fill, drops, several_fills
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
-from attribution.masking import prefix_probabilities
+from attribution.masking import RegionInputs, prefix_probabilities
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
-from attribution.presets import BALANCED, PRESETS, Preset
+from attribution.presets import PRESETS
 from attribution.provenance import plain_settings, provenance
-from attribution.regions import is_method, make_regions
-from attribution.search import SEARCHES
-from attribution.search.budget import default_budget
+from attribution.regions import Regions, is_method, make_regions
+from attribution.search import SEARCHES, Search
 from attribution.search.contract import Objective, Progress
 
 
@@ -57,16 +58,16 @@ def explain(
         target: class to explain, index or name; the predicted class by default.
         regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
             ``Regions``.
-        search: a key of ``SEARCHES`` (default "bidirectional"), or a callable from an objective to an order.
-        weights: of the four scores; default LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0. Search
-            "budget" takes 1, 1, 0, 0 by default: what it then raises is Insertion - Deletion.
+        search: a key of ``SEARCHES`` (default "bidirectional"), a ``Search``, or a callable from an objective to an order.
+        weights: weights of the four scores. Default: those of the search where it has its own (1, 1, 0, 0 for "budget", which then
+            raises Insertion - Deletion), else LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
         fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
-            fills such as "black+blur+mean": F and the trajectories are then means over them, each counted as images of its own; or
+            fills such as "black+blur+mean": F and the trajectories are then means over them, and the images of each are counted; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
             ``follow_patches``).
         pending: p of the bidirectional search, default 8.
-        evaluations: N, images that search "budget" may forward; 16 R by default, for each of several fills.
-        seed: of searches that draw.
+        evaluations: N, the images that a search with a budget forwards at most; 16 R for each fill by default.
+        seed: of searches that draw, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
         preset: a key of ``PRESETS``; what is given beside it overrides it.
@@ -74,76 +75,32 @@ def explain(
             ``SubmodularObjective``.
         max_side: longer images are shrunk to this side before they are cut into regions; None for no limit. With a label map
             or masks the image keeps its size.
-        progress: called with (regions placed, R); by search "budget" with (images forwarded, N).
+        progress: called by the search: with (images forwarded, N) where it has a budget, else with (regions placed, R).
 
     Returns:
         The order, its trajectories over all R + 1 prefixes and its provenance. ``evaluations`` counts the images that the
-        search forwarded: the formulas of each search, plus one for each region where the effectiveness has a weight. The
-        image itself and the prefixes of the trajectories are not counted.
+        search forwarded, plus one for each region where the effectiveness has a weight. The image itself and the prefixes of
+        the trajectories are not counted.
 
     Raises:
         UserError: any input that does not fit, with what was received and what was expected.
     """
     started = time.perf_counter()
-    chosen = _preset(preset)
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed}: expected 0 to 2**63 - 1")
+    plan = _resolved(preset, regions, search, weights, pending, region_options, objective_options)
+    check_seed(seed)
     if isinstance(classifier, torch.nn.Module):
         raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
     classifier = load_classifier(classifier)
-    regions = chosen.regions if regions is None else regions
-    search = chosen.search if search is None else search
-    if weights is None:
-        weights = BALANCED if search == "budget" and preset is None else chosen.weights
-    if not isinstance(weights, ScoreWeights):
-        raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
-    if regions is None:
-        raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
     with classifier.forwarding(batch_size):
-        loaded = original = load_image(image).cpu()
-        if is_method(regions):
-            loaded = limit_size(loaded, max_side)
-        published = isinstance(regions, str) and regions == chosen.regions
-        options = {**(chosen.region_options if published else {}), **(region_options or {})}
-        cut = make_regions(loaded, regions, **options)
-        if drops(fill) and is_method(regions):
-            cut = follow_patches(classifier, cut)
-        photo_size = (original.shape[1], original.shape[2])
+        loaded, cut, photo_size = _cut(image, classifier, plan, fill, max_side)
         masked = [masked_inputs(classifier, loaded, cut.labels, each, photo_size) for each in several_fills(fill)]
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
-
-        scoring = {**chosen.objective_options, **(objective_options or {})}
-        _check_options(SubmodularObjective, scoring, "objective")
-        if drops(fill) and "confidence_classifier" in scoring:
-            raise UserError("fill 'drop' takes tokens of one model away: it goes without a confidence_classifier, a second one")
-        objectives = [SubmodularObjective(hiding, each, wanted, weights, **scoring) for hiding, each in masked]
-        objective = objectives[0] if len(objectives) == 1 else MeanObjective(objectives)
-        p = _pending(chosen.pending if pending is None else pending, cut.count)
-        offered = {"pending": p, "seed": seed, "progress": progress}
-        theirs = chosen.search_options if search == chosen.search else {}
-        searching = {key: min(value, cut.count) if key == "count" else value for key, value in theirs.items()}
-        searching.update(search_options or {})
-        if evaluations is not None:
-            searching["evaluations"] = evaluations
-        if search == "budget":
-            searching.setdefault("evaluations", default_budget(objective))
-        order = _run_search(search, objective, offered, searching)
-        along = [prefix_probabilities(hiding, each, order, wanted) for hiding, each in masked]
-        insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
-
-    settings = {
-        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(options)},
-        "search": search if isinstance(search, str) else getattr(search, "__name__", type(search).__name__),
-        "search_options": plain_settings({**({"pending": p} if search == "bidirectional" else {}), **searching}),
-        "weights": vars(weights),
-        "objective_options": plain_settings(scoring),
-        "fill": fill if isinstance(fill, str) else plain_settings({"fill": fill})["fill"],
-        "target": target,
-        "preset": preset,
-        "seed": seed,
-        "max_side": max_side,
-    }
+        objective = _objective(masked, wanted, plan, fill)
+        options = _search_options(plan, objective, evaluations, search_options)
+        order = _ordered(plan.search, objective, {**plan.search.taken(seed=seed, progress=progress), **options})
+        insertion, deletion = _trajectories(masked, order, wanted)
+    settings = _recorded(plan, cut, options, fill, {"target": target, "preset": preset, "seed": seed, "max_side": max_side})
     return Explanation(
         image=loaded,
         target=wanted,
@@ -166,16 +123,19 @@ def polish(
     evaluations: int | None = None,
     **options: Any,
 ) -> Explanation:
-    """A better order of the same regions, by local search from the one that is there.
+    """Improve an order of regions by local search.
 
-    The mean of F along the order never falls: with the default weights that is Insertion - Deletion under the fill given.
+    The mean of F along the order never falls. With the default weights that is Insertion - Deletion under the fill given.
 
     Args:
-        explanation: of any search, or a heatmap of any method; its regions are ordered by it first where it has no order of them.
+        explanation: of any search, or a heatmap of any method. Where it has no order of these regions, its heatmap ranks them first.
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         regions: a label map int [H, W], bool masks or ``Regions`` of the explanation's image; its own by default.
-        evaluations: N, images forwarded at most; 16 R by default.
-        options: further arguments of ``explain``: fill, weights, seed, batch_size, progress, ...
+        evaluations: N, images forwarded at most; 16 R for each fill by default.
+        options: further arguments of ``explain``, such as fill, weights, seed, batch_size and progress.
+
+    Returns:
+        An ``Explanation`` of the same image, target and regions.
 
     Raises:
         UserError: a heatmap without regions, or any input that does not fit.
@@ -203,48 +163,145 @@ def polish(
     )
 
 
-def _preset(name: str | None) -> Preset:
-    name = "default" if name is None else name
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+@dataclass(frozen=True)
+class _Plan:
+    """What ``explain`` is asked for: a preset, overridden by what is given beside it."""
+
+    regions: Any
+    search: Search
+    search_name: str
+    weights: ScoreWeights
+    pending: int | str
+    region_options: Mapping[str, Any]
+    search_options: Mapping[str, Any]  # of the preset
+    objective_options: Mapping[str, Any]
+
+
+def _resolved(
+    preset: str | None,
+    regions: Any,
+    search: Any,
+    weights: ScoreWeights | None,
+    pending: int | str | None,
+    region_options: Mapping[str, Any] | None,
+    objective_options: Mapping[str, Any] | None,
+) -> _Plan:
+    name = "default" if preset is None else preset
+    check_choice("preset", name, PRESETS)
+    chosen = PRESETS[name]
+    regions = chosen.regions if regions is None else regions
+    if regions is None:
+        raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
+    search = chosen.search if search is None else search
+    entry = _entry(search)
+    if weights is None:
+        weights = chosen.weights if entry.weights is None or preset is not None else entry.weights
+    if not isinstance(weights, ScoreWeights):
+        raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
+    published = isinstance(regions, str) and regions == chosen.regions
+    scoring = {**chosen.objective_options, **(objective_options or {})}
+    keywords = [each.name for each in inspect.signature(SubmodularObjective).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    _check_options(scoring, keywords, "objective")
+    return _Plan(
+        regions=regions,
+        search=entry,
+        search_name=search if isinstance(search, str) else entry.name,
+        weights=weights,
+        pending=chosen.pending if pending is None else pending,
+        region_options={**(chosen.region_options if published else {}), **(region_options or {})},
+        search_options=chosen.search_options if search == chosen.search else {},
+        objective_options=scoring,
+    )
+
+
+def _entry(search: Any) -> Search:
+    if isinstance(search, Search):
+        return search
+    if isinstance(search, str) and search in SEARCHES:
+        return SEARCHES[search]
+    if isinstance(search, str) or not callable(search):
+        raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
+    return Search(search)
+
+
+def _cut(
+    image: ImageSource, classifier: Classifier, plan: _Plan, fill: Fill, max_side: int | None
+) -> tuple[Tensor, Regions, tuple[int, int]]:
+    """The image [3, H, W] as it is cut, its regions, and the height and width of the original."""
+    original = load_image(image).cpu()
+    loaded = limit_size(original, max_side) if is_method(plan.regions) else original
+    cut = make_regions(loaded, plan.regions, **plan.region_options)
+    if drops(fill) and is_method(plan.regions):
+        cut = follow_patches(classifier, cut)
+    return loaded, cut, (original.shape[1], original.shape[2])
+
+
+def _objective(
+    masked: Sequence[tuple[Classifier, RegionInputs]], target: int, plan: _Plan, fill: Fill
+) -> SubmodularObjective | MeanObjective:
+    """F under the fill, or its mean over several fills."""
+    if drops(fill) and "confidence_classifier" in plan.objective_options:
+        raise UserError("fill 'drop' takes tokens of one model away: it goes without a confidence_classifier, a second one")
+    objectives = [SubmodularObjective(hiding, each, target, plan.weights, **plan.objective_options) for hiding, each in masked]
+    return objectives[0] if len(objectives) == 1 else MeanObjective(objectives)
+
+
+def _search_options(
+    plan: _Plan, objective: SubmodularObjective | MeanObjective, evaluations: int | None, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Options of the search that the provenance records: those of the preset, then what is given."""
+    pending = _pending(plan.pending, objective.size)
+    options = plan.search.taken(pending=pending)
+    options.update({key: min(value, objective.size) if key == "count" else value for key, value in plan.search_options.items()})
+    options.update(given or {})
+    if evaluations is not None:
+        options["evaluations"] = evaluations
+    elif plan.search.default_budget is not None:
+        options.setdefault("evaluations", plan.search.default_budget(objective))
+    _check_options(options, plan.search.options, "search")
+    return options
 
 
 def _pending(value: int | str, size: int) -> int:
+    """p of R regions: a number, or a share such as "15%", rounded up."""
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
         return max(1, math.ceil(float(value[:-1]) / 100 * size))
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"pending is {value}: expected a whole number of at least 1, or a share such as '15%'")
-    return value
+    if not is_whole(value) or int(value) < 1:
+        raise UserError(f"pending is {value!r}: expected a whole number of at least 1, or a share such as '15%'")
+    return int(value)
 
 
-def _run_search(search: Any, objective: SubmodularObjective | MeanObjective, offered: dict[str, Any], given: dict[str, Any]) -> Tensor:
-    """Offered arguments reach the searches that take them; given ones must be taken."""
-    if isinstance(search, str):
-        if search not in SEARCHES:
-            raise UserError(f"unknown search {search!r}: expected one of {', '.join(SEARCHES)}, or a callable")
-        search = SEARCHES[search]
-    if not callable(search):
-        raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
-    _check_options(search, given, "search")
-    parameters = inspect.signature(search).parameters
-    arguments = {name: value for name, value in offered.items() if name in parameters and name not in given}
-    found = torch.as_tensor(search(objective, **arguments, **given)).cpu().long()
-    return _complete(found, objective.size)
-
-
-def _check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
-    taken = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = [name for name in options if name not in taken]
-    if unknown:
+def _check_options(options: Mapping[str, Any], taken: Sequence[str], what: str) -> None:
+    if unknown := [name for name in options if name not in taken]:
         raise UserError(f"{what} options {', '.join(unknown)} are unknown: expected {', '.join(taken) or 'none'}")
 
 
-def _complete(order: Tensor, size: int) -> Tensor:
-    """A search may stop early; the regions it did not place follow by id."""
-    valid = order.ndim == 1 and len(order.unique()) == len(order) and bool(((order >= 0) & (order < size)).all())
-    if not valid:
+def _ordered(search: Search, objective: SubmodularObjective | MeanObjective, options: Mapping[str, Any]) -> Tensor:
+    """The order that a search finds: int64 [R]. Regions that it did not place follow by id."""
+    order = torch.as_tensor(search(objective, **options)).cpu().long()
+    size = objective.size
+    if order.ndim != 1 or len(order.unique()) != len(order) or not ((order >= 0) & (order < size)).all():
         raise UserError(f"the search returned {describe(order)}: expected distinct region ids from 0 to {size - 1}")
     missing = torch.ones(size, dtype=torch.bool)
     missing[order] = False
     return torch.cat([order, missing.nonzero()[:, 0]])
+
+
+def _trajectories(masked: Sequence[tuple[Classifier, RegionInputs]], order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of the target with the first k regions shown, and with them hidden, as means over the fills: [R + 1] each."""
+    along = [prefix_probabilities(hiding, each, order, target) for hiding, each in masked]
+    insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
+    return insertion, deletion
+
+
+def _recorded(plan: _Plan, cut: Regions, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the provenance holds."""
+    return {
+        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(plan.region_options)},
+        "search": plan.search_name,
+        "search_options": plain_settings(options),
+        "weights": vars(plan.weights),
+        "objective_options": plain_settings(plan.objective_options),
+        "fill": fill if isinstance(fill, str) else plain_settings({"fill": fill})["fill"],
+        **given,
+    }

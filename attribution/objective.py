@@ -1,4 +1,4 @@
-"""The submodular objective F(S) of SMDL (Chen et al., ICLR 2024, section 3.2) and LiMA: four scores of a subset of regions."""
+"""The submodular objective F(S) of SMDL (Chen et al., ICLR 2024, section 3.2) and LiMA: a sum of four scores of a subset S."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.checks import check_choice, is_number
 from attribution.errors import UserError, describe
 from attribution.masking import RegionInputs
 from attribution.model.classifier import Classifier
 
-WITH_GRADIENT = 3  # images that one counts as, forward and back
+IMAGES_PER_GRADIENT = 3  # what an image counts as that is forwarded and whose gradient is taken: a backward pass costs about two forward
 
 
 @dataclass(frozen=True)
 class ScoreWeights:
-    """Weights of the four scores, by name (the published code orders them in three different ways).
+    """Weights of the four scores, by name, because the published code orders them in three different ways.
 
-    The default is LiMA's for single-modal classifiers.
+    The defaults are LiMA's for single-modal classifiers.
     """
 
     consistency: float = 20.0
@@ -32,22 +33,24 @@ class ScoreWeights:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value := getattr(self, field.name)):
                 raise UserError(f"weight {field.name} is {value!r}: expected a finite number")
         if not any(getattr(self, field.name) for field in fields(self)):
             raise UserError("all four weights are 0: give at least one score a weight")
 
 
+BALANCED = ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0, effectiveness=0.0)  # mean F = Insertion - Deletion + 1
+
+
 @dataclass(frozen=True)
 class Scores:
-    """The scores of n subsets, each float32 [n]; 0 where the weight is 0 and the score was not computed.
+    """The scores of n subsets, each float32 [n]. A score of weight 0 is not computed, and is 0 here.
 
     Attributes:
         consistency: probability of the target for the shown regions (or 1 minus the angle to the semantic feature).
         collaboration: 1 - probability of the target for the hidden regions.
         confidence: 1 - H(p) / log C, or 1 - the evidential uncertainty.
-        effectiveness: sum over the shown regions of the distance to the nearest other one.
+        effectiveness: sum over the shown regions of the distance to the nearest other shown region, in feature space.
     """
 
     consistency: Tensor
@@ -57,28 +60,31 @@ class Scores:
 
 
 class SubmodularObjective:
-    """F(S) = sum of the weighted scores of S.
+    """F(S) = the weighted sum of the scores of S. A ``DividedObjective`` and a ``ScoredObjective`` for the searches.
 
     Args:
         classifier: the model explained.
-        masked: inputs of any subset of the image's regions.
+        masked: gives the model input of any subset of the image's regions.
         target: class index.
-        weights: weights of the scores; a score of weight 0 costs nothing.
-        consistency: "probability" (as the published code does), or "cosine", the paper's form
+        weights: weights of the scores; a score of weight 0 forwards no image.
+        consistency: "probability", as in the published code, or "cosine", as in the paper:
             1 - arccos(cos(f(x_S), f)) / pi with the semantic feature f.
-        semantic_feature: [D]; the feature of the whole image when not given.
+        semantic_feature: f, float [D]; the feature of the whole image by default.
         confidence: "entropy", 1 + sum_c p_c log(p_c + 1e-7) / log C, or "evidential", 1 - C / sum_c (e_c + 1) with evidence
             e = exp(clip(evidence_scale * output, -10, 10)) (Sensoy et al., NeurIPS 2018).
-        evidence_scale: 5 for faces, 1 for CUB in the published settings.
-        confidence_classifier: a second classifier that the confidence is taken from; it must take the same model inputs.
+        evidence_scale: a number; 5 for faces and 1 for CUB in the published settings.
+        confidence_classifier: a second classifier, for the confidence alone; it must take the same model inputs.
 
     Attributes:
         size: R, the number of regions.
         evaluations: images forwarded so far. It only counts; no result depends on it.
-        area, centres: float64 [R] and [R, 2], share of the image that each region covers, and its mean row and column.
-        highest: the highest that either of ``parts`` can be; infinite where that is not known.
-        needed: whether F depends on either of ``parts``.
+        area, centres: float64 [R] and [R, 2]: the share of the image in each region, and its mean row and column.
+        highest: the highest value of each of ``parts``; infinite where it is not known.
+        needed: whether F depends on each of ``parts``.
         cost: images that ``parts`` forwards for a row.
+
+    Raises:
+        UserError: an unknown form of a score, a second classifier with other inputs, or a semantic feature of another shape.
     """
 
     def __init__(
@@ -94,10 +100,8 @@ class SubmodularObjective:
         evidence_scale: float = 1.0,
         confidence_classifier: Classifier | None = None,
     ) -> None:
-        if consistency not in ("probability", "cosine"):
-            raise UserError(f"consistency={consistency!r}: expected 'probability' or 'cosine'")
-        if confidence not in ("entropy", "evidential"):
-            raise UserError(f"confidence={confidence!r}: expected 'entropy' or 'evidential'")
+        check_choice("consistency", consistency, ("probability", "cosine"))
+        check_choice("confidence", confidence, ("entropy", "evidential"))
         if confidence_classifier is not None and confidence_classifier.preprocessing != classifier.preprocessing:
             raise UserError(
                 f"{confidence_classifier.name} prepares images in another way than {classifier.name}: "
@@ -107,11 +111,10 @@ class SubmodularObjective:
         self.evaluations = 0
         self.weights = weights or ScoreWeights()
         self.area, self.centres = masked.area, masked.centres
-        shown = self.weights.consistency, self.weights.confidence
-        self.highest = (sum(max(0.0, weight) for weight in shown), max(0.0, self.weights.collaboration))
-        if self.weights.effectiveness:
-            self.highest = (math.inf, self.highest[1])
-        self.needed = (any(shown) or bool(self.weights.effectiveness), bool(self.weights.collaboration))
+        of_shown = self.weights.consistency, self.weights.confidence
+        bound = math.inf if self.weights.effectiveness else sum(max(0.0, weight) for weight in of_shown)
+        self.highest = (bound, max(0.0, self.weights.collaboration))
+        self.needed = (any(of_shown) or bool(self.weights.effectiveness), bool(self.weights.collaboration))
         self.cost = 1 + bool(confidence_classifier is not None and self.weights.confidence)
         self._classifier, self._masked, self._target = classifier, masked, target
         self._consistency, self._confidence = consistency, confidence
@@ -134,17 +137,17 @@ class SubmodularObjective:
         )
 
     def set_score(self, subsets: Tensor) -> Tensor:
-        """The part of F that depends on the set alone and forwards no image, the weighted effectiveness: bool [n, R] -> [n]."""
+        """The part of F that forwards no image, the weighted effectiveness: bool [n, R] -> float32 [n]."""
         return self.weights.effectiveness * self._effectiveness(subsets)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What one image adds to F as the image of shown regions, and as that of hidden ones, from one forward pass.
+        """What an image adds to F of the subset that it shows, and to F of the complement, from one forward pass.
 
-        F(S) is the first part of S plus the second of its complement, so an image serves two subsets.
+        F(S) = first part(S) + second part(complement of S), so that one image serves two subsets.
 
         Args:
-            rows: bool [n, R], regions that the image shows; or float in [0, 1], how much it shows of each, through which gradients
-                flow (not with a weight on the effectiveness). An image with gradients counts as three.
+            rows: bool [n, R], the regions that each image shows; or float [n, R] in [0, 1], how much it shows of each. Gradients
+                flow through float rows unless the effectiveness has a weight; an image with gradients counts as three.
 
         Returns:
             float32 [n] each.
@@ -160,7 +163,7 @@ class SubmodularObjective:
         return shown, weights.collaboration * (1 - logits.softmax(dim=1)[:, self._target])
 
     def scores(self, subsets: Tensor) -> Scores:
-        """The four scores of each subset, shown and hidden regions forwarded in one batch: bool [n, R] -> ``Scores``."""
+        """The four scores of each subset: bool [n, R] -> ``Scores``. Shown and hidden regions are forwarded in one batch."""
         subsets = subsets.to(self._classifier.device)
         weights, count = self.weights, len(subsets)
         zeros = torch.zeros(count, device=subsets.device)
@@ -177,7 +180,7 @@ class SubmodularObjective:
         )
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [n, C] and, where the consistency needs them, features [n, D] of the given subsets, all counted."""
+        """Logits [n, C] of the subsets and, where the consistency needs them, features [n, D]. Every image is counted."""
         self._count(rows)
         if self._feature is None:
             parts = [self._classifier.logits(inputs) for inputs in self._masked.parts(rows)]
@@ -197,7 +200,7 @@ class SubmodularObjective:
         return 1 - _angle(features, self._feature[None])[:, 0]
 
     def _confidence_outputs(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """What the confidence is taken from: the logits, or those of the second classifier for the same rows."""
+        """Outputs that the confidence is computed from: the logits given, or those of the second classifier for the same rows."""
         if self._confidence_classifier is None:
             return logits
         parts = [self._confidence_classifier.logits(inputs) for inputs in self._masked.parts(rows)]
@@ -205,7 +208,7 @@ class SubmodularObjective:
         return torch.cat(parts).to(logits.device)
 
     def _count(self, rows: Tensor) -> None:
-        self.evaluations += len(rows) * (WITH_GRADIENT if rows.requires_grad else 1)
+        self.evaluations += len(rows) * (IMAGES_PER_GRADIENT if rows.requires_grad else 1)
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]
@@ -218,7 +221,7 @@ class SubmodularObjective:
         return 1 + (probabilities * (probabilities + 1e-7).log()).sum(dim=1) / math.log(classes)
 
     def _effectiveness(self, subsets: Tensor) -> Tensor:
-        """e(S) = sum over i in S of the least d_ij over the other j in S; 0 for sets of fewer than two."""
+        """e(S) = sum over i in S of the least d_ij over the other j in S; 0 where S has fewer than two regions."""
         if self._distances is None:
             return torch.zeros(len(subsets), device=self._classifier.device)
         subsets = subsets.to(self._distances.device)
@@ -250,13 +253,16 @@ class SubmodularObjective:
 
 
 class MeanObjective:
-    """The mean of several objectives over the same regions, such as one for each fill: an order that does not rest on one fill.
+    """The mean of several objectives over the same regions, such as one for each fill, so that the order does not rest on one fill.
 
     Args:
-        objectives: at least one, on the same regions.
+        objectives: at least one, over the same regions.
 
     Attributes:
-        size, area, centres, evaluations, highest, needed, cost: as of ``SubmodularObjective``; images of all are counted.
+        size, area, centres, evaluations, highest, needed, cost: as in ``SubmodularObjective``. The images of all are counted.
+
+    Raises:
+        UserError: no objective, or objectives over different numbers of regions.
     """
 
     def __init__(self, objectives: Sequence[SubmodularObjective]) -> None:
@@ -266,8 +272,9 @@ class MeanObjective:
         self._objectives = tuple(objectives)
         first = objectives[0]
         self.size, self.area, self.centres = first.size, first.area, first.centres
-        self.highest = tuple(sum(each.highest[half] for each in objectives) / len(objectives) for half in (0, 1))
-        self.needed = tuple(any(each.needed[half] for each in objectives) for half in (0, 1))
+        shown, hidden = zip(*(each.highest for each in objectives), strict=True)
+        self.highest = (sum(shown) / len(objectives), sum(hidden) / len(objectives))
+        self.needed = (any(each.needed[0] for each in objectives), any(each.needed[1] for each in objectives))
         self.cost = sum(each.cost for each in objectives)
 
     @property
@@ -280,11 +287,11 @@ class MeanObjective:
         return torch.stack([each(subsets) for each in self._objectives]).mean(dim=0)
 
     def set_score(self, subsets: Tensor) -> Tensor:
-        """Mean of the parts of F that forward no image: bool [n, R] -> [n]."""
+        """Mean of the parts of F that forward no image: bool [n, R] -> float32 [n]."""
         return torch.stack([each.set_score(subsets) for each in self._objectives]).mean(dim=0)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of what one image adds to F as the shown and as the hidden one: bool [n, R] -> float32 [n] each."""
+        """Means of the two parts of all objectives (see ``SubmodularObjective.parts``): [n, R] -> float32 [n] each."""
         shown, hidden = zip(*(each.parts(rows) for each in self._objectives), strict=True)
         return torch.stack(shown).mean(dim=0), torch.stack(hidden).mean(dim=0)
 

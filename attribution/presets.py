@@ -1,6 +1,6 @@
-"""Published settings by name: the objective's weights, the regions and the search that a paper's numbers were made with.
+"""Published settings by name: the weights, regions and search that the numbers of a paper were made with.
 
-Weights are those of the launch scripts. Where script and paper disagree, both are here under their own names.
+The weights are those of the launch scripts. Where script and paper disagree, each has a preset of its own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Preset:
     """One published setting.
 
     Attributes:
-        weights: of the four scores.
-        regions: key of ``REGIONS``; None where the setting takes masks that the user has.
+        weights: weights of the four scores.
+        regions: key of ``REGIONS``; None where the user gives masks.
         search: key of ``SEARCHES``.
-        pending: p of the bidirectional search: a number, or "15%" of the regions, rounded up.
-        region_options: arguments of the region method. Published region sizes are for 224x224 pixels; as a count (80 for a
-            size of 25) they fit any image.
+        pending: p of the bidirectional search: a number, or a share of the regions such as "15%", rounded up.
+        region_options: arguments of the region method. Published region sizes are for 224x224 pixels; here they are a count (80 for
+            a size of 25), which fits any image.
         search_options: further arguments of the search.
-        objective_options: further arguments of the objective.
+        objective_options: further arguments of ``SubmodularObjective``.
         source: where it was published.
     """
 
@@ -49,8 +49,6 @@ _FACES = {"side": 28, "cells_per_region": 8}
 _CUB = {"side": 10, "cells_per_region": 4}
 _EVIDENTIAL_FACES = {"confidence": "evidential", "evidence_scale": 5.0}
 _EVIDENTIAL_CUB = {"confidence": "evidential", "evidence_scale": 1.0}
-
-BALANCED = ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0, effectiveness=0.0)  # F along an order: Insertion - Deletion
 
 PRESETS: dict[str, Preset] = {
     "default": Preset(_weights(0.01, 0.0, 20, 5), "slico", "bidirectional", "LiMA single-modal weights with p = 8"),

@@ -1,7 +1,8 @@
-"""Ways to cut an image into regions; each ends as one partition, an integer label map at the image's own resolution."""
+"""Ways to cut an image into regions. Each returns one partition: an integer label map at the image's own resolution."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.checks import check_choice, check_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
-
-
-def is_method(regions: Any) -> bool:
-    """Whether these are a way to cut an image, not its regions."""
-    return isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions))
-
 
 PUBLISHED_COUNT = 49  # 7x7 cells of 30 pixels at 224x224, SMDL and LiMA
 _PUBLISHED_SIDE = 224
@@ -31,8 +27,11 @@ class Regions:
 
     Attributes:
         labels: int64 [H, W], ids 0...R-1, every pixel in exactly one region, no region empty.
-        method: how it was made.
+        method: name of the method that made it; "labels" or "masks" where it was given.
         requested: number of regions asked for; None where the method has no such number.
+
+    Raises:
+        UserError: labels that are no integers [H, W]. Other ids than 0...R-1 are renumbered (see ``partition``).
     """
 
     labels: Tensor
@@ -62,14 +61,19 @@ class Regions:
         return f"Regions({self.method}, {self.count}{asked}, {self.labels.shape[1]}x{self.labels.shape[0]})"
 
 
+def is_method(regions: Any) -> bool:
+    """Whether the value is a way to cut an image (a name or a callable), not the regions themselves."""
+    return isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions))
+
+
 def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
-    """Regions of an image by name, callable, label map or masks.
+    """Cut an image into regions by a method, or check a label map or masks that are given.
 
     Args:
-        image: whatever ``load_image`` takes; a float tensor [C, H, W] is taken as it is, and may be the map of a layer.
-        regions: a key of ``REGIONS``; a callable (image, **options) -> label map or ``Regions``; an int label map [H, W]
-            (negative ids are unassigned and become one more region); bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
-        options: arguments of the method, such as ``count``.
+        image: whatever ``load_image`` takes. A float tensor [C, H, W] is taken as it is, and may be the map of a layer.
+        regions: a key of ``REGIONS``; a callable (image, **options) -> label map, masks or ``Regions``; an int label map [H, W],
+            whose negative ids become one more region; bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
+        options: arguments of the method. A ``count`` must be a whole number from 1 to H W.
 
     Raises:
         UserError: an unknown name, options that the method does not take, or labels of another size.
@@ -98,18 +102,20 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
 
 
 def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, columns: int | None = None) -> Regions:
-    """Rectangular cells of nearly equal size, numbered row by row; the remainder is spread over the cells.
+    """Rectangular cells, numbered row by row. Their heights, and their widths, differ by at most one pixel.
 
     Args:
         image: float32 [3, H, W].
-        count: about how many cells; rows and columns are chosen to make them squarish. Exact for a square number on a
-            square image.
-        rows, columns: the number of cells a side, instead of count.
+        count: about how many cells, as close to squares as possible. Exact for a square number on a square image.
+        rows, columns: cells from top to bottom and from left to right, instead of count; one alone stands for both.
+
+    Raises:
+        UserError: more rows or columns than pixels, or fewer than one.
     """
     height, width = image.shape[1:]
     requested = None
     if rows is None and columns is None:
-        requested = count = _checked_count(count, image)
+        requested = count
         rows = min(max(1, round(math.sqrt(count * height / width))), height)
         columns = min(max(1, round(count / rows)), width)
     rows, columns = columns if rows is None else rows, rows if columns is None else columns
@@ -128,23 +134,21 @@ def slico(image: Tensor, count: int | None = None, region_size: int | None = Non
         count: about how many superpixels; sets region_size to sqrt(H W / count).
         region_size: side of a superpixel in pixels. Default: 30 at 224x224 (49 regions), scaled with the image.
         ruler: compactness of the first iteration.
-        iterations: number of iterations.
+        iterations: number of iterations, at least 1.
 
     Raises:
-        UserError: OpenCV without its contrib modules, or both count and region_size.
+        UserError: OpenCV without its contrib modules, both count and region_size, or a region_size larger than the image.
     """
     if count is not None and region_size is not None:
         raise UserError(f"slico takes count or region_size, not both: received count={count} and region_size={region_size}")
     height, width = image.shape[1:]
     requested = None
     if region_size is None:
-        requested = PUBLISHED_COUNT if count is None else _checked_count(count, image)
+        requested = PUBLISHED_COUNT if count is None else count
         ideal = 30 * math.sqrt(height * width) / _PUBLISHED_SIDE if count is None else math.sqrt(height * width / count)
         region_size = max(1, min(round(ideal), height, width))  # OpenCV crashes on seeds farther apart than the image is wide
-    if not isinstance(region_size, int) or not 1 <= region_size <= min(height, width):
-        raise UserError(f"slico region_size {region_size}: expected 1 to {min(height, width)} pixels for this image")
-    if iterations < 1:
-        raise UserError(f"slico iterations {iterations}: expected at least 1")
+    check_whole("region_size", region_size, 1, min(height, width))
+    check_whole("iterations", iterations, 1)
     ximgproc = _ximgproc("slico")
     slic = ximgproc.createSuperpixelSLIC(_uint8(image), ximgproc.SLICO, region_size, ruler)
     slic.iterate(iterations)
@@ -157,14 +161,13 @@ def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10)
     Args:
         image: float32 [3, H, W] in [0, 1].
         count: about how many superpixels (50 asked gives 49 at 224x224).
-        levels: block levels, 2 or more; lowered where the image is too narrow for them.
+        levels: levels of blocks, 2 or more; fewer are used where the image is too narrow.
         iterations: number of iterations.
 
     Raises:
         UserError: OpenCV without its contrib modules, or an image too narrow for so many superpixels.
     """
     height, width = image.shape[1:]
-    count = _checked_count(count, image)
     while levels > 2 and not _seeds_fit(width, height, count, levels):
         levels -= 1
     if not _seeds_fit(width, height, count, levels):
@@ -175,7 +178,7 @@ def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10)
 
 
 def slic(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 10.0, zero: bool = False) -> Regions:
-    """SLIC superpixels (Achanta et al., PAMI 2012) by scikit-image; zero=True is SLICO without OpenCV (not the same labels).
+    """SLIC superpixels (Achanta et al., PAMI 2012) by scikit-image. With zero=True it is SLICO, without OpenCV and with other labels.
 
     Args:
         image: float32 [3, H, W] in [0, 1].
@@ -185,7 +188,6 @@ def slic(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 10.0,
     """
     from skimage.segmentation import slic as skimage_slic
 
-    count = _checked_count(count, image)
     labels = skimage_slic(_hwc(image), n_segments=count, compactness=compactness, slic_zero=zero, start_label=0)
     return Regions(torch.from_numpy(labels.astype(np.int64)), "slic", count)
 
@@ -197,9 +199,9 @@ def felzenszwalb(
 
     Args:
         image: float32 [3, H, W] in [0, 1].
-        count: most regions; the smallest are merged into the neighbour nearest in colour until so many are left. None
-            keeps all.
-        scale, sigma, min_size: as in scikit-image; min_size is 20 pixels, on small images less, when not given.
+        count: most regions. The smallest region is merged into its neighbour with the nearest mean colour until so many are
+            left. None merges none.
+        scale, sigma, min_size: as in scikit-image. By default min_size is 20 pixels, and less on small images.
     """
     from skimage.segmentation import felzenszwalb as skimage_felzenszwalb
 
@@ -220,9 +222,9 @@ def quickshift(
 
     Args:
         image: float32 [3, H, W] in [0, 1].
-        count: most regions; None keeps all.
-        kernel_size, max_dist, ratio: as in scikit-image; 4 and 20 pixels at 224x224 and above, on small images less, when
-            not given.
+        count: most regions; None merges none.
+        kernel_size, max_dist, ratio: as in scikit-image. By default kernel_size is 4 and max_dist 20 pixels from 224x224 on, and
+            less on small images.
     """
     from skimage.segmentation import quickshift as skimage_quickshift
 
@@ -239,13 +241,12 @@ def watershed(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 
     Args:
         image: float32 [3, H, W] in [0, 1].
         count: about how many regions.
-        compactness: 0 follows the edges only, large values give square cells.
+        compactness: with 0 regions follow the edges only; large values give square cells.
     """
     from skimage.color import rgb2gray
     from skimage.filters import sobel
     from skimage.segmentation import watershed as skimage_watershed
 
-    count = _checked_count(count, image)
     labels = skimage_watershed(sobel(rgb2gray(_hwc(image))), markers=count, compactness=compactness)
     return Regions(torch.from_numpy(labels.astype(np.int64)), "watershed", count)
 
@@ -258,26 +259,25 @@ def saliency_patches(
     count: int | None = None,
     level: Literal["cell", "pixel"] = "cell",
 ) -> Regions:
-    """SMDL's prior allocation (Chen et al., ICLR 2024): cells ranked by a heatmap, consecutive ranks grouped into regions.
+    """SMDL's prior allocation (Chen et al., ICLR 2024): cells of a grid are ranked by a heatmap, and each region gets the next ranks.
 
-    Region 0 holds the most salient cells; regions need not be contiguous. Cells that fill no group, the least salient ones,
-    become one more region.
+    Region 0 holds the most salient cells. Regions need not be contiguous. The least salient cells, where they are too few for a
+    region of full size, become one more region.
 
     Args:
         image: float32 [3, H, W].
-        heatmap: [h, w], any resolution, larger is more salient; resized to side x side by 4-neighbour interpolation.
-        side: cells a side (28 for faces, 10 for CUB).
+        heatmap: [h, w], any resolution, larger is more salient; resized to side x side by bilinear interpolation.
+        side: cells from top to bottom, and from left to right (published: 28 for faces, 10 for CUB).
         cells_per_region: cells in a region (published: 8 for faces, 4 for CUB; default 8), or pixels at level "pixel".
-        count: number of regions, instead of cells_per_region (default at level "pixel": the published 112).
-        level: "pixel" ranks pixels instead of cells.
+        count: number of regions, instead of cells_per_region. Default at level "pixel": the published 112.
+        level: "cell", or "pixel": every pixel is a cell.
 
     Raises:
         UserError: no heatmap, one that is not finite, or more cells than pixels.
     """
     if heatmap is None:
         raise UserError("saliency_patches needs a heatmap [h, w]: give heatmap= (for example the heatmap of another explanation)")
-    if level not in ("cell", "pixel"):
-        raise UserError(f"unknown level {level!r}: expected 'cell' or 'pixel'")
+    check_choice("level", level, ("cell", "pixel"))
     if count is not None and cells_per_region is not None:
         raise UserError(f"give count or cells_per_region, not both: received count={count} and cells_per_region={cells_per_region}")
     values = _as_tensor(heatmap, "the heatmap", "[h, w] with finite values").float()
@@ -291,10 +291,9 @@ def saliency_patches(
     if count is None and cells_per_region is None and level == "pixel":
         count = min(112, total)
     if count is not None:
-        cells_per_region = total // _checked_count(min(count, total), image)
+        cells_per_region = total // min(count, total)
     cells_per_region = 8 if cells_per_region is None else cells_per_region
-    if not 1 <= cells_per_region <= total:
-        raise UserError(f"cells_per_region is {cells_per_region}: expected 1 to {total}")
+    check_whole("cells_per_region", cells_per_region, 1, total)
     if values.shape != cells:
         values = F.interpolate(values[None, None], size=cells, mode="bilinear", align_corners=False)[0, 0]
     ranking = values.flatten().argsort(descending=True, stable=True)
@@ -307,19 +306,19 @@ def saliency_patches(
 def from_masks(
     masks: Any, image: Tensor | None = None, variant: Literal["fixed", "smdl", "lima"] = "fixed", smallest: float = 0.0005
 ) -> Regions:
-    """A partition from overlapping masks, as a Segment Anything model gives them, by the published rules.
+    """Make a partition from overlapping masks, such as those of a Segment Anything model, by the published rules.
 
-    For every pair i < j that still overlaps, the mask of which the overlap is the larger share keeps it (j when equal). Masks
-    of at most ``smallest`` of the image are dropped; what no mask covers becomes one more region, the last.
+    Each pair of masks i < j that overlap is taken in turn. The mask of whose pixels the overlap is the larger share keeps the
+    overlap; mask j keeps it where both shares are equal. Masks of at most ``smallest`` of the image are then dropped. The pixels
+    that no mask covers, the remainder, become one more region, the last.
 
     Args:
-        masks: bool [R, H, W] (or a list of [H, W]), in the generator's order.
+        masks: bool [R, H, W] or a list of [H, W], in the generator's order.
         image: float32 [3, H, W]; needed by variant "lima".
-        variant: "fixed" makes the remainder a region whenever it has a pixel. "smdl" (published: always a region, even an
-            empty one) differs from it only in an empty region, which no partition has. "lima" makes it a region only if it
-            is not all black (its mean is above 0); all-black pixels, which masking with black cannot change, then join the
-            last mask.
-        smallest: share of the image at or below which a mask is dropped; published 0.05 %.
+        variant: "fixed" makes the remainder a region if it has a pixel. "smdl" is the same: the published code made a region of an
+            empty remainder too, which no partition has. "lima" makes it a region only if it is not all black; a black remainder,
+            which hiding with black cannot change, joins the last mask.
+        smallest: share of the image up to which a mask is dropped; published 0.05 %.
 
     Raises:
         UserError: no masks, masks that are not [R, H, W], or an unknown variant.
@@ -327,8 +326,7 @@ def from_masks(
     stack = _as_tensor(masks, "masks", "bool [R, H, W] with at least one mask")
     if stack.ndim != 3 or 0 in stack.shape:
         raise UserError(f"masks are {describe(stack)}: expected bool [R, H, W] with at least one mask")
-    if variant not in ("fixed", "smdl", "lima"):
-        raise UserError(f"unknown variant {variant!r}: expected fixed, smdl or lima")
+    check_choice("variant", variant, ("fixed", "smdl", "lima"))
     if variant == "lima" and image is None:
         raise UserError("variant 'lima' looks at the colour of what no mask covers: give the image")
     if image is not None and image.shape[1:] != stack.shape[1:]:
@@ -345,7 +343,7 @@ def from_masks(
 
 
 def partition(labels: Any) -> Tensor:
-    """Ids made 0...R-1 in ascending order of the given ids; negative ids (unassigned pixels) become the last region.
+    """Renumber region ids to 0...R-1, in ascending order of the given ids. Negative ids, unassigned pixels, become the last region.
 
     Args:
         labels: integers [H, W].
@@ -361,7 +359,7 @@ def partition(labels: Any) -> Tensor:
         raise UserError(f"the label map is {describe(labels)}: expected integers [H, W]")
     labels = labels.long()
     given, ids = labels.clamp(min=-1).unique(return_inverse=True)
-    if int(given[0]) == -1:  # ascending, so that the unassigned came first
+    if int(given[0]) == -1:  # the unassigned pixels sorted first, and belong last
         ids = (ids - 1) % len(given)
     return ids.contiguous()
 
@@ -390,17 +388,20 @@ def _as_tensor(value: Any, what: str, expected: str) -> Tensor:
 
 
 def _call_method(method: Callable[..., Any], image: Tensor, name: str, options: Mapping[str, Any]) -> Any:
-    import inspect
-
+    signature = inspect.signature(method)
     try:
-        inspect.signature(method).bind(image, **options)
+        signature.bind(image, **options)
     except TypeError as error:
         raise UserError(f"region method {name} does not take these options ({error}): see help(attribution.regions)") from None
+    count, parameter = options.get("count"), signature.parameters.get("count")
+    if count is not None or ("count" in options and parameter is not None and parameter.annotation in (int, "int")):
+        check_whole("count", count, 1, image.shape[1] * image.shape[2])
+        options = {**options, "count": int(count)}  # type: ignore[arg-type]
     return method(image, **options)
 
 
 def _without_overlaps(masks: Tensor) -> Tensor:
-    """The published rule, pair by pair in place, on bool [R, H, W]."""
+    """Apply the published rule to each pair of masks, bool [R, H, W], in place."""
     flat = masks.flatten(1)
     for i in range(len(flat)):
         for j in range(i + 1, len(flat)):
@@ -414,10 +415,10 @@ def _without_overlaps(masks: Tensor) -> Tensor:
 
 
 def _merged(image: Tensor, labels: np.ndarray, count: int | None) -> Tensor:
-    """Merge the smallest region into the adjacent one nearest in mean colour until count are left."""
+    """Merge the smallest region into the adjacent one with the nearest mean colour, until count are left."""
     flat = partition(torch.from_numpy(labels.astype(np.int64)))
     total = int(flat.max()) + 1
-    if count is None or total <= _checked_count(count, image):
+    if count is None or total <= count:
         return flat
     ids = flat.numpy()
     areas = np.bincount(ids.ravel(), minlength=total).astype(np.float64)
@@ -448,15 +449,8 @@ def _merged(image: Tensor, labels: np.ndarray, count: int | None) -> Tensor:
     return torch.from_numpy(parent[ids])
 
 
-def _checked_count(count: int, image: Tensor) -> int:
-    pixels = image.shape[1] * image.shape[2]
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= pixels:
-        raise UserError(f"{count!r} regions requested: expected a whole number from 1 to {pixels}, the number of pixels")
-    return int(count)
-
-
 def _seeds_fit(width: int, height: int, count: int, levels: int) -> bool:
-    """Whether OpenCV's SEEDS has two levels and at least one block a side at each; it crashes the process where it has not."""
+    """Whether the image holds two levels of OpenCV's SEEDS, with a block or more in each direction. Else OpenCV ends the process."""
     down = int(math.sqrt(max(count, 10) * height / width))
     across = down * width // height
     if down < 1 or across < 1:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attribution.search.contract import Objective, Progress, first_maximum, refuse_nan, report_progress, with_each
+from attribution.search.contract import Objective, Progress, ScoredObjective, first_maximum, first_minimum, report_progress, with_each
 
 
 def bidirectional_greedy(objective: Objective, *, pending: int = 8, progress: Progress | None = None) -> Tensor:
     """LiMA's efficient bidirectional search (v2): each round adds the best region to the front and the worst to the back.
 
-    The worst is sought among the ``pending`` regions that score lowest as additions to the front (with the set score of the
-    back), by F of the back plus each. The last ``pending`` regions are placed by plain greedy.
+    Candidates for the worst are the ``pending`` regions that score lowest when added to the front, with the set score that they
+    have when added to the back. The one of them with the lowest F of the back plus it is the worst. Once no more than ``pending``
+    regions are left, the rest is placed by plain greedy.
 
     Args:
         objective: F.
-        pending: p; taken into [2, R].
+        pending: p; raised to 2 and lowered to R.
         progress: called with (regions placed, R) after each round.
 
     Returns:
@@ -40,7 +41,7 @@ def bidirectional_greedy(objective: Objective, *, pending: int = 8, progress: Pr
             low = _swap_set_score(objective, values, with_front, with_each(back.members, remaining))
             candidates = remaining[low.cpu().sort(stable=True).indices[:pending]].sort().values
             candidates = candidates[candidates != best]
-            worst = int(candidates[_first_minimum(objective(with_each(back.members, candidates)))])
+            worst = int(candidates[first_minimum(objective(with_each(back.members, candidates)))])
             back.add(worst)
         front.add(best)
         report_progress(progress, len(front.order) + len(back.order), size)
@@ -48,10 +49,11 @@ def bidirectional_greedy(objective: Objective, *, pending: int = 8, progress: Pr
 
 
 def bidirectional_greedy_v1(objective: Objective, *, progress: Progress | None = None) -> Tensor:
-    """LiMA's first bidirectional search: the lowest scorer of the same evaluations goes to the back, with its set score there.
+    """LiMA's first bidirectional search: of the same evaluations, the best region goes to the front and the lowest to the back.
 
-    Where the published code let a tied winner also lose (and so lost a region), the winner never loses here. It was published
-    without a confidence term: set that weight to 0 for the same scores.
+    The lowest is judged with the set score that it has when added to the back. In the published code a tied winner could also be
+    the loser, and one region was lost; here the winner is never the loser. The search was published without a confidence term: set
+    that weight to 0 for the same scores.
 
     Args:
         objective: F.
@@ -70,14 +72,14 @@ def bidirectional_greedy_v1(objective: Objective, *, progress: Progress | None =
         if len(remaining) > 1:
             low = _swap_set_score(objective, values, with_front, with_each(back.members, remaining))
             keep = remaining != best
-            back.add(int(remaining[keep][_first_minimum(low[keep.to(low.device)])]))
+            back.add(int(remaining[keep][first_minimum(low[keep.to(low.device)])]))
         front.add(best)
         report_progress(progress, len(front.order) + len(back.order), size)
     return torch.tensor(front.order + back.order[::-1])
 
 
 class _Ends:
-    """One end of a bidirectional order: region ids in the order of their choice, and as a set."""
+    """One end of a bidirectional order: region ids in the order in which they were chosen, and as a set."""
 
     def __init__(self, size: int) -> None:
         self.order: list[int] = []
@@ -89,11 +91,7 @@ class _Ends:
 
 
 def _swap_set_score(objective: Objective, values: Tensor, counted: Tensor, wanted: Tensor) -> Tensor:
-    """F with its set score taken for other sets; no image is forwarded."""
-    set_score = getattr(objective, "set_score", None)
-    return values if set_score is None else values - set_score(counted) + set_score(wanted)
-
-
-def _first_minimum(values: Tensor) -> int:
-    refuse_nan(values)
-    return int((values == values.min()).nonzero()[0, 0])
+    """F of the counted subsets, but with the set scores of the wanted ones. No image is forwarded."""
+    if not isinstance(objective, ScoredObjective):
+        return values
+    return values - objective.set_score(counted) + objective.set_score(wanted)

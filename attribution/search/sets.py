@@ -1,114 +1,134 @@
-"""What a search by budget knows of subsets of regions."""
+"""What a search by budget knows about subsets of regions, and what each piece of knowledge costs.
+
+A subset is a Python integer whose bit r says whether region r is shown. F(S) is the sum of two halves, shown(S) and
+hidden(complement of S) (see ``DividedObjective``). Each half needs one forwarded image, and no image is forwarded twice.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attribution.errors import UserError
-from attribution.objective import WITH_GRADIENT
-
-TIE = 1e-9  # gains below this are rounding
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """The best order so far.
-
-    Attributes:
-        order: int64 [R], region ids, most important first.
-        value: mean of F along the order, over the area; NaN while some of its prefixes are unknown.
-        evaluations: images forwarded so far.
-    """
-
-    order: Tensor
-    value: float
-    evaluations: int
+from attribution.objective import IMAGES_PER_GRADIENT
+from attribution.search.contract import DividedObjective, refuse_nan
 
 
 class Spent(Exception):
-    """The budget does not reach for all images asked for; those that it reached for are known."""
+    """The budget is too small for all images asked for. Those that it was enough for are known."""
 
 
 class Sets:
-    """What is known of subsets, each an integer whose bit r says whether region r is shown."""
+    """The images forwarded so far, and what they say about F of subsets.
 
-    def __init__(self, objective: Any, evaluations: int) -> None:
-        self.objective = objective if hasattr(objective, "parts") else _Whole(objective)
-        self.size = int(objective.size)
+    Args:
+        objective: F.
+        evaluations: N, images forwarded at most.
+
+    Attributes:
+        size: R, the number of regions.
+        full: the subset of all regions.
+        left, used: images that may still be forwarded, and images forwarded.
+        area: share of the image in each region, R values.
+        range: the highest value of F minus 0; infinite where no bound is known.
+        forwarded: (shown, hidden) of each image that was forwarded.
+    """
+
+    def __init__(self, objective: DividedObjective, evaluations: int) -> None:
+        self.objective = objective
+        self.size, self.needed = objective.size, objective.needed
         self.full = (1 << self.size) - 1
-        self.left = evaluations
-        self.used = 0
-        area = getattr(objective, "area", None)
+        self.left, self.used = evaluations, 0
+        area = objective.area
         self.area = [1 / self.size] * self.size if area is None else torch.as_tensor(area, dtype=torch.float64).tolist()
-        self.needed: tuple[bool, bool] = self.objective.needed
-        self._parts: dict[int, tuple[float, float]] = {}
-        most = self.objective.highest
-        self._most = (float(most[0]), float(most[1]))
-        self.range = sum(part for part, needed in zip(self._most, self.needed, strict=True) if needed)
+        self.forwarded: dict[int, tuple[float, float]] = {}
+        self._highest = (float(objective.highest[0]), float(objective.highest[1]))
+        self.range = sum(highest for highest, needed in zip(self._highest, self.needed, strict=True) if needed)
 
     def forward(self, images: Iterable[int]) -> None:
-        """Get to know images; as many as the budget allows, in the order given.
+        """Forward the images that are not known yet, in the order given, as far as the budget allows.
 
         Raises:
-            Spent: not all of them.
+            Spent: the budget was not enough for all of them.
         """
-        new = [image for image in dict.fromkeys(images) if image not in self._parts]
+        new = [image for image in dict.fromkeys(images) if image not in self.forwarded]
         cost = self.objective.cost
         affordable = new[: self.left // cost]
         if affordable:
             shown, hidden = self.objective.parts(self.rows(affordable))
             pairs = torch.stack([shown, hidden], dim=1).double().cpu()
-            if pairs.isnan().any():
-                raise UserError("the objective returned NaN: expected a finite number for every subset")
-            self._parts.update(zip(affordable, map(tuple, pairs.tolist()), strict=True))
-            self.left -= cost * len(affordable)
-            self.used += cost * len(affordable)
+            refuse_nan(pairs)
+            self.forwarded.update(zip(affordable, map(tuple, pairs.tolist()), strict=True))
+            self._pay(cost * len(affordable))
         if len(affordable) < len(new):
             raise Spent
 
     def know(self, subsets: Sequence[int]) -> None:
-        """Get to know F of subsets."""
+        """Forward what F of these subsets needs."""
         self.forward(image for subset in subsets for image in self._images(subset))
 
+    def first_half(self, subsets: Sequence[int]) -> None:
+        """Forward one image of each subset: the shown one where F needs it, else the hidden one."""
+        self.forward(subsets if self.needed[0] else [self.full ^ subset for subset in subsets])
+
     def reaches(self, subsets: Sequence[int]) -> bool:
-        """Whether the budget is enough to get to know F of all these."""
-        unknown = {image for subset in subsets for image in self._images(subset)}.difference(self._parts)
+        """Whether the budget is enough to know F of all these subsets."""
+        unknown = {image for subset in subsets for image in self._images(subset)}.difference(self.forwarded)
         return self.objective.cost * len(unknown) <= self.left
 
     def known(self, subset: int) -> bool:
-        return all(image in self._parts for image in self._images(subset))
+        """Whether F of the subset is known."""
+        return all(image in self.forwarded for image in self._images(subset))
 
     def most(self, subset: int) -> float:
-        """F where it is known, and else the highest that it can be."""
-        shown, hidden = self._parts.get(subset), self._parts.get(self.full ^ subset)
-        first = (self._most[0] if shown is None else shown[0]) if self.needed[0] else 0.0
-        second = (self._most[1] if hidden is None else hidden[1]) if self.needed[1] else 0.0
+        """F of the subset where it is known, else its upper bound: unknown halves count with their highest value."""
+        shown, hidden = self.forwarded.get(subset), self.forwarded.get(self.full ^ subset)
+        first = (self._highest[0] if shown is None else shown[0]) if self.needed[0] else 0.0
+        second = (self._highest[1] if hidden is None else hidden[1]) if self.needed[1] else 0.0
         return first + second
 
     def first(self, subset: int) -> float:
-        """The half of F that ``first_half`` gets to know."""
-        return self._parts[subset][0] if self.needed[0] else self._parts[self.full ^ subset][1]
+        """The half of F that ``first_half`` makes known."""
+        return self.forwarded[subset][0] if self.needed[0] else self.forwarded[self.full ^ subset][1]
 
     def room(self, subset: int) -> float:
-        """How much higher than F of this subset any F can be."""
+        """How far F of this subset is below the highest value that F can have."""
         return self.range - self.most(subset)
 
-    def first_half(self, subsets: Sequence[int]) -> None:
-        """Forward one image of each: that of the shown regions, where F needs it."""
-        self.forward(subsets if self.needed[0] else [self.full ^ subset for subset in subsets])
+    def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
+        """Place of the subset with the highest F in each group. Ties go to the first of the subsets whose F became known.
+
+        The first half of every subset is forwarded. The second half is forwarded only while the upper bound is above the best F
+        of the group, ``together`` subsets of each group at a time and all groups in one batch.
+        """
+        self.first_half([subset for group in groups for subset in group])
+        waiting = [self._by_bound(group, range(len(group))) for group in groups]
+        winners, values = [-1] * len(groups), [-math.inf] * len(groups)
+        while undecided := [g for g, places in enumerate(waiting) if places]:
+            tried = {g: waiting[g][:together] for g in undecided}
+            self.know([groups[g][at] for g, places in tried.items() for at in places])
+            for g, places in tried.items():
+                for at in places:
+                    value = self.most(groups[g][at])
+                    if value > values[g] or (value == values[g] and at < winners[g]):
+                        winners[g], values[g] = at, value
+                rest = [at for at in waiting[g][together:] if self.most(groups[g][at]) > values[g]]
+                waiting[g] = self._by_bound(groups[g], rest)  # again, because other groups may have made images of this one known
+        return winners
 
     def slope(self, scores: Tensor, gates: Tensor) -> Tensor:
-        """Gradient of the mean F of soft subsets, gates [n, R] in [0, 1] that are a function of the scores; an image counts as three.
+        """Gradient of the mean F of soft subsets with respect to the scores.
+
+        Args:
+            scores: float [R], a leaf.
+            gates: float [n, R] in [0, 1], a function of the scores: how much of each region a subset shows.
 
         Raises:
-            Spent: the budget does not reach.
+            Spent: the budget is not enough.
             UserError: no gradients flow through the objective.
         """
         cost = self.slope_cost(len(gates))
@@ -116,96 +136,18 @@ class Sets:
             raise Spent
         rows = torch.cat([each for each, needed in zip((gates, 1 - gates), self.needed, strict=True) if needed])
         shown, hidden = self.objective.parts(rows)
-        self.left -= cost
-        self.used += cost
-        value = (shown[: len(gates)] + hidden[-len(gates) :]).mean()  # the half that F does not need is 0 throughout
+        self._pay(cost)
+        value = (shown[: len(gates)] + hidden[-len(gates) :]).mean()  # a half that F does not need is 0 for every row
         if not value.requires_grad:
-            raise UserError("gradients=True, but none flow through this model: expected an nn.Module; for a black box leave them away")
+            raise UserError("gradients=True, but none flow through this model: expected an nn.Module; for a black box leave gradients out")
         return torch.autograd.grad(value, scores)[0]
 
     def slope_cost(self, count: int) -> int:
-        """What the gradient over so many soft subsets counts as, in images."""
-        return WITH_GRADIENT * self.objective.cost * count * sum(self.needed)
-
-    def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
-        """Index of the subset with the highest F in each group, of equals one that was tried first.
-
-        Second halves are forwarded, a few at a time and those of all groups together, only while they could win.
-        """
-        self.first_half([subset for group in groups for subset in group])
-        ranked = [sorted(range(len(group)), key=lambda at, group=group: -self.most(group[at])) for group in groups]  # type: ignore[misc]
-        winners, values = [-1] * len(groups), [-math.inf] * len(groups)
-        undecided = list(range(len(groups)))
-        while undecided:
-            tried = {g: ranked[g][:together] for g in undecided}
-            self.know([groups[g][at] for g, part in tried.items() for at in part])
-            for g, part in tried.items():
-                ranked[g] = ranked[g][together:]
-                for at in part:
-                    found = self.most(groups[g][at])
-                    if found > values[g] or (found == values[g] and at < winners[g]):
-                        winners[g], values[g] = at, found
-                hopeful = [at for at in ranked[g] if self.most(groups[g][at]) > values[g]]  # others may be known by now
-                ranked[g] = sorted(hopeful, key=lambda at, group=groups[g]: -self.most(group[at]))  # type: ignore[misc]
-            undecided = [g for g in undecided if ranked[g]]
-        return winners
-
-    def mean(self, chain: Sequence[int]) -> float:
-        """Mean of F along sets of which each contains the one before, over the area; unknown F count as the highest possible."""
-        values = [self.most(subset) for subset in chain]
-        return sum(
-            (before + after) / 2 * self.share(small, large)
-            for small, large, before, after in zip(chain, chain[1:], values, values[1:], strict=False)
-        )
-
-    def share(self, small: int, large: int) -> float:
-        """Area of the regions that the larger set has and the smaller has not."""
-        return sum(self.area[region] for region in members(large ^ small))
-
-    def chain(self, order: Sequence[int]) -> list[int]:
-        """The R + 1 prefixes of an order."""
-        found = [0]
-        for region in order:
-            found.append(found[-1] | 1 << region)
-        return found
-
-    def best_chain(self, order: Sequence[int]) -> list[int]:
-        """The order with the highest mean F among all whose prefixes are known; the given one, known too, where none is better."""
-        levels: list[list[int]] = [[] for _ in range(self.size + 1)]
-        for image in self._parts:
-            subset = image if self.needed[0] else self.full ^ image
-            if self.known(subset):
-                levels[subset.bit_count()].append(subset)
-        reached: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-        for level in levels[1:]:
-            found: dict[int, tuple[float, int]] = {}
-            for subset in level:
-                for before, (total, _) in reached[-1].items():
-                    if before & subset == before:
-                        step = subset ^ before
-                        gained = total + (self.most(before) + self.most(subset)) / 2 * self.area[step.bit_length() - 1]
-                        if subset not in found or gained > found[subset][0]:
-                            found[subset] = (gained, before)
-            reached.append(found)
-        if reached[-1][self.full][0] <= self.mean(self.chain(order)) + TIE:
-            return list(order)
-        best, subset = [], self.full
-        for found in reversed(reached[1:]):
-            before = found[subset][1]
-            best.append((subset ^ before).bit_length() - 1)
-            subset = before
-        return best[::-1]
-
-    def all_known(self, chain: Sequence[int]) -> bool:
-        return all(map(self.known, chain))
-
-    def found(self, order: Sequence[int]) -> Found:
-        chain = self.chain(order)
-        value = self.mean(chain) if self.all_known(chain) else math.nan
-        return Found(torch.tensor(order, dtype=torch.int64), value, self.used)
+        """Images that the gradient over so many soft subsets counts as."""
+        return IMAGES_PER_GRADIENT * self.objective.cost * count * sum(self.needed)
 
     def rows(self, subsets: Sequence[int]) -> Tensor:
-        """bool [n, R]."""
+        """Subsets as bool [n, R]."""
         width = (self.size + 7) // 8
         packed = np.frombuffer(b"".join(subset.to_bytes(width, "little") for subset in subsets), dtype=np.uint8)
         bits = np.unpackbits(packed.reshape(-1, width), axis=1, bitorder="little", count=self.size)
@@ -214,21 +156,17 @@ class Sets:
     def _images(self, subset: int) -> list[int]:
         return [image for image, needed in zip((subset, self.full ^ subset), self.needed, strict=True) if needed]
 
+    def _by_bound(self, group: Sequence[int], places: Iterable[int]) -> list[int]:
+        return sorted(places, key=lambda at: -self.most(group[at]))
 
-class _Whole:
-    """An objective of which nothing is known but F: all of F counts as the shown half, without a bound."""
+    def _pay(self, images: int) -> None:
+        self.left -= images
+        self.used += images
 
-    highest = (math.inf, 0.0)
-    needed = (True, False)
 
-    def __init__(self, objective: Callable[[Tensor], Tensor]) -> None:
-        self.objective = objective
-        self.size = int(objective.size)  # type: ignore[attr-defined]
-        self.cost = int(getattr(objective, "cost", 1))
-
-    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.as_tensor(self.objective(rows))
-        return found, torch.zeros_like(found)
+def with_all(regions: Iterable[int]) -> int:
+    """The subset of these regions."""
+    return sum(1 << region for region in regions)
 
 
 def members(subset: int) -> list[int]:

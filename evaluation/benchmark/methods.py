@@ -11,7 +11,7 @@ from attribution.baselines.attribute import METHODS
 from attribution.errors import UserError
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
-from attribution.search import SEARCHES, SEEDED
+from attribution.search import SEARCHES
 from evaluation.study.settings import plain_option
 
 DEFAULT_METHODS = (
@@ -72,7 +72,7 @@ class MethodSpec:
     @property
     def stochastic(self) -> bool:
         """Whether its result depends on the seed."""
-        return self.method in SEEDED or (not self.is_search and METHODS[self.method].stochastic)
+        return (SEARCHES if self.is_search else METHODS)[self.method].stochastic
 
     @property
     def cuts(self) -> bool:

@@ -235,8 +235,7 @@ def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str 
         raise UserError(f"show={shown!r}: expected 'gain', 'rank' or 'first'")
     labels = _labels(view, task, spec)
     masked = MaskedInputs(task.classifier, task.image, labels, task.fill)
-    if spec.method == "bidirectional":
-        options["pending"] = pending
+    options.update(SEARCHES[spec.method].taken(pending=pending))
 
     def search() -> tuple[Tensor, int]:
         objective = SubmodularObjective(task.classifier, masked, task.target, weights)

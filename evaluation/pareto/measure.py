@@ -17,8 +17,7 @@ from attribution.explanation import Explanation
 from attribution.fills import classifier_fill
 from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
-from attribution.objective import SubmodularObjective
-from attribution.presets import BALANCED
+from attribution.objective import BALANCED, SubmodularObjective
 from attribution.provenance import pixels_digest
 from attribution.regions import Regions, make_regions
 from attribution.search.budget import anytime_from, search_orders
@@ -167,7 +166,6 @@ class _Case:
         else:
             name = method.removesuffix(BALANCED_SUFFIX)
             weights = BALANCED if method != name else None
-            options: dict[str, Any] = {"seed": self.seed} if name == "stochastic_greedy" else {}
             found = explain(
                 self.image,
                 self.classifier,
@@ -176,7 +174,7 @@ class _Case:
                 search=name,
                 fill=self.settings.fill,
                 weights=weights,
-                **options,
+                seed=self.seed,
             )
             yield 0, self._point(method, 0, found.evaluations, found)
 

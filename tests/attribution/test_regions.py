@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -28,6 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+BAD_COUNTS = [0, -1, 1025, 2.5, True, "9"]
+
+
 def shrunk(cat: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(cat[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
@@ -45,26 +49,76 @@ def assert_partition(regions: at.Regions, height: int, width: int) -> None:
     assert all(torch.equal(mask, labels == index) for index, mask in enumerate(regions.masks))
 
 
-@pytest.mark.parametrize("name", at.REGIONS)
-@pytest.mark.parametrize("size", SIZES)
-def test_every_method_cuts_one_partition_the_same_twice(name: str, size: str, cat: Tensor) -> None:
-    image = limit_size(cat, 96) if size == "photo" else shrunk(cat, SIZES[size])
-    before = image.clone()
-    options = OPTIONS.get(name, {})
+def default_count(name: str) -> int | None:
+    """The number of regions that a method asks for by itself: the default of its parameter, or what it says where that is None."""
+    default = inspect.signature(at.REGIONS[name]).parameters["count"].default
+    return {"slico": 49, "saliency_patches": 7}[name] if default is None else default
+
+
+def check_partition(name: str, image: Tensor) -> None:
+    """One partition of the image, the same twice, and about as many regions as are asked for."""
+    before, options = image.clone(), OPTIONS.get(name, {})
     regions = at.make_regions(image, name, **options)
     assert_partition(regions, *image.shape[1:])
-    assert regions.method == name
+    assert (regions.method, regions.requested) == (name, default_count(name))
     assert torch.equal(regions.labels, at.make_regions(image, name, **options).labels)
     assert torch.equal(image, before)
     if name == "saliency_patches":
-        assert (regions.requested, regions.count) == (7, 8)
+        assert regions.count == 8
+        return
+    asked = at.make_regions(image, name, count=20)
+    assert asked.requested == 20
+    assert (4 if name == "seeds" else 8) <= asked.count <= 40
+    assert asked.count <= at.make_regions(image, name, count=49).count
+    assert repr(asked) == f"Regions({name}, {asked.count} (20 requested), {image.shape[2]}x{image.shape[1]})"
+
+
+def check_refused_count(name: str, count: Any, image: Tensor) -> None:
+    with pytest.raises(at.UserError, match=f"count is {count!r}: expected a whole number from 1 to 1024"):
+        at.make_regions(image, name, **{**OPTIONS.get(name, {}), "count": count})
+
+
+@pytest.mark.parametrize("name", at.REGIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_method_cuts_one_partition_the_same_twice(name: str, size: str, cat: Tensor) -> None:
+    check_partition(name, limit_size(cat, 96) if size == "photo" else shrunk(cat, SIZES[size]))
+
+
+@pytest.mark.parametrize("name", at.REGIONS)
+@pytest.mark.parametrize("count", BAD_COUNTS)
+def test_count_out_of_range(name: str, count: Any, small_cat: Tensor) -> None:
+    check_refused_count(name, count, small_cat)
+
+
+@pytest.mark.parametrize("name", ["grid", "seeds", "slic", "watershed"])
+def test_no_count_where_one_is_needed(name: str, small_cat: Tensor) -> None:
+    check_refused_count(name, None, small_cat)
+
+
+def stripes(image: Tensor, count: int = 7) -> at.Regions:
+    """The recipe of a region method: vertical stripes of equal width."""
+    columns = torch.arange(image.shape[2]) * count // image.shape[2]
+    return at.Regions(columns.expand(image.shape[1:]), "stripes", count)
+
+
+def test_a_method_of_the_user_keeps_the_contract(cat: Tensor, small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(at.REGIONS, "stripes", stripes)
+    for size in SIZES.values():
+        check_partition("stripes", shrunk(cat, size))
+    for count in [*BAD_COUNTS, None]:
+        check_refused_count("stripes", count, small_cat)
+    assert at.make_regions(torch.zeros(3, 2, 14), "stripes").labels.tolist() == [[c // 2 for c in range(14)]] * 2
+
+
+@pytest.mark.parametrize("name", [name for name in at.REGIONS if name != "saliency_patches"])
+def test_fewer_pixels_than_the_default_count(name: str) -> None:
+    """The default asks for at most as many regions as there are pixels; seeds refuse images that are too small for them."""
+    image = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    if name == "seeds":
+        with pytest.raises(at.UserError, match="too small or narrow"):
+            at.make_regions(image, name)
     else:
-        assert regions.requested == (50 if name == "seeds" else 49)
-        asked = at.make_regions(image, name, count=20)
-        assert asked.requested == 20
-        assert (4 if name == "seeds" else 8) <= asked.count <= 40
-        assert asked.count <= regions.count
-        assert repr(asked) == f"Regions({name}, {asked.count} (20 requested), {image.shape[2]}x{image.shape[1]})"
+        assert_partition(at.make_regions(image, name), 5, 6)
 
 
 @pytest.mark.parametrize("count", [1, 4, 49, 64])
@@ -139,7 +193,7 @@ def test_slico_options(small_cat: Tensor) -> None:
     with pytest.raises(at.UserError, match="count or region_size, not both: received count=9 and region_size=5"):
         at.make_regions(small_cat, "slico", count=9, region_size=5)
     for size in (0, 33):
-        with pytest.raises(at.UserError, match=f"slico region_size {size}: expected 1 to 32 pixels"):
+        with pytest.raises(at.UserError, match=f"region_size is {size}: expected a whole number from 1 to 32"):
             at.make_regions(small_cat, "slico", region_size=size)
 
 
@@ -164,7 +218,7 @@ for height, width in [(7, 300), (300, 7), (1, 40), (40, 1), (2, 2), (3, 200), (1
             try:
                 regions = at.make_regions(torch.rand(3, height, width), "seeds", count=count, levels=levels)
             except at.UserError as error:
-                assert "too small or narrow" in str(error) or "regions requested" in str(error), error
+                assert "too small or narrow" in str(error) or "count is" in str(error), error
                 print(height, width, count, levels, "refused", flush=True)
                 continue
             labels = regions.labels
@@ -234,8 +288,8 @@ def test_saliency_patches_resize_the_heatmap_as_opencv_does() -> None:
         ({"heatmap": torch.zeros(3, 4, 4)}, r"the heatmap is float32 \[3, 4, 4\]"),
         ({"heatmap": torch.zeros(4, 4)}, "28x28 cells do not fit an image of 20x10 pixels: give a smaller side"),
         ({"heatmap": torch.zeros(4, 4), "side": 0}, "0x0 cells do not fit"),
-        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 26}, "cells_per_region is 26: expected 1 to 25"),
-        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 0}, "cells_per_region is 0: expected 1 to 25"),
+        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 26}, "cells_per_region is 26: expected a whole number from 1 to 25"),
+        ({"heatmap": torch.zeros(4, 4), "side": 5, "cells_per_region": 0}, "cells_per_region is 0: expected a whole number from 1 to 25"),
     ],
     ids=["none", "nan", "inf", "shape", "side", "side 0", "cells", "cells 0"],
 )
@@ -326,7 +380,7 @@ def test_lima_gives_a_black_remainder_to_the_last_mask() -> None:
         (torch.zeros(0, 4, 4, dtype=torch.bool), {}, r"masks are bool \[0, 4, 4\]: expected bool \[R, H, W\]"),
         (torch.zeros(4, 4, dtype=torch.bool), {}, r"masks are bool \[4, 4\]"),
         ([torch.zeros(2, 2), torch.zeros(3, 3)], {}, "masks cannot be read"),
-        (torch.ones(1, 4, 4) > 0, {"variant": "sam"}, "unknown variant 'sam': expected fixed, smdl or lima"),
+        (torch.ones(1, 4, 4) > 0, {"variant": "sam"}, "variant is 'sam': expected one of fixed, smdl, lima"),
         (torch.ones(1, 4, 4) > 0, {"variant": "lima"}, "variant 'lima' looks at the colour of what no mask covers: give the image"),
         (torch.ones(1, 4, 4) > 0, {"variant": "lima", "image": torch.zeros(3, 5, 5)}, r"masks are bool \[1, 4, 4\], the image is float32"),
     ],
@@ -432,13 +486,6 @@ def test_regions_that_cannot_be_used(regions: Any, options: dict, message: str) 
         at.make_regions(torch.zeros(3, 8, 8), regions, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in at.REGIONS if name != "saliency_patches"])
-@pytest.mark.parametrize("count", [0, -1, 1025, 2.5, True, "9"])
-def test_count_out_of_range(name: str, count: Any, small_cat: Tensor) -> None:
-    with pytest.raises(at.UserError, match=rf"{count!r} regions requested: expected a whole number from 1 to 1024, the number of pixels"):
-        at.make_regions(small_cat, name, count=count)
-
-
 @pytest.mark.parametrize("name", ["felzenszwalb", "quickshift"])
 @pytest.mark.parametrize("count", [1, 7, 20])
 def test_merged_regions_are_unions_of_adjacent_unmerged_ones(name: str, count: int, cat: Tensor) -> None:
@@ -479,7 +526,7 @@ def test_saliency_patches_by_count_and_by_pixel() -> None:
     pixels = at.make_regions(image, "saliency_patches", heatmap=heatmap, level="pixel")
     assert pixels.requested == 112
     assert (torch.bincount(pixels.labels.flatten())[:112] == 9).all()
-    with pytest.raises(at.UserError, match="unknown level 'texel'"):
+    with pytest.raises(at.UserError, match="level is 'texel': expected one of cell, pixel"):
         at.make_regions(image, "saliency_patches", heatmap=heatmap, level="texel")
 
 

@@ -179,7 +179,7 @@ def test_killed_at_any_moment(photo: Path, tmp_path: Path) -> None:
         (["--regions", "saliency_patches"], "needs a heatmap"),
         (["--heatmap", "missing.npz"], "missing.npz: no such file"),
         (["--classes", "missing.txt"], "missing.txt cannot be read"),
-        (["--region-count", "5000"], "5000 regions requested"),
+        (["--region-count", "5000"], "count is 5000: expected a whole number from 1 to"),
         (["--regions", "quickshift", "--preset", "smdl-cub-wrong-sam", "--out", "FILE/x"], "cannot write"),
     ],
 )

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import attribution as at
 from attribution.search.budget import anytime_from, budget_search, default_budget, search_orders
-from attribution.search.elimination import _PACES, _images_to_halve, halve
-from attribution.search.sets import Found, Sets, members
+from attribution.search.chains import Found, best_chain
+from attribution.search.contract import DividedObjective, ScoredObjective, UndividedObjective, divided
+from attribution.search.elimination import PACES, Pace, halve, images_to_halve
+from attribution.search.sets import Sets, members
 
 WEIGHTS = at.ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0)
 
@@ -27,11 +29,11 @@ class Halves:
     highest = (1.0, 1.0)
     needed = (True, True)
     cost = 1
+    centres: Tensor | None = None
 
     def __init__(self, size: int, seed: int = 0, area: list[float] | None = None) -> None:
         self.size, self.seed, self.images = size, seed, list[frozenset[int]]()
-        if area is not None:
-            self.area = torch.tensor(area, dtype=torch.float64)
+        self.area = None if area is None else torch.tensor(area, dtype=torch.float64)
 
     def half(self, name: str, shown: frozenset[int]) -> float:
         return random.Random(f"{self.seed} {name} {sorted(shown)}").random()
@@ -103,14 +105,14 @@ class Additive(Halves):
         return share if name == "shown" else 1 - share
 
 
-@pytest.mark.parametrize("pace", _PACES)
-def test_elimination_in_large_steps_ends_within_its_budget_with_the_right_order(pace: tuple[float, float, bool]) -> None:
+@pytest.mark.parametrize("pace", PACES)
+def test_elimination_in_large_steps_ends_within_its_budget_with_the_right_order(pace: Pace) -> None:
     size = 23  # shares 7 r + 3 mod 23 are all different
-    budget = _images_to_halve(Sets(Additive(size), 1), *pace)
+    budget = images_to_halve(Sets(Additive(size), 1), pace)
     objective = Additive(size)
     found = run(objective, budget)
     assert found[-1].order.tolist() == sorted(range(size), key=lambda region: -((region * 7 + 3) % size))
-    spent = [_images_to_halve(Sets(Additive(size), 1), *each) for each in _PACES]
+    spent = [images_to_halve(Sets(Additive(size), 1), each) for each in PACES]
     assert spent == sorted(spent) and spent[-1] < anytime_from(objective)
     assert 0.8 * budget < found[-1].evaluations <= budget
 
@@ -163,11 +165,36 @@ def test_without_a_bound_elimination_takes_longer() -> None:
     assert [default_budget(each) for each in (Halves(10), Unbounded(10), Placed(40, 3))] == [160, 240, 1920]
     for images in (119, 120, 400):
         objective = bare_objective(20)
-        order = run(objective, images)[-1].order.tolist()  # type: ignore[arg-type]
+        order = run(objective, images)[-1].order.tolist()
         assert sorted(order[:10]) == list(range(10)), images
 
 
-def bare_objective(size: int) -> object:
+def test_an_objective_is_divided_or_made_so() -> None:
+    """The protocol is checked in one place; a bare callable counts whole, without a bound, by its own cost and area if it has them."""
+    halves = Halves(4)
+    assert divided(halves) is halves
+    bare = bare_objective(3)
+    whole = divided(bare)
+    assert isinstance(whole, UndividedObjective) and isinstance(whole, DividedObjective)
+    assert (whole.size, whole.cost, whole.area, whole.centres) == (3, 1, None, None)
+    assert (whole.needed, whole.highest) == ((True, False), (math.inf, 0.0))
+    shown, hidden = whole.parts(torch.eye(3, dtype=torch.bool))
+    assert (shown.tolist(), hidden.tolist()) == ([3.0, 2.0, 1.0], [0.0, 0.0, 0.0])
+    bare.cost, bare.area = 3, torch.tensor([0.5, 0.25, 0.25])
+    assert (divided(bare).cost, Sets(divided(bare), 9).area) == (3, [0.5, 0.25, 0.25])
+    assert default_budget(bare) == 3 * default_budget(bare_objective(3))
+    with pytest.raises(at.UserError, match="the objective is int: expected a callable from subsets"):
+        divided(7)  # type: ignore[arg-type]
+
+
+def test_the_objectives_of_this_package_are_divided(cnn: at.Classifier, small_cat: Tensor) -> None:
+    labels = at.make_regions(small_cat, "grid", count=4).labels
+    objective = at.SubmodularObjective(cnn, at.MaskedInputs(cnn, small_cat, labels, torch.zeros_like(small_cat)), 3)
+    for each in (objective, at.MeanObjective([objective, objective])):
+        assert divided(each) is each and isinstance(each, ScoredObjective)
+
+
+def bare_objective(size: int) -> Any:
     """A bare callable: F counts the regions shown by weights that fall."""
 
     class Bare:
@@ -185,9 +212,10 @@ def bare_objective(size: int) -> object:
 def test_elimination_in_large_steps_forwards_no_more_than_is_said(size: int, share: float, pool: float, both: bool, seed: int) -> None:
     objective = Halves(size, seed)
     sets = Sets(objective, 10**6)
-    orders = list(halve(sets, share, pool, both))
+    pace = Pace(share, pool, both)
+    orders = list(halve(sets, pace))
     assert all(sorted(order) == list(range(size)) for order in orders)
-    assert len(objective.images) <= _images_to_halve(sets, share, pool, both)
+    assert len(objective.images) <= images_to_halve(sets, pace)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -196,7 +224,7 @@ def test_the_best_chain_through_all_sets_is_the_best_of_all_orders(seed: int) ->
     sets = Sets(objective, 10**6)
     sets.know(range(2**6))
     best = max(itertools.permutations(range(6)), key=lambda order: mean_along(objective, list(order), area))
-    assert mean_along(objective, sets.best_chain(list(range(6))), area) == pytest.approx(mean_along(objective, list(best), area))
+    assert mean_along(objective, best_chain(sets, list(range(6))), area) == pytest.approx(mean_along(objective, list(best), area))
 
 
 @settings(max_examples=50, deadline=None)
@@ -244,7 +272,7 @@ def test_a_half_that_f_does_not_need_costs_nothing(side: int) -> None:
     assert len(objective.images) <= 2**5 and found.value >= best - 0.1
     sets = Sets(objective, 10**6)
     sets.know(range(2**5))
-    assert mean_along(objective, sets.best_chain(list(range(5))), [0.2] * 5) == pytest.approx(best)
+    assert mean_along(objective, best_chain(sets, list(range(5))), [0.2] * 5) == pytest.approx(best)
 
 
 def test_weights_of_one_half(cnn: at.Classifier, small_cat: Tensor) -> None:
@@ -348,7 +376,7 @@ def test_gradients_are_refused_where_there_are_none(vit: at.Classifier, small_ca
     with pytest.raises(at.NotApplicable, match="fill 'drop' shows a patch or not"):
         at.explain(small_cat, vit, fill="drop", search="budget", evaluations=90, **cells)
     with pytest.raises(at.UserError, match="an objective that has none"):
-        run(bare_objective(10), 30, gradients=True)  # type: ignore[arg-type]
+        run(bare_objective(10), 30, gradients=True)
     with torch.inference_mode(), pytest.raises(at.UserError, match="call it outside"):
         white_box(Spread(), 48)
 
@@ -425,7 +453,7 @@ def test_no_images_are_spent_where_f_cannot_rise() -> None:
 
 @pytest.mark.parametrize("bad", [0, -3, True, 2.5])
 def test_a_budget_is_a_positive_number_of_images(bad: object) -> None:
-    with pytest.raises(at.UserError, match="expected a whole number of images, at least 1"):
+    with pytest.raises(at.UserError, match=f"evaluations is {bad!r}: expected a whole number of at least 1"):
         budget_search(Halves(4), evaluations=bad)  # type: ignore[arg-type]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attribution as at
-from attribution.search import SEARCHES
+from attribution.search import SEARCHES, Search
 from attribution.search.bidirectional import bidirectional_greedy, bidirectional_greedy_v1
+from attribution.search.contract import Objective, Progress, refuse_nan, report_progress
 from attribution.search.greedy import greedy, lazy_greedy, stochastic_greedy
+from evaluation.benchmark.methods import MethodSpec
 
 
 class Toy:
@@ -109,14 +112,180 @@ def test_lazy_greedy_equals_greedy_on_a_submodular_function(seed: int, batch_siz
         assert lazy.subsets < 15 * 16 / 2
 
 
+def modular(seed: int, size: int) -> reference.SetFunction:
+    """A sum of weights, no two of which are equal."""
+    weights = random.Random(seed).sample(range(1, 10 * size + 1), size)
+    return lambda subset: float(sum(weights[region] for region in subset))
+
+
+def by_weight(f: reference.SetFunction, size: int) -> list[int]:
+    """The closed form on a modular function: descending by F of the single regions."""
+    return sorted(range(size), key=lambda region: -f(frozenset([region])))
+
+
+FAMILIES: dict[str, Callable[[int, int], reference.SetFunction]] = {
+    "arbitrary": lambda seed, size: random_function(seed),
+    "with ties": lambda seed, size: random_function(seed, 3),
+    "submodular": coverage,
+    "modular": modular,
+}
+# Each search, the functions on which a second derivation gives its order, and this derivation.
+DERIVATIONS: dict[str, tuple[tuple[str, ...], Callable[[reference.SetFunction, int], list[int]]]] = {
+    "bidirectional": (tuple(FAMILIES), lambda f, size: reference.bidirectional(f, size, 8)[0]),
+    "bidirectional_v1": (tuple(FAMILIES), reference.bidirectional_v1),
+    "greedy": (tuple(FAMILIES), reference.greedy),
+    "lazy_greedy": (("submodular", "modular"), reference.greedy),
+    "stochastic_greedy": (("arbitrary", "submodular", "modular"), lambda f, size: reference.stochastic_greedy(f, size, size, 0.01, 0)),
+    "budget": (("modular",), by_weight),
+}
+
+
+def test_every_search_has_a_second_derivation() -> None:
+    """A new entry of SEARCHES needs one of DERIVATIONS: a naive loop of ``reference``, or a closed form."""
+    assert set(DERIVATIONS) == set(SEARCHES)
+
+
+@pytest.mark.parametrize(("name", "family"), [(name, family) for name, (families, _) in DERIVATIONS.items() for family in families])
+def test_every_search_equals_its_second_derivation(name: str, family: str) -> None:
+    for size, seed in itertools.product((1, 2, 3, 7, 12, 21), range(3)):
+        f = FAMILIES[family](seed, size)
+        assert SEARCHES[name](Toy(size, f)).tolist() == DERIVATIONS[name][1](f, size), (size, seed)
+
+
+def check_order(name: str, size: int, f: reference.SetFunction) -> None:
+    """Each region once, the same again, and the progress ends where the search does. What a search does not take is not given."""
+    entry, reports = SEARCHES[name], list[tuple[int, int]]()
+    options = entry.taken(progress=lambda done, total: reports.append((done, total)), seed=3)
+    order = entry(Toy(size, f), **options)
+    assert order.dtype == torch.int64
+    assert sorted(order.tolist()) == list(range(size))
+    total = size if entry.default_budget is None else entry.default_budget(Toy(size, f))
+    if "progress" in entry.options:
+        assert reports[-1] == (total, total)
+        assert reports == sorted(reports)
+    assert torch.equal(order, entry(Toy(size, f), **options))
+
+
+def check_options(name: str) -> None:
+    """What an entry says of itself is what its function takes."""
+    entry = SEARCHES[name]
+    assert isinstance(entry, Search)
+    assert list(inspect.signature(entry).parameters) == [next(iter(inspect.signature(entry.function).parameters)), *entry.options]
+    assert entry.stochastic == ("seed" in entry.options)
+    assert entry.budgeted == ("evaluations" in entry.options)
+    assert entry.default_budget is None or entry.budgeted
+    if entry.budgeted:
+        for budget in (1, 7, 40):
+            toy = Toy(9, random_function(0))
+            entry(toy, evaluations=budget)
+            assert toy.subsets <= budget
+
+
+def check_nan(name: str) -> None:
+    with pytest.raises(at.UserError, match="objective returned NaN"):
+        SEARCHES[name](Toy(3, lambda subset: float("nan")))
+
+
+def check_explains(name: str) -> None:
+    """``explain`` takes it by name, and the provenance holds what it was given."""
+    classifier, image, labels, _ = linear_problem(1)
+    made = at.explain(image, classifier, 0, regions=labels, search=name, seed=5)
+    assert sorted(made.order.tolist()) == list(range(12))
+    told = made.provenance["settings"]
+    entry = SEARCHES[name]
+    assert told["search"] == name
+    assert set(told["search_options"]) == {"pending", "evaluations"} & set(entry.options) - (
+        set() if entry.default_budget else {"evaluations"}
+    )
+    assert told["weights"] == vars(entry.weights or at.ScoreWeights())
+    assert MethodSpec.parse(name).stochastic == entry.stochastic
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "order": lambda name: check_order(name, 9, random_function(1)),
+    "options": check_options,
+    "nan": check_nan,
+    "explain": check_explains,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_contract_of_every_search(name: str, check: str) -> None:
+    CHECKS[check](name)
+
+
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 8), seed=st.integers(0, 999), levels=st.sampled_from([None, 2]), name=st.sampled_from(sorted(SEARCHES)))
 def test_every_search_returns_each_region_once(size: int, seed: int, levels: int | None, name: str) -> None:
-    reports: list[tuple[int, int]] = []
-    order = SEARCHES[name](Toy(size, random_function(seed, levels)), progress=lambda done, total: reports.append((done, total)))
-    assert order.dtype == torch.int64
-    assert sorted(order.tolist()) == list(range(size))
-    assert reports[-1] == ((size, size) if name != "budget" else (16 * size, 16 * size))
+    check_order(name, size, random_function(seed, levels))
+
+
+def single_regions(objective: Objective) -> Tensor:
+    """The recipe of a search: rank the regions by F of each alone, highest first. Ties go to the lowest id."""
+    alone = objective(torch.eye(objective.size, dtype=torch.bool))
+    refuse_nan(alone)
+    return alone.argsort(descending=True, stable=True)
+
+
+def noisy_regions(objective: Objective, seed: int = 0, pending: int = 8, progress: Progress | None = None) -> Tensor:
+    """A search that takes what ``explain`` offers, by parameters that need not be keyword-only."""
+    order = single_regions(objective)
+    ties = torch.randperm(min(pending, objective.size), generator=torch.Generator().manual_seed(seed))
+    report_progress(progress, objective.size, objective.size)
+    return torch.cat([order[ties], order[len(ties) :]])
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("search", [single_regions, noisy_regions])
+def test_a_search_of_the_user_keeps_the_contract(search: Callable[..., Tensor], check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SEARCHES, "mine", Search(search))
+    CHECKS[check]("mine")
+    monkeypatch.setitem(at.PRESETS, "mine", at.Preset(at.ScoreWeights(1, 1, 0, 0), "grid", "mine", "here", region_options={"count": 4}))
+    classifier, image, _, _ = linear_problem(1)
+    made = at.explain(image, classifier, 0, preset="mine")
+    assert (made.regions.count, made.provenance["settings"]["search"]) == (4, "mine")
+    with pytest.raises(AssertionError):
+        test_every_search_has_a_second_derivation()
+
+
+def test_a_search_of_the_user_gets_what_it_takes_and_no_more() -> None:
+    classifier, image, labels, contributions = linear_problem(2)
+    options = {"regions": labels, "weights": at.ScoreWeights(1, 0, 0, 0)}
+    seen: list[tuple[int, int]] = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    plain = at.explain(image, classifier, 0, search=single_regions, progress=progress, pending=3, seed=4, **options)
+    assert plain.order.tolist() == contributions.argsort(descending=True, stable=True).tolist()
+    assert (plain.evaluations, seen) == (12, [])
+    assert plain.provenance["settings"]["search_options"] == {}
+    noisy = at.explain(image, classifier, 0, search=Search(noisy_regions), progress=progress, pending=3, seed=4, **options)
+    ties = torch.randperm(3, generator=torch.Generator().manual_seed(4))
+    assert noisy.order.tolist() == [*plain.order[ties].tolist(), *plain.order[3:].tolist()]
+    assert seen == [(12, 12)]
+    assert noisy.provenance["settings"]["search_options"] == {"pending": 3}
+    assert noisy.provenance["settings"]["search"] == "noisy_regions"
+    given = at.explain(image, classifier, 0, search=noisy_regions, search_options={"seed": 4, "pending": 3}, seed=9, **options)
+    assert torch.equal(given.order, noisy.order)
+    with pytest.raises(at.UserError, match="search options evaluations are unknown: expected none"):
+        at.explain(image, classifier, 0, search=single_regions, evaluations=9, **options)
+
+
+def test_an_entry_brings_its_weights_and_its_budget() -> None:
+    classifier, image, labels, _ = linear_problem(3)
+
+    def counted(objective: Objective, *, evaluations: int | None = None) -> Tensor:
+        return torch.arange(objective.size) if evaluations is None else torch.arange(objective.size).flip(0)
+
+    weights = at.ScoreWeights(1, 2, 0, 0)
+    entry = Search(counted, weights=weights, default_budget=lambda objective: 5 * objective.size)
+    for search, order, budget, wanted in ((counted, 0, None, at.ScoreWeights()), (entry, 11, 60, weights)):
+        made = at.explain(image, classifier, 0, regions=labels, search=search)
+        told = made.provenance["settings"]
+        assert made.order[0] == order
+        assert (told["search_options"].get("evaluations"), told["weights"]) == (budget, vars(wanted))
+    chosen = at.explain(image, classifier, 0, regions=labels, search=entry, preset="lima-single-modal-slico", evaluations=7)
+    assert chosen.provenance["settings"]["weights"] == vars(at.PRESETS["lima-single-modal-slico"].weights)
+    assert chosen.provenance["settings"]["search_options"] == {"evaluations": 7}
 
 
 def published_evaluations(m: int, p: int) -> int:
@@ -148,8 +317,14 @@ def test_count(search: Callable[..., Tensor]) -> None:
     f = coverage(3, 10)
     assert len(search(Toy(10, f), count=4)) == 4
     for count in (0, 11):
-        with pytest.raises(at.UserError, match=f"count is {count}: expected 1 to 10"):
+        with pytest.raises(at.UserError, match=f"count is {count}: expected a whole number from 1 to 10"):
             search(Toy(10, f), count=count)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_bad_batch_size(batch_size: float) -> None:
+    with pytest.raises(at.UserError, match=f"batch_size is {batch_size}: expected a whole number of at least 1"):
+        lazy_greedy(Toy(4, coverage(0, 4)), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1.0, -1.0])

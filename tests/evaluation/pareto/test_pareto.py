@@ -14,7 +14,7 @@ from torch import nn
 
 import attribution as at
 import evaluation as ev
-from attribution.presets import BALANCED
+from attribution.objective import BALANCED
 from attribution.search.budget import anytime_from, search_orders
 from evaluation.metrics.protocol import Protocol
 from evaluation.pareto.figures import plot_pareto
