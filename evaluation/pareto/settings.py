@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attribution.errors import UserError
+from attribution.fills import DEFAULT_FILL
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
@@ -44,7 +45,7 @@ class ParetoSettings:
     model: str | Classifier = "zoo:cnn"
     regions: str = "grid"
     count: int = 64
-    fill: str = "black"
+    fill: str = DEFAULT_FILL
     methods: tuple[str, ...] = ("budget", REFERENCE)
     budgets: tuple[int, ...] = BUDGETS
     sampled_budgets: tuple[int, ...] = SAMPLED_BUDGETS

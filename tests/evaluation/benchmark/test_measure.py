@@ -79,7 +79,7 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
                 )
                 assert score.area == pytest.approx(area, abs=1e-6)
             faithful = ev.mu_fidelity(image, classifier, explanation, target, output="logit")
-            assert found[*where, "mu_fidelity"] == pytest.approx(faithful, abs=1e-6)
+            assert found[*where, "mu_fidelity (fill black)"] == pytest.approx(faithful, abs=1e-6)
 
 
 def test_the_true_order_of_a_linear_model_leads(tmp_path: Path) -> None:
