@@ -203,14 +203,14 @@ class _Case:
 
     def _sampled(self, method: str, budget: int) -> Explanation | None:
         """A method of ``METHODS`` that forwards at most so many images; None where it cannot."""
-        options: dict[str, Any] = {"samples": budget}
+        options: dict[str, Any] = {"n_samples" if method == "kernel_shap" else "samples": budget}
         if method == "occlusion":
             size = min(self.classifier.preprocessing.size)
             window = max(1, size // 4)
             strides = [stride for stride in _OCCLUSION_STRIDES if stride <= window and (-(-(size - window) // stride) + 1) ** 2 <= budget]
             if not strides:
                 return None
-            options = {"window": window, "stride": strides[0]}
+            options = {"sliding_window_shapes": window, "strides": strides[0]}
         if method == "kernel_shap":
             options["regions"] = self.regions
         if method == "hsic":

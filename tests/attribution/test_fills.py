@@ -133,7 +133,7 @@ def test_one_default_for_everything_that_hides_pixels() -> None:
 
 
 def test_the_default_of_attribute_is_black_and_that_of_a_preset_its_papers(cnn: at.Classifier, small_cat: Tensor) -> None:
-    options = {"window": 8, "stride": 4}
+    options = {"sliding_window_shapes": 8, "strides": 4}
     found = at.attribute(small_cat, cnn, "occlusion", **options)
     assert torch.equal(found.pixel_map, at.attribute(small_cat, cnn, "occlusion", fill="black", **options).pixel_map)
     assert found.provenance["settings"]["fill"] == "black"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from toys import SIDE, linear_classifier
 
 import attribution as at
 import evaluation as ev
+from evaluation.metrics.judged import judged
 from evaluation.metrics.protocol import Protocol
-from evaluation.metrics.registry import METRICS, Case, expand_metrics, measures_of, metric_title
+from evaluation.metrics.registry import METRICS, Case, Measurement, Metric, expand_metrics, measures_of, metric_title
 
 PROTOCOL = Protocol(fill="black", output="logit")
 
@@ -31,8 +33,7 @@ def case(method: str, image_seed: int, **options: object) -> Case:
     return Case(classifier, explain(image), 0, regions, lambda picture: explain(picture).pixel_map, mask, seed=image_seed)
 
 
-@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.grid])
-def test_contract(name: str) -> None:
+def check_contract(name: str) -> None:
     """A finite number, the same again, from the explanation alone and not from scores that it carries."""
     metric = METRICS[name]
     made = case("input_x_gradient", 0)
@@ -43,6 +44,11 @@ def test_contract(name: str) -> None:
     liar = replace(made.explanation, evaluations=0, probabilities=torch.ones(2), provenance={"score": 1.0})
     assert metric.function(replace(made, explanation=liar, curves={}), PROTOCOL).value == value
     assert metric.curve == bool(made.curves)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.grid])
+def test_contract(name: str) -> None:
+    check_contract(name)
 
 
 @pytest.mark.parametrize("name", ["insertion", "deletion", "insertion_deletion", "mu_fidelity", "road", "infidelity"])
@@ -153,3 +159,29 @@ def test_titles() -> None:
         "difull": "DiFull",
         "dipart": "DiPart",
     }
+
+
+# --- the recipe of docs/extending.md: one function, one entry
+
+
+def peak_share(case: Case, protocol: Protocol) -> Measurement:
+    """The share of the pixels that reach half of the map's maximum."""
+    values = judged(case.explanation).values
+    return Measurement(float((values >= values.max() / 2).double().mean()))
+
+
+def test_the_recipe_of_a_metric_keeps_the_contract(
+    run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "peak_share", Metric(peak_share, "lower", "share of the pixels that reach half of the maximum"))
+    check_contract("peak_share")
+    made = case("input_x_gradient", 0)
+    values = made.explanation.pixel_map.flatten().tolist()
+    by_hand = sum(value >= max(values) / 2 for value in values) / len(values)
+    assert METRICS["peak_share"].function(made, PROTOCOL).value == pytest.approx(by_hand)
+    assert metric_title("peak_share") == "peak share" and expand_metrics(["peak_share"]) == ("peak_share",)
+    (measure,) = (measure for measure, _ in measures_of("peak_share", [PROTOCOL]))
+    assert (measure.label, measure.direction) == ("peak_share", "lower")
+    assert ev.make_settings({"data": "x", "metrics": ["peak_share"]}).measures == (measure,)
+    code, out, _ = run_command("benchmark", "--list")
+    assert code == 0 and "peak_share lower is better: share of the pixels" in " ".join(out.split())
