@@ -674,7 +674,7 @@ def test_rules_of_captum_on_networks_whose_heads_slide(method: str) -> None:
     used = classifier(drawn(Vgg(), 3))
     before = state(used.module)
     cell = cut(grid(), 3, 2)[0]
-    alone = at.attribute(cell, used, method, 4, preset="rao" if method == "guided_backprop" else None).pixel_map
+    alone = at.attribute(cell, used, method, 4, preset="rao" if method == "guided_backprop" else None, fill="model_mean").pixel_map
     for layer in ("input", "middle"):
         for setting in SETTINGS:
             maps = grid_maps(used, grid(), LABELS, 2, setting, layer, method)
