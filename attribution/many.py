@@ -15,7 +15,7 @@ from attribution.checks import check_whole
 from attribution.errors import UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.fills import drops
+from attribution.fills import DEFAULT_FILL, drops
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import Relay
@@ -56,7 +56,7 @@ def explain_many(
     if isinstance(images, str | bytes | Tensor) or not isinstance(images, Sequence):
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     check_whole("together", together, 1)
-    if drops(options.get("fill", "black")):
+    if drops(options.get("fill", DEFAULT_FILL)):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
         raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")

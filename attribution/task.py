@@ -1,4 +1,4 @@
-"""What an attribution method is given: a model input, the scores of a class, and what stands for 'hidden'."""
+"""Task: what an attribution method is given. A model input, the scores of a class, and what hidden pixels show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attribution.errors import NotApplicable, UserError
+from attribution.checks import check_choice
+from attribution.errors import NotApplicable
 from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import even_chunks
@@ -31,16 +32,15 @@ _CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Scores(nn.Module):
-    """Scores [n, C] of model inputs [n, 3, h, w], at most the classifier's batch size in memory at once, also under autograd.
+    """Scores [n, C] of model inputs [n, 3, h, w], with at most the classifier's batch size in memory at once, also under autograd.
 
-    Larger batches are cut into chunks whose activations are computed again in the backward pass (Chen et al., 2016), so that a
-    method may ask for all its samples at once: what it draws, and its result, do not depend on the batch size.
+    Larger batches are cut into chunks whose activations are computed again in the backward pass (Chen et al., 2016). A method may
+    therefore ask for all its samples at once: neither what it draws nor its result depends on the batch size.
     """
 
     def __init__(self, classifier: Classifier, output: Output) -> None:
         super().__init__()
-        if output not in ("logit", "probability"):
-            raise UserError(f"output={output!r}: expected 'logit' or 'probability'")
+        check_choice("output", output, ("logit", "probability"))
         self.module = classifier.module if isinstance(classifier.module, nn.Module) else nn.Identity()
         self.evaluations = 0
         self._classifier, self._output = classifier, output
@@ -70,7 +70,7 @@ class Task:
         target: class index.
         inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
         seed: of methods that draw.
-        structure: what was found out about the network by running it; tasks of the same network and input size may share it.
+        structure: facts about the network that were found by running it. Tasks of the same network and input size may share them.
     """
 
     classifier: Classifier
@@ -98,7 +98,7 @@ class Task:
 
     @property
     def module(self) -> nn.Module:
-        """The module, for methods that look inside.
+        """The module of the classifier, for methods that look inside.
 
         Raises:
             NotApplicable: the classifier is a black box.
@@ -117,7 +117,7 @@ class Task:
 
     def leaf(self) -> Tensor:
         """A copy of the inputs that takes gradients."""
-        self.module  # noqa: B018  a black box is refused before anything runs
+        self.module  # noqa: B018  refuses a black box before anything runs
         return self.inputs.detach().clone().requires_grad_()
 
     def score_of(self, output: Output) -> Callable[[Tensor], Tensor]:
@@ -137,11 +137,11 @@ class Task:
             yield
 
     def blend(self, masks: Tensor) -> Tensor:
-        """Soft masks over the model input: [n, 1, h, w] in [0, 1], 1 shows the image, 0 the fill -> inputs [n, 3, h, w]."""
+        """Blend image and fill by soft masks [n, 1, h, w] in [0, 1], where 1 shows the image and 0 the fill -> inputs [n, 3, h, w]."""
         return self.baseline + masks * (self.inputs - self.baseline)
 
     def masked_chunks(self, masks: Tensor, output: Output) -> Tensor:
-        """The target's score of each soft mask, [n, 1, a, b] resized to the input by nearest neighbour -> [n]."""
+        """Score soft masks [n, 1, a, b], resized to the input by nearest neighbour: the target's score under each -> [n]."""
         score = self.score_of(output)
         parts = []
         for chunk in even_chunks(masks, self.classifier.batch_size):
@@ -150,7 +150,7 @@ class Task:
         return torch.cat(parts)
 
     def subsets_model(self, labels: Tensor, output: Output) -> Callable[[Tensor], Tensor]:
-        """Scores of subsets of an image's regions, for methods on interpretable features: float [n, R], 0 hidden -> [n, C]."""
+        """The model as a function of subsets of the image's regions, float [n, R] with 0 for hidden -> scores [n, C]."""
         masked, model = MaskedInputs(self.classifier, self.image, labels, self.fill), self.scores(output)
 
         def score(subsets: Tensor) -> Tensor:
@@ -161,21 +161,23 @@ class Task:
 
 
 def over_channels(values: Tensor, channels: Channels) -> Tensor:
-    """One value per pixel from [C, h, w]; "absmax" keeps the sign of the largest, "abs_sum" and "abs_max" drop signs."""
-    if channels not in _CHANNELS:
-        raise UserError(f"channels={channels!r}: expected one of {', '.join(_CHANNELS)}")
+    """Reduce channels [C, h, w] to one value per pixel [h, w].
+
+    "absmax" takes the value of the largest magnitude with its sign; "abs_sum" and "abs_max" take magnitudes.
+    """
+    check_choice("channels", channels, _CHANNELS)
     return _CHANNELS[channels](values)
 
 
 def enlarged(task: Task, values: Tensor, mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
-    """A coarse map [a, b] over the model input, [h, w]."""
+    """Enlarge a coarse map [a, b] to the model input: [h, w]."""
     return nn.functional.interpolate(values[None, None].float(), size=task.size, mode=mode, align_corners=False)[0, 0]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run the block with the global generators at a seed, and put them back: Captum draws from torch's and NumPy's."""
-    state, own = np.random.get_state(), random.getstate()  # noqa: NPY002  it is Captum that draws from them
+    """Seed the global generators for the block and restore them after it: Captum draws from those of torch and NumPy."""
+    state, own = np.random.get_state(), random.getstate()  # noqa: NPY002  Captum draws from them
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002

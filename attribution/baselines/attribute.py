@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attribution.baselines import cams, controls, gradients, perturbation, transformers
-from attribution.baselines.options import check_options, option_names
-from attribution.baselines.presets import METHOD_PRESETS
+from attribution.baselines.method import Method
+from attribution.baselines.options import check_options, current_names
+from attribution.baselines.presets import METHOD_PRESETS, PRESET_FILLS
 from attribution.baselines.smoothing import Smoothing, smoothed
+from attribution.checks import check_choice, check_seed
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.explanation import Explanation
-from attribution.fills import Fill, classifier_fill
+from attribution.fills import DEFAULT_FILL, Fill, classifier_fill
 from attribution.hooks import evaluation_mode
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.provenance import provenance
 from attribution.task import Task
-
-
-@dataclass(frozen=True)
-class Method:
-    """An attribution method.
-
-    Attributes:
-        function: (task, **options) -> float map.
-        family: "gradient", "cam", "perturbation", "transformer" or "control".
-        domain: what the map lies on, the model "input" [h, w] or the "image" [H, W].
-        stochastic: whether the result depends on the seed.
-    """
-
-    function: Callable[..., Tensor]
-    family: Literal["gradient", "cam", "perturbation", "transformer", "control"]
-    domain: Literal["input", "image"] = "input"
-    stochastic: bool = False
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the options that it takes."""
-        return option_names(self.function)
-
-    @property
-    def summary(self) -> str:
-        """One line that says what it computes."""
-        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def attribute(
@@ -62,13 +35,13 @@ def attribute(
     *,
     preset: str | None = None,
     smoothing: Smoothing | int | Mapping[str, Any] | None = None,
-    fill: Fill = "model_mean",
+    fill: Fill | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     max_side: int | None = MAX_SIDE,
     **options: Any,
 ) -> Explanation:
-    """A map of how much each pixel counts for a class, by one of ``METHODS``.
+    """Attribute the score of a class to the pixels of an image, by one of ``METHODS``.
 
     Args:
         image: whatever ``load_image`` takes.
@@ -76,15 +49,15 @@ def attribute(
         method: a key of ``METHODS``.
         target: class to explain, index or name; the predicted class by default.
         preset: a key of ``METHOD_PRESETS``, settings of the reference code; options override it.
-        smoothing: Gaussian smoothing of the map, or the side of its kernel in pixels of the model input (see ``Smoothing``); S-IxG and
-            S-IntGrad of Rao et al. (TPAMI 2024) are "input_x_gradient" and "integrated_gradients" with one.
-        fill: baseline of the method and what hidden pixels show; default "model_mean", zero after normalisation, as published
-            for nearly all of them (see ``explain`` for others).
+        smoothing: Gaussian smoothing of the map, or the side of its kernel in pixels of the model input (see ``Smoothing``). S-IxG
+            and S-IntGrad of Rao et al. (TPAMI 2024) are "input_x_gradient" and "integrated_gradients" with a smoothing.
+        fill: baseline of the method and what hidden pixels show (see ``explain``); default "black", with a preset that of the
+            reference code (``PRESET_FILLS``).
         seed: of methods that draw.
         batch_size: most images in memory at once, also under gradients; the classifier's own by default. The result does not
             depend on it.
         max_side: longer images are shrunk to this side first; None for no limit.
-        options: of the method, see its docstring.
+        options: of the method, see its docstring. Those of Captum's methods have Captum's names.
 
     Returns:
         An ``Explanation`` with ``pixel_map`` float32 [H, W], signed or not; no regions and no order until ``ranked_over``.
@@ -98,13 +71,14 @@ def attribute(
     chosen = find_method(method)
     if isinstance(classifier, torch.nn.Module):
         raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed!r}: expected a whole number from 0 to 2**63 - 1")
-    settings = {**_preset_options(preset, method), **options}
+    check_seed(seed)
+    settings = {**_preset_options(preset, method), **current_names(method, options)}
+    if fill is None:
+        fill = DEFAULT_FILL if preset is None else PRESET_FILLS[preset]
     window = Smoothing.parse(smoothing)
     check_options(method, chosen.function, settings)
     classifier = load_classifier(classifier)
-    if chosen.family not in ("perturbation", "control") and not isinstance(classifier.module, torch.nn.Module):
+    if not chosen.black_box and not isinstance(classifier.module, torch.nn.Module):
         raise NotApplicable(
             f"{method} does not apply to {classifier.name}: it is a black box, and the method needs an nn.Module to look inside; use "
             f"{', '.join(name for name, each in METHODS.items() if each.family == 'perturbation')} or a region search"
@@ -170,43 +144,16 @@ def run_method(method: Method, task: Task, options: Mapping[str, Any]) -> Tensor
 def _preset_options(preset: str | None, method: str) -> dict[str, Any]:
     if preset is None:
         return {}
-    if preset not in METHOD_PRESETS:
-        raise UserError(f"unknown preset {preset!r}: expected one of {', '.join(METHOD_PRESETS)}")
+    check_choice("preset", preset, METHOD_PRESETS)
     if method not in METHOD_PRESETS[preset]:
         raise UserError(f"preset {preset!r} has no settings for {method}: it has {', '.join(METHOD_PRESETS[preset])}")
     return METHOD_PRESETS[preset][method]
 
 
 METHODS: dict[str, Method] = {
-    "saliency": Method(gradients.saliency, "gradient"),
-    "input_x_gradient": Method(gradients.input_x_gradient, "gradient"),
-    "integrated_gradients": Method(gradients.integrated_gradients, "gradient"),
-    "smooth_grad": Method(gradients.smooth_grad, "gradient", stochastic=True),
-    "gradient_shap": Method(gradients.gradient_shap, "gradient", stochastic=True),
-    "deep_lift": Method(gradients.deep_lift, "gradient"),
-    "guided_backprop": Method(gradients.guided_backprop, "gradient"),
-    "deconvolution": Method(gradients.deconvolution, "gradient"),
-    "lrp": Method(gradients.lrp, "gradient"),
-    "guided_grad_cam": Method(gradients.guided_grad_cam, "gradient"),
-    "grad_cam": Method(cams.grad_cam, "cam"),
-    "grad_cam_plus_plus": Method(cams.grad_cam_plus_plus, "cam"),
-    "layer_cam": Method(cams.layer_cam, "cam"),
-    "score_cam": Method(cams.score_cam, "cam"),
-    "ablation_cam": Method(cams.ablation_cam, "cam"),
-    "occlusion": Method(perturbation.occlusion, "perturbation"),
-    "feature_ablation": Method(perturbation.feature_ablation, "perturbation", "image"),
-    "shapley_value_sampling": Method(perturbation.shapley_value_sampling, "perturbation", "image", stochastic=True),
-    "kernel_shap": Method(perturbation.kernel_shap, "perturbation", "image", stochastic=True),
-    "lime": Method(perturbation.lime, "perturbation", "image", stochastic=True),
-    "rise": Method(perturbation.rise, "perturbation", stochastic=True),
-    "hsic": Method(perturbation.hsic, "perturbation", stochastic=True),
-    "sobol": Method(perturbation.sobol, "perturbation", stochastic=True),
-    "attention_rollout": Method(transformers.attention_rollout, "transformer"),
-    "transformer_attribution": Method(transformers.transformer_attribution, "transformer"),
-    "grad_eclip": Method(transformers.grad_eclip, "transformer"),
-    "attn_lrp": Method(transformers.attn_lrp, "transformer"),
-    "random": Method(controls.random, "control", "image", stochastic=True),
-    "constant": Method(controls.constant, "control", "image"),
-    "center_prior": Method(controls.center_prior, "control", "image"),
-    "edge_filter": Method(controls.edge_filter, "control", "image"),
+    **gradients.METHODS,
+    **cams.METHODS,
+    **perturbation.METHODS,
+    **transformers.METHODS,
+    **controls.METHODS,
 }

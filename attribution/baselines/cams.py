@@ -1,7 +1,7 @@
 """Class activation maps: a weighted sum over the channels of a layer's map of the image, bilinearly enlarged.
 
-``layer`` is the name of a module or the module itself; found automatically otherwise (``layers.find_feature_layer``). Tokens of a
-transformer count as a map, without class and register tokens.
+``layer`` is the name of a module or the module itself; by default the last map is found (``network.maps.find_feature_layer``). Tokens
+of a transformer count as a map, without class and register tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attribution.errors import UserError
+from attribution.baselines.method import Method
+from attribution.checks import check_choice
 from attribution.hooks import edited_outputs, record_outputs
 from attribution.model.forwarding import even_chunks
 from attribution.network.maps import FeatureLayer, find_feature_layer
@@ -45,7 +46,7 @@ def grad_cam_plus_plus(
         spatial: S_c in the denominator of alpha = g^2 / (2 g^2 + g^3 S_c): sum (the paper) or mean (xplique) of A_c.
         weight: w_c = sum (the paper) or mean (xplique) over positions of alpha relu(g).
         exponential: multiply g by exp(score) inside the relu, the paper's Y = exp(S) (as Rao et al., CVPR 2022).
-        output: see ``gradients``.
+        output: the score, "logit" or "probability".
     """
     activation, gradient, score = _activation_and_gradient(task, layer, output)
     return enlarged(task, grad_cam_plus_plus_map(activation, gradient, score if exponential else None, spatial, weight))
@@ -61,13 +62,12 @@ def score_cam(task: Task, *, layer: Layer = None, weights: Literal["score", "sof
     """Score-CAM (Wang et al., CVPR workshop 2020): each channel's map, scaled to [0, 1], masks the image; its score is its weight.
 
     Args:
-        task: what is explained. What a channel hides shows the fill.
+        task: what is explained. Pixels that a channel hides show the fill.
         layer: see the module.
         weights: "score", the target's score of the masked image (as Rao et al.), or its "softmax" over the channels.
         output: the score.
     """
-    if weights not in ("score", "softmax"):
-        raise UserError(f"weights={weights!r}: expected 'score' or 'softmax'")
+    check_choice("weights", weights, ("score", "softmax"))
     activation, _ = _activation(task, find_feature_layer(task, layer))
     low, high = activation.amin(dim=(1, 2)), activation.amax(dim=(1, 2))
     used = (high > low).nonzero()[:, 0]  # a constant channel masks nothing
@@ -123,8 +123,8 @@ def grad_cam_plus_plus_map(
     weight: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     """Grad-CAM++ of [C, h, w] activations and gradients -> [h, w]; ``score`` adds the factor exp(score)."""
-    if spatial not in ("sum", "mean") or weight not in ("sum", "mean"):
-        raise UserError(f"spatial={spatial!r}, weight={weight!r}: expected 'sum' or 'mean'")
+    check_choice("spatial", spatial, ("sum", "mean"))
+    check_choice("weight", weight, ("sum", "mean"))
     total = getattr(activation, spatial)(dim=(1, 2), keepdim=True)
     denominator = 2 * gradient.square() + gradient.pow(3) * total
     alpha = gradient.square() / torch.where(denominator == 0, 1, denominator)
@@ -147,3 +147,12 @@ def _activation_and_gradient(task: Task, layer: Layer, output: Output) -> tuple[
     tensor = calls[-1][1]
     (gradient,) = torch.autograd.grad(score, tensor)
     return found.to_map(tensor.detach())[0], found.to_map(gradient)[0], score.detach()
+
+
+METHODS: dict[str, Method] = {
+    "grad_cam": Method(grad_cam, "cam"),
+    "grad_cam_plus_plus": Method(grad_cam_plus_plus, "cam"),
+    "layer_cam": Method(layer_cam, "cam"),
+    "score_cam": Method(score_cam, "cam"),
+    "ablation_cam": Method(ablation_cam, "cam"),
+}

@@ -1,7 +1,8 @@
-"""Methods on the gradient with respect to the input; Captum's implementations on the classifier's own inputs.
+"""Methods on the gradient with respect to the input: Captum's implementations, on the classifier's own inputs.
 
-Each takes a ``Task`` and returns a map [h, w] over the model input. ``output`` is what is explained, "logit" (default) or
-"probability"; ``channels`` says how the colours become one value.
+Each takes a ``Task`` and returns a map [h, w] over the model input. Options of Captum have Captum's names. Two are ours and common to
+all: ``output`` is the score that is explained, "logit" (default) or "probability"; ``channels`` says how the colours of a pixel become
+one value. ``abs`` takes magnitudes before that.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule, IdentityRule
 from torch import Tensor, nn
 
+from attribution.baselines.method import Method
+from attribution.checks import check_choice, check_number, check_whole, is_number
 from attribution.errors import NotApplicable, UserError
 from attribution.fills import make_fill
 from attribution.hooks import evaluation_mode, one_module_a_call
 from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
 from attribution.task import Channels, Output, Task, over_channels, seeded
 
-_SMOOTH = {"smooth_grad": "smoothgrad", "smooth_grad_squared": "smoothgrad_sq", "var_grad": "vargrad"}
 _OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and what they run
     nn.ReLU: "relu",
     nn.ELU: "elu",
@@ -35,39 +37,46 @@ _OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Capt
 }
 
 
-def saliency(task: Task, *, channels: Channels = "sum", absolute: bool = True, output: Output = "logit") -> Tensor:
+def saliency(task: Task, *, channels: Channels = "sum", abs: bool = True, output: Output = "logit") -> Tensor:
     """|d score / d input| (Simonyan et al., ICLR workshop 2014), by default summed over the channels."""
-    found = captum.attr.Saliency(task.scores(output)).attribute(task.leaf(), target=task.target, abs=absolute)
+    found = captum.attr.Saliency(task.scores(output)).attribute(task.leaf(), target=task.target, abs=abs)
     return over_channels(found[0], channels)
 
 
 def input_x_gradient(task: Task, *, channels: Channels = "sum", output: Output = "logit") -> Tensor:
-    """(input) x (gradient) (Shrikumar et al., 2016), signed."""
+    """The input times the gradient (Shrikumar et al., 2016), signed."""
     return over_channels(captum.attr.InputXGradient(task.scores(output)).attribute(task.leaf(), target=task.target)[0], channels)
 
 
 def integrated_gradients(
     task: Task,
     *,
-    steps: int = 50,
+    n_steps: int = 50,
     rule: Literal["gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_left", "riemann_right"] = "gausslegendre",
     channels: Channels = "sum",
     output: Output = "logit",
 ) -> Tensor:
-    """Integrated gradients from the fill to the image (Sundararajan et al., ICML 2017, equation 1), signed."""
-    _at_least(steps, 1, "steps")
+    """Integrated gradients from the fill to the image (Sundararajan et al., ICML 2017, equation 1), signed.
+
+    Args:
+        task: what is explained.
+        n_steps: points on the straight line between them.
+        rule: Captum's ``method`` of numerical integration (``attribute`` calls the attribution method so).
+        channels, output: see the module.
+    """
+    check_whole("n_steps", n_steps, 1)
     method = captum.attr.IntegratedGradients(task.scores(output))
-    found = method.attribute(task.leaf(), baselines=task.baseline, target=task.target, n_steps=steps, method=rule)
+    found = method.attribute(task.leaf(), baselines=task.baseline, target=task.target, n_steps=n_steps, method=rule)
     return over_channels(found[0].float(), channels)
 
 
 def smooth_grad(
     task: Task,
     *,
-    samples: int = 50,
-    noise: float = 0.2,
-    kind: Literal["smooth_grad", "smooth_grad_squared", "var_grad"] = "smooth_grad",
-    absolute: bool = True,
+    nt_samples: int = 50,
+    stdevs: float = 0.2,
+    nt_type: Literal["smoothgrad", "smoothgrad_sq", "vargrad"] = "smoothgrad",
+    abs: bool = True,
     channels: Channels = "sum",
     output: Output = "logit",
 ) -> Tensor:
@@ -75,36 +84,39 @@ def smooth_grad(
 
     Args:
         task: what is explained.
-        samples: noisy copies.
-        noise: standard deviation in units of the normalised input.
-        kind: mean of the gradients, of their squares, or their variance.
-        absolute: take the magnitude of each gradient before averaging; False averages signed gradients.
+        nt_samples: noisy copies.
+        stdevs: standard deviation of the noise, in units of the normalised input.
+        nt_type: mean of the gradients, of their squares, or their variance.
+        abs: take the magnitude of each gradient before averaging; False averages signed gradients.
         channels, output: see the module.
     """
-    _at_least(samples, 2 if kind == "var_grad" else 1, "samples")
-    _not_negative(noise, "noise")
-    if kind not in _SMOOTH:
-        raise UserError(f"kind={kind!r}: expected one of {', '.join(_SMOOTH)}")
+    check_choice("nt_type", nt_type, ("smoothgrad", "smoothgrad_sq", "vargrad"))
+    check_whole("nt_samples", nt_samples, 2 if nt_type == "vargrad" else 1)
+    check_number("stdevs", stdevs, 0)
     tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(task.scores(output)))
     with seeded(task.seed):
-        found = tunnel.attribute(
-            task.leaf(), nt_type=_SMOOTH[kind], nt_samples=samples, stdevs=float(noise), target=task.target, abs=absolute
-        )
+        found = tunnel.attribute(task.leaf(), nt_type=nt_type, nt_samples=nt_samples, stdevs=float(stdevs), target=task.target, abs=abs)
     return over_channels(found[0], channels)
 
 
-def gradient_shap(task: Task, *, samples: int = 50, noise: float = 0.0, channels: Channels = "sum", output: Output = "logit") -> Tensor:
+def gradient_shap(task: Task, *, n_samples: int = 50, stdevs: float = 0.0, channels: Channels = "sum", output: Output = "logit") -> Tensor:
     """Expected gradients over random points between baselines and the noisy image (Lundberg & Lee, NeurIPS 2017; Captum), signed.
 
     The baselines are the fill and a blurred copy of the image.
+
+    Args:
+        task: what is explained.
+        n_samples: random points.
+        stdevs: standard deviation of the noise, in units of the normalised input.
+        channels, output: see the module.
     """
-    _at_least(samples, 1, "samples")
-    _not_negative(noise, "noise")
+    check_whole("n_samples", n_samples, 1)
+    check_number("stdevs", stdevs, 0)
     blurred = task.classifier.preprocessing(make_fill(task.image, "blur")[None].to(task.inputs))
     baselines = torch.cat([task.baseline, blurred])
     method = captum.attr.GradientShap(task.scores(output))
     with seeded(task.seed):
-        found = method.attribute(task.leaf(), baselines=baselines, n_samples=samples, stdevs=float(noise), target=task.target)
+        found = method.attribute(task.leaf(), baselines=baselines, n_samples=n_samples, stdevs=float(stdevs), target=task.target)
     return over_channels(found[0].float(), channels)
 
 
@@ -112,7 +124,7 @@ def deep_lift(task: Task, *, channels: Channels = "sum", output: Output = "logit
     """DeepLIFT with the rescale rule against the fill (Shrikumar et al., ICML 2017), signed.
 
     Raises:
-        UserError: a network whose activations the rule does not know (GELU, SiLU, attention, functional ReLU).
+        NotApplicable: a network whose activations the rule does not know (GELU, SiLU, attention, functional ReLU).
     """
     _refuse_unknown_activations(task, "deep_lift", tuple(_OPERATIONS))
     with _separated(task), task.rows_together(2):
@@ -120,18 +132,18 @@ def deep_lift(task: Task, *, channels: Channels = "sum", output: Output = "logit
     return over_channels(found[0].detach(), channels)
 
 
-def guided_backprop(task: Task, *, channels: Channels = "sum", absolute: bool = True, output: Output = "logit") -> Tensor:
+def guided_backprop(task: Task, *, channels: Channels = "sum", abs: bool = True, output: Output = "logit") -> Tensor:
     """Gradients that pass a ReLU only where they are positive too (Springenberg et al., ICLR workshop 2015).
 
     Raises:
-        UserError: a network without ReLU modules or with other activations, where it would be the plain gradient.
+        NotApplicable: a network without ReLU modules or with other activations, where it would be the plain gradient.
     """
-    return _modified_relu(task, captum.attr.GuidedBackprop, "guided_backprop", channels, absolute, output)
+    return _modified_relu(task, captum.attr.GuidedBackprop, "guided_backprop", channels, abs, output)
 
 
-def deconvolution(task: Task, *, channels: Channels = "sum", absolute: bool = True, output: Output = "logit") -> Tensor:
+def deconvolution(task: Task, *, channels: Channels = "sum", abs: bool = True, output: Output = "logit") -> Tensor:
     """Gradients whose negative part is cut at every ReLU (Zeiler & Fergus, ECCV 2014); same limits as ``guided_backprop``."""
-    return _modified_relu(task, captum.attr.Deconvolution, "deconvolution", channels, absolute, output)
+    return _modified_relu(task, captum.attr.Deconvolution, "deconvolution", channels, abs, output)
 
 
 def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Channels = "sum", output: Output = "logit") -> Tensor:
@@ -145,7 +157,7 @@ def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Cha
         channels, output: see the module.
 
     Raises:
-        UserError: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks), or residual sums: Captum
+        NotApplicable: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks), or residual sums: Captum
             passes the relevance of a sum to both branches in full, so that it doubles with every block.
     """
     sums = _refuse_unknown_activations(task, "lrp", (nn.ReLU, nn.Tanh, nn.MaxPool2d))["residual sum"]
@@ -154,8 +166,9 @@ def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Cha
             f"lrp does not apply to {task.classifier.name}: relevance would double at each of its {sums} residual sums; "
             "use integrated_gradients, deep_lift or grad_cam"
         )
-    if gamma < 0 or epsilon <= 0:
-        raise UserError(f"lrp gamma={gamma}, epsilon={epsilon}: expected a gamma of at least 0 and a positive epsilon")
+    check_number("gamma", gamma, 0)
+    if not is_number(epsilon) or epsilon <= 0:
+        raise UserError(f"epsilon is {epsilon!r}: expected a positive number")
     with _separated(task):
         try:
             with _lrp_rules(task, gamma, epsilon):
@@ -188,13 +201,13 @@ def guided_grad_cam(
     *,
     layer: str | nn.Module | FeatureLayer | None = None,
     channels: Channels = "sum",
-    absolute: bool = False,
+    abs: bool = False,
     output: Output = "logit",
 ) -> Tensor:
     """Guided backpropagation times the upsampled Grad-CAM map (Selvaraju et al., ICCV 2017, section 3.2), signed.
 
     Raises:
-        UserError: as ``guided_backprop``, or a layer that is no map [n, C, h, w].
+        NotApplicable: as ``guided_backprop``, or a layer that is no map [n, C, h, w].
     """
     _refuse_unknown_activations(task, "guided_grad_cam", (nn.ReLU,))
     found = find_feature_layer(task, layer)
@@ -203,16 +216,14 @@ def guided_grad_cam(
     with _separated(task, keep=found.module):
         method = captum.attr.GuidedGradCam(task.scores(output), found.module)
         values = method.attribute(task.leaf(), target=task.target, interpolate_mode="bilinear")[0].detach()
-    return over_channels(values.abs() if absolute else values, channels)
+    return over_channels(values.abs() if abs else values, channels)
 
 
-def _modified_relu(
-    task: Task, method: type[captum.attr.Attribution], name: str, channels: Channels, absolute: bool, output: Output
-) -> Tensor:
+def _modified_relu(task: Task, method: type[captum.attr.Attribution], name: str, channels: Channels, abs: bool, output: Output) -> Tensor:
     _refuse_unknown_activations(task, name, (nn.ReLU,))
     with _separated(task):
         found = method(task.scores(output)).attribute(task.leaf(), target=task.target)[0].detach()
-    return over_channels(found.abs() if absolute else found, channels)
+    return over_channels(found.abs() if abs else found, channels)
 
 
 @contextmanager
@@ -230,7 +241,7 @@ def _separated(task: Task, keep: nn.Module | None = None) -> Iterator[None]:
 
 
 def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Module], ...]) -> Counter[str]:
-    """What ran, in networks whose every nonlinearity is a module of the given kinds: elsewhere the rule would not be applied."""
+    """Count what ran. Refuse networks with a nonlinearity that is no module of the given kinds: the rule would not be applied there."""
     ran = operations(task)
     known = {_OPERATIONS[kind] for kind in kinds}
     foreign = [f"{count} x {op}" for op, count in ran.items() if op not in {*known, *STRUCTURAL}]
@@ -258,11 +269,15 @@ def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Modu
     return ran
 
 
-def _at_least(value: int, least: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
-
-
-def _not_negative(value: float, name: str) -> None:
-    if not value >= 0:
-        raise UserError(f"{name} is {value!r}: expected a number of at least 0")
+METHODS: dict[str, Method] = {
+    "saliency": Method(saliency, "gradient"),
+    "input_x_gradient": Method(input_x_gradient, "gradient"),
+    "integrated_gradients": Method(integrated_gradients, "gradient"),
+    "smooth_grad": Method(smooth_grad, "gradient", stochastic=True),
+    "gradient_shap": Method(gradient_shap, "gradient", stochastic=True),
+    "deep_lift": Method(deep_lift, "gradient"),
+    "guided_backprop": Method(guided_backprop, "gradient"),
+    "deconvolution": Method(deconvolution, "gradient"),
+    "lrp": Method(lrp, "gradient"),
+    "guided_grad_cam": Method(guided_grad_cam, "gradient"),
+}

@@ -1,16 +1,16 @@
-"""Values of a method's options against the types of its signature, checked before anything runs."""
+"""Options of the methods: their old names, and a check of their values against the types of the signature."""
 
 from __future__ import annotations
 
 import inspect
-import math
+import warnings
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
 from torch import nn
 
+from attribution.checks import is_number, is_whole
 from attribution.errors import UserError, describe
 
 _WORDS: dict[Any, str] = {
@@ -20,6 +20,9 @@ _WORDS: dict[Any, str] = {
     str: "a name",
     nn.Module: "a module",
     NoneType: "None",
+    Mapping: "a dict",
+    list: "a list",
+    tuple: "a tuple",
 }
 
 
@@ -28,8 +31,44 @@ def option_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
+_SAMPLES = {"samples": "n_samples"}
+FORMER: dict[str, dict[str, str]] = {  # names until version 0.1, before those of Captum
+    "saliency": {"absolute": "abs"},
+    "integrated_gradients": {"steps": "n_steps"},
+    "smooth_grad": {"samples": "nt_samples", "noise": "stdevs", "kind": "nt_type", "absolute": "abs"},
+    "gradient_shap": {**_SAMPLES, "noise": "stdevs"},
+    "guided_backprop": {"absolute": "abs"},
+    "deconvolution": {"absolute": "abs"},
+    "guided_grad_cam": {"absolute": "abs"},
+    "occlusion": {"window": "sliding_window_shapes", "stride": "strides"},
+    "shapley_value_sampling": _SAMPLES,
+    "kernel_shap": _SAMPLES,
+    "lime": {**_SAMPLES, "model": "interpretable_model", "distance": "distance_mode"},
+}
+_FORMER_TYPES = {"smooth_grad": "smoothgrad", "smooth_grad_squared": "smoothgrad_sq", "var_grad": "vargrad"}  # values of nt_type
+
+
+def current_names(method: str, options: Mapping[str, Any], stacklevel: int = 3) -> dict[str, Any]:
+    """Options of a method under their present names; former ones work for one version, with a DeprecationWarning.
+
+    Raises:
+        UserError: an option under both names.
+    """
+    former, found = FORMER.get(method, {}), {}
+    for given, value in options.items():
+        name = former.get(given, given)
+        if name in found or (name != given and name in options):
+            raise UserError(f"{method} was given {given} and {name}, the former and the present name of one option: give {name}")
+        if name != given:
+            warnings.warn(f"option {given} of {method} is now {name}", DeprecationWarning, stacklevel=stacklevel)
+            if name == "nt_type" and isinstance(value, str):
+                value = _FORMER_TYPES.get(value, value)
+        found[name] = value
+    return found
+
+
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Whether a method takes these options; ranges are checked by the method itself.
+    """Check that a method takes these options, and the type of each value; the method itself checks ranges.
 
     Raises:
         UserError: an unknown option, or a value of another type than the signature says.
@@ -54,9 +93,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return is_whole(value)
     if hint is float:
-        return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number(value)
     return isinstance(value, origin or hint)
 
 
@@ -65,7 +104,7 @@ def _expected(hint: Any) -> str:
         return _listed([_expected(part) for part in get_args(hint)])
     if get_origin(hint) is Literal:
         return _listed([repr(value) for value in get_args(hint)])
-    return _WORDS.get(hint, "a dict" if get_origin(hint) is Mapping else getattr(hint, "__name__", str(hint)))
+    return _WORDS.get(hint, _WORDS.get(get_origin(hint), getattr(hint, "__name__", str(hint))))
 
 
 def _listed(words: list[str]) -> str:

@@ -1,13 +1,14 @@
-"""Methods that see only scores: they hide parts of the image behind the fill and watch the target.
+"""Methods that see only scores: they hide parts of the image behind the fill and read the score of the target.
 
-They work on any callable. ``output`` is what is watched, "probability" or "logit"; what is drawn depends on the seed alone.
-Methods on regions cut the image as ``make_regions`` does and give every pixel of a region the region's value.
+They work on any callable. ``output`` is the score that is read, "probability" or "logit". What is drawn depends on the seed alone.
+Methods on regions cut the image as ``make_regions`` does and give every pixel of a region the region's value. Options of Captum's
+methods have Captum's names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import captum.attr
@@ -18,6 +19,8 @@ from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from attribution.baselines.method import Method
+from attribution.checks import check_choice, check_number, check_whole, is_number, is_whole
 from attribution.errors import UserError
 from attribution.model.forwarding import even_chunks
 from attribution.regions import make_regions
@@ -29,41 +32,37 @@ RegionOptions = Mapping[str, Any] | None
 def occlusion(
     task: Task,
     *,
-    window: int | None = None,
-    stride: int | None = None,
+    sliding_window_shapes: int | list[int] | tuple[int, ...] | None = None,
+    strides: int | list[int] | tuple[int, ...] | None = None,
     overlap: Literal["mean", "sum"] = "mean",
     border: Literal["inside", "across"] = "inside",
     output: Output = "logit",
 ) -> Tensor:
-    """Drop of the score when a sliding square shows the fill (Zeiler & Fergus, ECCV 2014; Captum), signed.
+    """Drop of the score when a sliding window shows the fill (Zeiler & Fergus, ECCV 2014; Captum), signed.
 
     Args:
         task: what is explained.
-        window: side of the square in pixels of the model input; default 1/7 of the short side.
-        stride: its step; default half the window.
+        sliding_window_shapes: the window in pixels of the model input, as Captum's (channels, height, width) with all 3 channels, or
+            one number for a square; default a square of 1/7 of the short side.
+        strides: its steps likewise; default half the window.
         overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique).
-        border: "inside" starts the first window at the border (Captum); "across" lets windows reach across it, cut off there, and
-            spreads the drop of each over its own area, as Rao et al. (CVPR 2022) do: windows of even side begin before the
-            border so that all pixels are covered equally often, windows of odd side are centred on multiples of the stride.
+        border: "inside" starts the first window at the border (Captum). "across" lets windows reach beyond the border, cuts them off
+            there, and spreads the drop of each over its own area, as Rao et al. (CVPR 2022) do: windows of even side begin before the
+            border, so that all pixels are covered equally often; windows of odd side are centred on multiples of the stride.
         output: see the module.
     """
-    height, width = task.size
-    window = max(1, round(min(height, width) / 7)) if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= window <= min(height, width) or not 1 <= stride <= window:
-        raise UserError(
-            f"occlusion window {window} and stride {stride}: expected 1 <= stride <= window <= {min(height, width)}, "
-            "the input's short side in pixels"
-        )
-    if border not in ("inside", "across"):
-        raise UserError(f"border={border!r}: expected 'inside' or 'across'")
+    check_choice("border", border, ("inside", "across"))
+    square = max(1, round(min(task.size) / 7))
+    window = _sides("sliding_window_shapes", square if sliding_window_shapes is None else sliding_window_shapes, task.size)
+    halves = (3, *(max(1, side // 2) for side in window))
+    stride = _sides("strides", halves if strides is None else strides, window)
     if border == "across":
         return _occlusion_across(task, window, stride, overlap, output)
     channels = task.inputs.shape[1]
     found = captum.attr.Occlusion(task.scores(output)).attribute(
         task.inputs,
-        sliding_window_shapes=(channels, window, window),
-        strides=(channels, stride, stride),
+        sliding_window_shapes=(channels, *window),
+        strides=(channels, *stride),
         baselines=task.baseline,
         target=task.target,
         perturbations_per_eval=task.classifier.batch_size,
@@ -71,8 +70,19 @@ def occlusion(
     return found * _covering_windows(task.size, window, stride).to(found) if overlap == "sum" else found
 
 
-def _occlusion_across(task: Task, window: int, stride: int, overlap: str, output: Output) -> Tensor:
-    ends = [_window_ends(side, window, stride) for side in task.size]
+def _sides(name: str, value: int | Sequence[int], most: tuple[int, int]) -> tuple[int, int]:
+    """Height and width from Captum's (channels, height, width), or from one number for both."""
+    shape = tuple(value) if isinstance(value, list | tuple) else (3, value, value)
+    fits = len(shape) == 3 and shape[0] == 3 and all(is_whole(side) and 1 <= side <= top for side, top in zip(shape[1:], most, strict=True))
+    if not fits:
+        raise UserError(
+            f"{name} is {value!r}: expected a whole number from 1 to {min(most)}, or (3, height, width), at most (3, {most[0]}, {most[1]})"
+        )
+    return int(shape[1]), int(shape[2])
+
+
+def _occlusion_across(task: Task, window: tuple[int, int], stride: tuple[int, int], overlap: str, output: Output) -> Tensor:
+    ends = [_window_ends(*axis) for axis in zip(task.size, window, stride, strict=True)]
     windows = torch.tensor([(*rows, *columns) for rows in ends[0] for columns in ends[1]])
     score = task.score_of(output)
     full = score(task.inputs)
@@ -102,28 +112,28 @@ def feature_ablation(task: Task, *, regions: Any = "slico", region_options: Regi
 
 
 def shapley_value_sampling(
-    task: Task, *, samples: int = 25, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
+    task: Task, *, n_samples: int = 25, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
 ) -> Tensor:
-    """Shapley values of the regions from random orders (Strumbelj & Kononenko, JMLR 2010; Captum), signed; samples x R images."""
-    return _on_regions(task, captum.attr.ShapleyValueSampling, regions, region_options, output, {"n_samples": samples})
+    """Shapley values of the regions from random orders (Strumbelj & Kononenko, JMLR 2010; Captum), signed; n_samples x R images."""
+    return _on_regions(task, captum.attr.ShapleyValueSampling, regions, region_options, output, {"n_samples": n_samples})
 
 
 def kernel_shap(
-    task: Task, *, samples: int = 500, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
+    task: Task, *, n_samples: int = 500, regions: Any = "slico", region_options: RegionOptions = None, output: Output = "logit"
 ) -> Tensor:
     """Shapley values of the regions by weighted regression (Lundberg & Lee, NeurIPS 2017, theorem 2; Captum), signed."""
-    return _on_regions(task, captum.attr.KernelShap, regions, region_options, output, {"n_samples": samples})
+    return _on_regions(task, captum.attr.KernelShap, regions, region_options, output, {"n_samples": n_samples})
 
 
 def lime(
     task: Task,
     *,
-    samples: int = 500,
+    n_samples: int = 500,
     regions: Any = "slico",
     region_options: RegionOptions = None,
-    model: Literal["ridge", "lasso"] = "ridge",
+    interpretable_model: Literal["ridge", "lasso"] = "ridge",
     alpha: float = 1.0,
-    distance: Literal["cosine", "euclidean"] = "cosine",
+    distance_mode: Literal["cosine", "euclidean"] = "cosine",
     kernel_width: float = 0.25,
     output: Output = "probability",
 ) -> Tensor:
@@ -131,23 +141,23 @@ def lime(
 
     Args:
         task: what is explained.
-        samples: random subsets of regions.
+        n_samples: random subsets of regions.
         regions, region_options: see ``make_regions``.
-        model, alpha: the linear model and the weight of its penalty.
-        distance, kernel_width: weight of a sample, exp(-d^2 / (2 width^2)), d to the whole image over the regions.
+        interpretable_model, alpha: the linear model and the weight of its penalty.
+        distance_mode, kernel_width: the weight of a sample is exp(-d^2 / (2 width^2)), with d its distance from the whole image.
         output: see the module.
     """
     models = {"ridge": SkLearnRidge, "lasso": SkLearnLasso}
-    if model not in models or distance not in ("cosine", "euclidean") or kernel_width <= 0 or alpha < 0:
-        raise UserError(
-            f"lime model={model!r}, distance={distance!r}, kernel_width={kernel_width}, alpha={alpha}: expected ridge or lasso, "
-            "cosine or euclidean, a positive width and an alpha of at least 0"
-        )
+    check_choice("interpretable_model", interpretable_model, models)
+    check_choice("distance_mode", distance_mode, ("cosine", "euclidean"))
+    check_number("alpha", alpha, 0)
+    if not is_number(kernel_width) or kernel_width <= 0:
+        raise UserError(f"kernel_width is {kernel_width!r}: expected a positive number")
     made = {
-        "interpretable_model": models[model](alpha=alpha),
-        "similarity_func": get_exp_kernel_similarity_function(distance, kernel_width=kernel_width),
+        "interpretable_model": models[interpretable_model](alpha=alpha),
+        "similarity_func": get_exp_kernel_similarity_function(distance_mode, kernel_width=kernel_width),
     }
-    return _on_regions(task, lambda forward: captum.attr.Lime(forward, **made), regions, region_options, output, {"n_samples": samples})
+    return _on_regions(task, lambda forward: captum.attr.Lime(forward, **made), regions, region_options, output, {"n_samples": n_samples})
 
 
 def rise(
@@ -169,10 +179,10 @@ def rise(
         normalisation: "expected" divides by N p (the paper), "observed" by the sum of the masks at each pixel (xplique).
         output: see the module.
     """
-    _positive(samples=samples)
+    check_whole("samples", samples, 1)
     _check_grid(task, grid)
-    if not 0 < keep < 1:
-        raise UserError(f"keep is {keep}: expected a probability between 0 and 1")
+    if not is_number(keep) or not 0 < keep < 1:
+        raise UserError(f"keep is {keep!r}: expected a probability between 0 and 1")
     height, width = task.size
     cell = (math.ceil(height / grid), math.ceil(width / grid))
     generator = torch.Generator().manual_seed(task.seed)
@@ -206,17 +216,16 @@ def hsic(
         design: rounded Sobol' points, or a Latin hypercube (the paper).
         output: see the module.
     """
-    _positive(samples=samples, least=2)
+    check_whole("samples", samples, 2)
+    check_choice("design", design, ("sobol", "latin_hypercube"))
     _check_grid(task, grid)
     dimensions = grid * grid
     if design == "sobol":
         points = SobolEngine(dimensions, scramble=True, seed=task.seed).draw(samples)
-    elif design == "latin_hypercube":
+    else:
         generator = torch.Generator().manual_seed(task.seed)
         ranks = torch.rand(samples, dimensions, generator=generator).argsort(dim=0)
         points = (ranks + torch.rand(samples, dimensions, generator=generator)) / samples
-    else:
-        raise UserError(f"design={design!r}: expected 'sobol' or 'latin_hypercube'")
     masks = (points >= 0.5).float().to(task.inputs)
     scores = task.masked_chunks(masks.view(-1, 1, grid, grid), output)
     return enlarged(task, hsic_indices(masks, scores).view(grid, grid), "bicubic")
@@ -259,10 +268,9 @@ def sobol(
         perturbation: a mask m blends with the fill, with a blurred image, or scales the input by m - 0.5.
         output: see the module.
     """
-    _positive(designs=designs, least=2)
+    check_whole("designs", designs, 2)
     _check_grid(task, grid)
-    if perturbation not in ("inpainting", "blurring", "amplitude"):
-        raise UserError(f"perturbation={perturbation!r}: expected inpainting, blurring or amplitude")
+    check_choice("perturbation", perturbation, ("inpainting", "blurring", "amplitude"))
     dimensions = grid * grid
     points = SobolEngine(2 * dimensions, scramble=True, seed=task.seed).draw(designs)
     masks = sobol_design(points).to(task.inputs)
@@ -300,7 +308,7 @@ def jansen_indices(scores: Tensor, designs: int) -> Tensor:
 def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOptions, output: Output, options: dict[str, Any]) -> Tensor:
     """A Captum method over the vector of regions: 1 shown, 0 hidden; the value of a region goes to each of its pixels."""
     if "n_samples" in options:
-        _positive(samples=options["n_samples"])
+        check_whole("n_samples", options["n_samples"], 1)
     cut = make_regions(task.image, regions, **(region_options or {}))
     if cut.count == 1 and method is captum.attr.KernelShap:  # whose distribution over sizes of proper subsets is empty
         method, options = captum.attr.FeatureAblation, {}
@@ -317,24 +325,28 @@ def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOpt
     return values[0].detach().float().cpu()[cut.labels]
 
 
-def _covering_windows(size: tuple[int, int], window: int, stride: int) -> Tensor:
+def _covering_windows(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """How many windows cover each pixel, the last one of a row or column cut at the border as Captum does."""
     counts = []
-    for side in size:
-        steps = 1 + math.ceil(max(0, side - window) / stride)
+    for side, length, step in zip(size, window, stride, strict=True):
         covered = torch.zeros(side)
-        for step in range(steps):
-            covered[step * stride : step * stride + window] += 1
+        for first in range(1 + math.ceil(max(0, side - length) / step)):
+            covered[first * step : first * step + length] += 1
         counts.append(covered)
     return counts[0][:, None] * counts[1]
 
 
-def _positive(least: int = 1, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
-
-
 def _check_grid(task: Task, grid: int) -> None:
-    if isinstance(grid, bool) or not isinstance(grid, int) or not 1 <= grid <= min(task.size):
-        raise UserError(f"grid is {grid!r}: expected 1 to {min(task.size)} cells a side, the input's short side in pixels")
+    check_whole("grid", grid, 1, min(task.size))  # cells a side: at most the pixels of the input's short side
+
+
+METHODS: dict[str, Method] = {
+    "occlusion": Method(occlusion, "perturbation"),
+    "feature_ablation": Method(feature_ablation, "perturbation", "image"),
+    "shapley_value_sampling": Method(shapley_value_sampling, "perturbation", "image", stochastic=True),
+    "kernel_shap": Method(kernel_shap, "perturbation", "image", stochastic=True),
+    "lime": Method(lime, "perturbation", "image", stochastic=True),
+    "rise": Method(rise, "perturbation", stochastic=True),
+    "hsic": Method(hsic, "perturbation", stochastic=True),
+    "sobol": Method(sobol, "perturbation", stochastic=True),
+}

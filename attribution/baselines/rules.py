@@ -1,7 +1,7 @@
-"""Backward rules in the place of gradients: layer-wise relevance propagation as autograd functions.
+"""Backward rules that replace gradients: layer-wise relevance propagation as autograd functions.
 
-Two forms are used. In the relevance form the "gradient" that flows back is the relevance itself; in the gradient x input form
-it is relevance divided by the activation, so that the ordinary gradient is the z-rule.
+Two forms are used. In the relevance form, the relevance itself flows back as the "gradient". In the gradient x input form, relevance
+divided by the activation flows back; the ordinary gradient then is the z-rule.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Smoothed attributions: a signed map after a Gaussian convolution (S-IntGrad, S-IxG).
 
-In cells that have nothing to do with the class the two signs of a fine-grained map cancel; where one sign prevails, it remains.
+Smoothing cancels the two signs of a fine-grained map where the image has nothing to do with the class. Where one sign prevails, it
+remains.
 
 Rao, Boehle and Schiele, "Better Understanding Differences in Attribution Methods via Systematic Evaluations", TPAMI 2024, smooths the
 attributions of Integrated Gradients and Input x Gradient at the input.
@@ -11,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_choice, is_number, is_whole
 from attribution.errors import UserError, describe
 
 Padding = Literal["reflect", "zeros", "replicate"]
@@ -30,8 +31,8 @@ class Smoothing:
     Attributes:
         kernel: side of the window in pixels of the input, odd; 1 changes nothing. The paper takes 129 for images of 224 pixels.
         sigma: standard deviation in pixels; None is a quarter of the kernel, so that the window ends at two of them.
-        padding: what lies beyond the border: "reflect" mirrors the map at its outermost pixels, as often as the window is wide;
-            "replicate" repeats these pixels; "zeros" fades the map out towards the border.
+        padding: what lies beyond the border. "reflect" mirrors the map at its outermost pixels, as often as the width of the window
+            needs; "replicate" repeats these pixels; "zeros" fades the map out towards the border.
 
     Raises:
         UserError: a kernel that is not odd and positive, a sigma that is not positive and finite, an unknown padding.
@@ -42,16 +43,15 @@ class Smoothing:
     padding: Padding = "reflect"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kernel, int) or isinstance(self.kernel, bool) or self.kernel < 1 or self.kernel % 2 == 0:
+        if not is_whole(self.kernel) or self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"the kernel of a smoothing is {self.kernel!r}: expected an odd whole number of pixels, such as 129")
-        if self.sigma is not None and not _is_positive(self.sigma):
+        if self.sigma is not None and not (is_number(self.sigma) and self.sigma > 0):
             raise UserError(f"the sigma of a smoothing is {self.sigma!r}: expected a positive number of pixels, or None for kernel / 4")
-        if self.padding not in get_args(Padding):
-            raise UserError(f"the padding of a smoothing is {self.padding!r}: expected one of {', '.join(get_args(Padding))}")
+        check_choice("the padding of a smoothing", self.padding, get_args(Padding))
 
     @classmethod
     def parse(cls, value: Smoothing | int | Mapping[str, Any] | None) -> Smoothing | None:
-        """None for none, the size of the kernel, or a table of the attributes.
+        """Read a smoothing from the size of its kernel or from a table of its attributes; None for no smoothing.
 
         Raises:
             UserError: anything else.
@@ -71,24 +71,24 @@ class Smoothing:
         return self.kernel / 4 if self.sigma is None else float(self.sigma)
 
     def scaled(self, scale: float) -> Smoothing:
-        """The same window over a map of another resolution: the kernel at the nearest odd size, the deviation exactly.
+        """Scale the window to a map of another resolution: the kernel to the nearest odd size, the deviation exactly.
 
         Args:
             scale: side of the map over side of the input, such as 1/16 for a feature map of 14 for an input of 224.
         """
-        if not _is_positive(scale):
+        if not is_number(scale) or scale <= 0:
             raise UserError(f"scale is {scale!r}: expected the side of the map over the side of the input, a positive number")
         half = math.floor((self.kernel * scale - 1) / 2 + 0.5)
         return Smoothing(2 * max(0, half) + 1, self.deviation * scale, self.padding)
 
 
 def smoothed(values: Tensor, smoothing: Smoothing, scale: float = 1.0) -> Tensor:
-    """Maps after convolution with a Gaussian window whose weights sum to 1.
+    """Convolve maps with a Gaussian window whose weights sum to 1.
 
-    Computed in float64, so that a constant float32 map stays exactly as it is, except with the padding "zeros".
+    It is computed in float64, so that a constant float32 map stays exactly as it is, except with the padding "zeros".
 
     Args:
-        values: float [..., h, w], signed; negative and positive values cancel, so clip afterwards, not before.
+        values: float [..., h, w], signed. Negative and positive values must cancel, so clip afterwards, not before.
         smoothing: the window, in pixels of the input.
         scale: side of the map over side of the input, see ``Smoothing.scaled``.
 
@@ -113,7 +113,7 @@ def smoothed(values: Tensor, smoothing: Smoothing, scale: float = 1.0) -> Tensor
 def _convolution(side: int, window: Smoothing) -> np.ndarray:
     """The convolution along one axis, padding included, as a matrix: float64 [side, side].
 
-    A wide window makes it dense, so that the product is faster than a convolution, and the map is never padded to its width.
+    A wide window makes the matrix dense. The product is then faster than a convolution, and the map need not be padded.
     """
     offsets = np.arange(window.kernel) - window.kernel // 2
     weights = np.exp(-0.5 * (offsets / window.deviation) ** 2)
@@ -131,11 +131,7 @@ def _convolution(side: int, window: Smoothing) -> np.ndarray:
 
 
 def _mirrored(positions: np.ndarray, side: int) -> np.ndarray:
-    """Positions beyond the border folded back at the outermost pixels, as often as it takes: -1 is 1, ``side`` is ``side - 2``."""
+    """Fold positions beyond the border back at the outermost pixels, as often as needed: -1 becomes 1, ``side`` becomes ``side - 2``."""
     period = max(1, 2 * (side - 1))
     folded = positions % period
     return np.minimum(folded, period - folded)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.baselines import rules
-from attribution.errors import NotApplicable, UserError
+from attribution.baselines.method import Method
+from attribution.checks import check_choice, check_number
+from attribution.errors import NotApplicable
 from attribution.hooks import replaced_forwards
 from attribution.network.attention import AttentionRules, attention_modules, open_attention, reads_class_token
 from attribution.network.maps import STRUCTURAL, module_calls, operations, token_grid
@@ -43,12 +45,11 @@ def transformer_attribution(task: Task, *, variant: Literal["generic", "lrp"] = 
     Args:
         task: what is explained.
         variant: "generic" takes R = A, the attention itself (Chefer et al., ICCV 2021, equation 5); "lrp" takes the relevance of the
-            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13); where the
-            head reads the mean of the tokens, each gets an equal share.
+            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13). Where the head reads the mean
+            of the tokens, each of them gets an equal share.
         output: "logit" or "probability".
     """
-    if variant not in ("generic", "lrp"):
-        raise UserError(f"variant={variant!r}: expected 'generic' or 'lrp'")
+    check_choice("variant", variant, ("generic", "lrp"))
     modules = attention_modules(task, "transformer_attribution")
     with open_attention(modules) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
@@ -74,10 +75,9 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
         output: "logit" or "probability".
 
     Raises:
-        UserError: a model that pools its patches: there is no class token to start from.
+        NotApplicable: a model that pools its patches: there is no class token to start from.
     """
-    if heads not in ("native", "single"):
-        raise UserError(f"heads={heads!r}: expected 'native' or 'single'")
+    check_choice("heads", heads, ("native", "single"))
     last = attention_modules(task, "grad_eclip")[-1:]
     with open_attention(last, AttentionRules(one_head=heads == "single")) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
@@ -108,8 +108,8 @@ def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05
             softmax take relevance too, so that the pixels' sum is not the score.
         output: "logit" or "probability".
     """
-    if gamma_conv < 0 or gamma_linear < 0:
-        raise UserError(f"gamma_conv={gamma_conv}, gamma_linear={gamma_linear}: expected at least 0")
+    check_number("gamma_conv", gamma_conv, 0)
+    check_number("gamma_linear", gamma_linear, 0)
     modules = attention_modules(task, "attn_lrp")
     _refuse_layers_without_rule(task, "attn_lrp")
 
@@ -176,7 +176,7 @@ def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
 
 
 def _refuse_layers_without_rule(task: Task, name: str) -> None:
-    """Only networks whose every layer has a rule: elsewhere the plain gradient would pass silently."""
+    """Refuse networks with a layer that has no rule: the plain gradient would pass it unnoticed."""
     from timm.layers import DropPath, LayerScale
 
     calls = module_calls(task, (nn.Module,))
@@ -213,8 +213,16 @@ def _grid(task: Task, tokens: int) -> tuple[tuple[int, int], int]:
 
 
 def _read_out(task: Task, joint: Tensor) -> Tensor:
-    """The patches in the row of the token that the head reads (the mean row for pooled and distilled models), enlarged."""
+    """Read the patches' shares in the token that the head reads (the mean of several for pooled and distilled models), enlarged."""
     grid, prefix = _grid(task, len(joint))
     distilled = any(hasattr(m, "head_dist") for m in task.module.modules())
     first, last = (0, 2 if distilled else 1) if reads_class_token(task, prefix) else (prefix, len(joint))
     return enlarged(task, joint[first:last, prefix:].mean(dim=0).view(grid))
+
+
+METHODS: dict[str, Method] = {
+    "attention_rollout": Method(attention_rollout, "transformer"),
+    "transformer_attribution": Method(transformer_attribution, "transformer"),
+    "grad_eclip": Method(grad_eclip, "transformer"),
+    "attn_lrp": Method(attn_lrp, "transformer"),
+}

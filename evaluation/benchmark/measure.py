@@ -195,9 +195,10 @@ class _Run:
                 try:
                     self._measure(case, measure, protocol, judged.names(spec, seed), score_key, curve_path)
                 except NotApplicable as error:
-                    if metric.curve:  # it depends on the model and the fill alone
+                    by_fill = metric.curve or metric.filled
+                    if by_fill:  # it depends on the model and the fill alone
                         self.not_measured.add((judged.model, measure))
-                    left_out = measure.label if metric.curve else f"{spec.label}: {measure.label}"
+                    left_out = measure.label if by_fill else f"{spec.label}: {measure.label}"
                     self._fail(Failure(judged.model, "", left_out, seed, str(error), refused=True))
                     continue
                 except Broken as error:
@@ -313,10 +314,12 @@ class _Judged:
 
     def score_key(self, key: str, measure: Measure, protocol: Protocol) -> str:
         """Everything that a number depends on."""
-        if METRICS[measure.metric].curve:
+        metric = METRICS[measure.metric]
+        if metric.curve:
             return digest_of([self.curve_key(key, protocol), measure.metric])
         mask = None if self.sample.mask is None else hashlib.sha256(self.sample.mask.numpy().tobytes()).hexdigest()
-        return digest_of([key, measure.metric, protocol.output, self.settings.seed, mask if METRICS[measure.metric].mask else None])
+        fill = [protocol.settings()["fill"]] if metric.filled else []
+        return digest_of([key, measure.metric, protocol.output, self.settings.seed, mask if metric.mask else None, *fill])
 
     def names(self, spec: MethodSpec, seed: int) -> dict[str, Any]:
         return {"model": self.model, "sample": self.sample.id, "method": spec.label, "seed": seed}
@@ -340,8 +343,8 @@ class _Judged:
         return attribute(image, self.classifier, spec.method, self.target, **options)
 
     def case(self, explanation: Explanation, spec: MethodSpec, seed: int) -> Case:
-        def again(image: Tensor) -> Tensor:
-            return self.explain(image, spec, seed).values
+        def again(image: Tensor) -> Explanation:
+            return self.explain(image, spec, seed)
 
         return Case(self.classifier, explanation, self.target, self.regions, again, self.sample.mask, self.settings.seed)
 

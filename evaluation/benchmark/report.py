@@ -95,7 +95,7 @@ def _planned_figures(summary: Summary) -> Iterator[Planned]:
                 caption = metric_name(measure.metric)
                 alt = f"Scores of single images on {model}: {caption}{f' ({measure.protocol})' if measure.protocol else ''}"
                 file = f"{name}-scores-{at}-{slug(measure.label)}"
-                shown = measure.protocol in ("", summary.first_protocol(model))
+                shown = not METRICS[measure.metric].curve or measure.protocol == summary.first_protocol(model)
                 yield Planned("scores", model, file, alt, caption, partial(plot_scores, summary, model, measure), shown)
         yield from grid_figures(summary, model, name)
         if any(a.model == model for a in summary.agreements):
@@ -267,7 +267,7 @@ def _doubts(entry: Entry, with_saturated: bool) -> list[tuple[str, str]]:
 def _spreads(summary: Summary, model: str) -> dict[str, Any]:
     """Seeds of the stochastic methods beside the images, for the measures of the first protocol and those without one."""
     first = summary.first_protocol(model)
-    measures = [m for m in summary.measures if m.protocol in ("", first)]
+    measures = [m for m in summary.measures if m.protocol == first or not (METRICS[m.metric].curve or METRICS[m.metric].grid)]
     rows = []
     for method in ordered_methods(summary, model):
         found = {e.measure: e.spread for e in summary.entries if (e.model, e.method) == (model, method) and e.spread is not None}

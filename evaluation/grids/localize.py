@@ -1,4 +1,4 @@
-"""Attribution methods in the grid settings: one map for every head, and the share of it that lies where it can."""
+"""Attribution methods in the grid settings: one map for every head, and the share of it that lies in the cell of its class."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, run_method
-from attribution.baselines.options import check_options, option_names
+from attribution.baselines.options import check_options, current_names, option_names
 from attribution.baselines.smoothing import Smoothing, smoothed
+from attribution.checks import LARGEST_SEED, check_choice, check_whole
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.explanation import Explanation
 from attribution.masking import MaskedInputs, prefix_probabilities
@@ -30,9 +31,8 @@ from evaluation.grids.scores import cell_slices, localization_scores
 from evaluation.grids.view import GridView
 
 REGION_COUNT = 49  # regions of a whole grid, about
-_INSIDE = ("gradient", "transformer")  # families that look inside the network: under DiFull at the head's own cell only
 _SHIPPED = {"rise": {"samples": 1000}}  # the configuration that Rao et al. ran, where it is not the preset's
-_COARSE = {"occlusion": {"window": 5, "stride": 2}}  # and at layers other than the input
+_COARSE = {"occlusion": {"sliding_window_shapes": 5, "strides": 2}}  # and at layers other than the input
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class GridMethod:
 
     Attributes:
         method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
-        options: of the method. For a search ``weights``, ``pending``, those of the search, and what is ``show``n of the order: "gain" or
-            "rank" (see ``Explanation.to_pixels``), or "first": 1 on as many regions as the cell holds, the first of the order, and 0
-            elsewhere, so that the score is the share of these regions that lies in the cell.
+        options: of the method. A search takes ``weights``, ``pending``, its own options, and ``show``, the map that is made of its order:
+            "gain" or "rank" (see ``Explanation.to_pixels``), or "first". With "first", as many regions as the cell holds are 1, from the
+            front of the order, and all others 0; the score is then the share of these regions that lies in the cell.
         published: start from the settings of Rao et al. where they ran the method.
-        smoothing: of the map before it is judged; None for none.
+        smoothing: of the map before it is judged; None for no smoothing.
         regions, region_options: how each cell is cut, for methods on regions; ``count`` is for the whole grid.
         compat: quirks of the reference code: Score-CAM weights the last head's channels by the first head's logits.
     """
@@ -62,6 +62,7 @@ class GridMethod:
         if self.method not in METHODS and self.method not in SEARCHES:
             raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
         if self.method in METHODS:
+            object.__setattr__(self, "options", current_names(self.method, self.options, stacklevel=4))
             check_options(self.method, METHODS[self.method].function, self.options)
             return
         known = {"weights", "pending", "show", *option_names(SEARCHES[self.method])}
@@ -94,7 +95,7 @@ def grid_localization(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """How much of a method's attribution lies in the cell of the class explained, for grids of images.
+    """Measure how much of a method's attribution lies in the cell of the class explained, for grids of images.
 
     The score of a map is the share of its positive part inside the cell, after bilinear interpolation to the grid; 0 for an
     empty map. Chance is 1 / n^2. Logits are explained.
@@ -110,8 +111,8 @@ def grid_localization(
         layer: "input", "middle", "final", or the name of a module whose output is explained.
         method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
         smoothing: of the signed map before it is judged, or the size of its Gaussian kernel in pixels of the grid (S-IxG, S-IntGrad).
-        published: start from the settings of the paper where it has the method (20 steps of integrated gradients, say); otherwise from the
-            defaults of ``METHODS``. Methods work with zero as fill: the mean colour at the input.
+        published: start from the settings of the paper where it has the method, such as 20 steps of integrated gradients; otherwise
+            from the defaults of ``METHODS``. All methods use zero as fill, which is the mean colour at the input.
         seed: of methods that draw; grid g draws with seed + g.
         compat: see ``GridMethod``.
         regions, region_options: how each cell is cut, for methods on regions.
@@ -149,8 +150,7 @@ def grid_maps(
         classifier = load_classifier(classifier)
         images, classes = _checked(classifier, grids, labels, n)
         spec = method if isinstance(method, GridMethod) else GridMethod(method)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - len(images):
-            raise UserError(f"seed is {seed!r}: expected a whole number of at least 0, less than 2**63 with the grids added")
+        check_whole("seed", seed, 0, LARGEST_SEED - len(images))  # grid g draws with seed + g
         heads = heads_of(setting, n)
         model = GridModel(classifier, n, layer)
         model.require(setting)
@@ -169,7 +169,7 @@ class HeadMap:
 
     Attributes:
         values: float32 [h', w'] at the resolution of the layer, signed; smoothed where that was asked for.
-        evaluations: masked maps or images that the method asked logits of; several heads may share their passes.
+        evaluations: masked maps or images whose logits the method asked for; several heads may share their passes.
     """
 
     values: Tensor
@@ -177,7 +177,7 @@ class HeadMap:
 
 
 def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], spec: GridMethod, seed: int = 0) -> HeadMap:
-    """What a method finds for one head of a grid.
+    """Explain one head of a grid by a method.
 
     Args:
         view: the grid at a layer.
@@ -189,7 +189,7 @@ def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], sp
     """
     n = view.model.n
     is_search = spec.method in SEARCHES
-    inside = not is_search and METHODS[spec.method].family in _INSIDE
+    inside = not is_search and METHODS[spec.method].looks_inside
     alone = inside and setting == "difull"
     head = 0 if spec.compat and spec.method == "score_cam" and setting != "gridpg" else cell
     task = view.task(setting, head, int(classes[cell]), seed, alone, inside)
@@ -227,12 +227,11 @@ def _attributed(view: GridView, task: Task, spec: GridMethod) -> Tensor:
 
 
 def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str | None) -> tuple[Tensor, int]:
-    """A map of the order that a region search finds over the explained maps, regions hidden by zero, and what it evaluated."""
+    """Run a region search over the explained maps, with regions hidden by zero: the map of its order, and its evaluations."""
     options = dict(spec.options)
     weights, pending = options.pop("weights", ScoreWeights()), options.pop("pending", 8)
     shown = options.pop("show", "gain")
-    if shown not in ("gain", "rank", "first"):
-        raise UserError(f"show={shown!r}: expected 'gain', 'rank' or 'first'")
+    check_choice("show", shown, ("gain", "rank", "first"))
     labels = _labels(view, task, spec)
     masked = MaskedInputs(task.classifier, task.image, labels, task.fill)
     options.update(SEARCHES[spec.method].taken(pending=pending))
@@ -254,7 +253,7 @@ def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str 
 
 
 def _key(setting: str, cell: int, head: int, target: int, seed: int, spec: GridMethod) -> str | None:
-    """What a map (or order) depends on before it is smoothed (or shown); None where an option is no plain value."""
+    """All that a map depends on before it is smoothed, or an order before it is shown; None where an option is no plain value."""
     options = {name: value for name, value in spec.options.items() if name != "show"}
     if not all(isinstance(value, str | int | float | ScoreWeights | None) for value in options.values()):
         return None
@@ -263,7 +262,7 @@ def _key(setting: str, cell: int, head: int, target: int, seed: int, spec: GridM
 
 
 def _labels(view: GridView, task: Task, spec: GridMethod) -> Tensor:
-    """A label map at the resolution of the layer: every cell cut on its own, so that no region lies in two of them."""
+    """Cut every cell on its own, so that no region lies in two of them: a label map at the resolution of the layer."""
     n = view.model.n
     options = dict(spec.region_options)
     takes = inspect.signature(REGIONS[spec.regions]).parameters if spec.regions in REGIONS else {}

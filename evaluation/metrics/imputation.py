@@ -8,7 +8,7 @@ the four at the corners and s_i = sum of the weights inside the image, row i tim
 
 which is symmetric, and positive definite as soon as one pixel is shown. It is solved by conjugate gradients without a matrix.
 A multigrid cycle preconditions them: Jacobi alone needs hundreds of steps where a large hole is open, the cycle about ten at any
-size, and what it returns for a residual is close to the error itself, so that the tolerance is one of pixel values.
+size. What the cycle returns for a residual is close to the error itself, so that the tolerance is in units of pixel values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def impute(
     seed: int = 0,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """An image with its hidden pixels imputed, once for each mask.
+    """Impute the hidden pixels of an image, once for each mask.
 
     Args:
         image: float32 [3, H, W] in [0, 1]; the work is done on its device.
@@ -57,7 +57,7 @@ def impute(
     """
     _check(image, shown, noise, std, tolerance)
     image, shown = image.detach().float(), shown.to(image.device)
-    budget = 2**18 if image.device.type == "cpu" else 2**23  # values at once: what stays in a CPU's cache, what fills an accelerator
+    budget = 2**18 if image.device.type == "cpu" else 2**23  # values at once: few enough for a CPU's cache, enough to fill an accelerator
     field = _noise_field(image, noise, std, seed)
     result = image.new_empty(len(shown), *image.shape)
     parts = even_chunks(torch.arange(len(shown), device=image.device), max(1, budget // image.numel()))
@@ -89,7 +89,7 @@ def _solve(image: Tensor, shown: Tensor, tolerance: float) -> Tensor:
     mean = image.mean(dim=(1, 2), keepdim=True).expand(len(shown), 3, 1, 1).clone()
     solvable = shown.flatten(1).any(dim=1)
     known = known[solvable]
-    # counted from the mean of the shown pixels, few digits are spent on what all pixels share
+    # solved for differences from the mean of the shown pixels: float32 then spends its digits on what differs
     mean[solvable] = (known * image).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
     values = mean.expand(-1, -1, *image.shape[1:]).clone()
     if len(known):
@@ -100,7 +100,7 @@ def _solve(image: Tensor, shown: Tensor, tolerance: float) -> Tensor:
 
 
 def _conjugate_gradients(grids: list[_Grid], right_side: Tensor, tolerance: float) -> Tensor:
-    """Solve all masks and channels at once; each stops on its own, so that no result depends on what else is in the batch."""
+    """Solve all masks and channels at once. Each stops on its own, so that no result depends on the rest of the batch."""
     coarsest = _dense_inverse(grids[-1])
     values, residual = torch.zeros_like(right_side), right_side.clone()
     correction = _cycle(grids, coarsest, residual)

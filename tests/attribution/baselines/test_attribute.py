@@ -2,33 +2,37 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import captum.attr
 import numpy as np
 import pytest
 import torch
+from captum.attr._core.lime import get_exp_kernel_similarity_function
 from networks import apart, classifier, photo, tiny_vit, vgg
 from torch import Tensor, nn
 
 import attribution as at
-from attribution.baselines import METHOD_PRESETS
+from attribution.baselines import METHOD_PRESETS, options
 from attribution.baselines.attribute import METHODS, attribute
+from attribution.baselines.method import Method
 from attribution.baselines.smoothing import Smoothing, smoothed
-from attribution.task import over_channels, seeded
+from attribution.task import Output, Task, over_channels, seeded
 
 CELLS = {"regions": "grid", "region_options": {"count": 6}}
 QUICK: dict[str, dict[str, Any]] = {
-    "integrated_gradients": {"steps": 7},
-    "smooth_grad": {"samples": 7},
-    "gradient_shap": {"samples": 7},
-    "occlusion": {"window": 12, "stride": 7},
+    "integrated_gradients": {"n_steps": 7},
+    "smooth_grad": {"nt_samples": 7},
+    "gradient_shap": {"n_samples": 7},
+    "occlusion": {"sliding_window_shapes": 12, "strides": 7},
     "feature_ablation": CELLS,
-    "shapley_value_sampling": {"samples": 2, **CELLS},
-    "kernel_shap": {"samples": 20, **CELLS},
-    "lime": {"samples": 20, **CELLS},
+    "shapley_value_sampling": {"n_samples": 2, **CELLS},
+    "kernel_shap": {"n_samples": 20, **CELLS},
+    "lime": {"n_samples": 20, **CELLS},
     "rise": {"samples": 14, "grid": 4},
     "hsic": {"samples": 14, "grid": 3},
     "sobol": {"designs": 4, "grid": 2},
@@ -91,9 +95,8 @@ def generators() -> list[Any]:
     return [torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]  # noqa: NPY002
 
 
-@pytest.mark.parametrize(("model", "method"), RUNNING)
-def test_contract(model: str, method: str, models: dict[str, at.Classifier], wide: Tensor) -> None:
-    used = models[model]
+def check_contract(used: at.Classifier, method: str, wide: Tensor) -> None:
+    """What every method must do, whatever the state of the model that it is given."""
     before, drawn, batch_size = state_of(used.module), generators(), used.batch_size
     explanation = quick(wide, used, method, target="cat", seed=5)
     assert state_of(used.module) == before
@@ -112,6 +115,19 @@ def test_contract(model: str, method: str, models: dict[str, at.Classifier], wid
     assert torch.equal(explanation.pixel_map, other) != METHODS[method].stochastic
 
 
+def check_batches(used: at.Classifier, method: str, image: Tensor, **options: Any) -> None:
+    expected = quick(image, used, method, batch_size=1000, **options)
+    for batch_size in (1, 3):
+        found = quick(image, used, method, batch_size=batch_size, **options)
+        assert apart(found.pixel_map, expected.pixel_map) < 1e-4
+        assert found.evaluations == expected.evaluations
+
+
+@pytest.mark.parametrize(("model", "method"), RUNNING)
+def test_contract(model: str, method: str, models: dict[str, at.Classifier], wide: Tensor) -> None:
+    check_contract(models[model], method, wide)
+
+
 @pytest.mark.parametrize(
     ("model", "method"),
     [
@@ -123,11 +139,7 @@ def test_the_batch_size_changes_nothing(model: str, method: str, models: dict[st
     slow = method in ("score_cam", "ablation_cam")  # a pass for every channel
     used, image = (classifier(tiny_vit()), photo(16)) if slow and model == "vit" else (models[model], small_cat)
     shallow = {"layer": "conv1"} if slow and model == "cnn" else {}
-    expected = quick(image, used, method, batch_size=1000, **shallow)
-    for batch_size in (1, 3):
-        found = quick(image, used, method, batch_size=batch_size, **shallow)
-        assert apart(found.pixel_map, expected.pixel_map) < 1e-4
-        assert found.evaluations == expected.evaluations
+    check_batches(used, method, image, **shallow)
 
 
 @pytest.mark.parametrize(("model", "method"), [pair for pair in PAIRS if pair not in RUNNING])
@@ -206,9 +218,9 @@ def test_black_boxes(method: str, cnn: at.Classifier, small_cat: Tensor) -> None
     [
         ({"method": "nonsense"}, "unknown method 'nonsense': expected one of saliency"),
         ({"method": 3}, "unknown method int"),
-        ({"method": "saliency", "steps": 3}, "saliency takes no option steps: expected channels, absolute, output"),
+        ({"method": "saliency", "steps": 3}, "saliency takes no option steps: expected channels, abs, output"),
         ({"method": "random", "steps": 3}, "random takes no option steps: expected none"),
-        ({"preset": "nonsense"}, "unknown preset 'nonsense': expected one of lima"),
+        ({"preset": "nonsense"}, "preset is 'nonsense': expected one of lima"),
         ({"method": "ablation_cam", "preset": "rao"}, "preset 'rao' has no settings for ablation_cam"),
         ({"target": "unicorn"}, "no class 'unicorn'"),
         ({"seed": -1}, "seed is -1"),
@@ -216,36 +228,43 @@ def test_black_boxes(method: str, cnn: at.Classifier, small_cat: Tensor) -> None
         ({"seed": "x"}, "seed is 'x'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"fill": "nonsense"}, "nonsense"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 2.5}, "steps is 2.5"),
-        ({"steps": True}, "steps is True"),
+        ({"n_steps": 0}, "n_steps is 0"),
+        ({"n_steps": 2.5}, "n_steps is 2.5"),
+        ({"n_steps": True}, "n_steps is True"),
         ({"rule": "simpson"}, "rule is 'simpson': expected .*gausslegendre"),
         ({"channels": "median"}, "channels is 'median': expected .*sum"),
         ({"output": "odds"}, "output is 'odds': expected 'logit' or 'probability'"),
-        ({"method": "saliency", "absolute": "yes"}, "absolute is 'yes'"),
-        ({"method": "smooth_grad", "samples": 0}, "samples is 0"),
-        ({"method": "smooth_grad", "samples": 1, "kind": "var_grad"}, "samples is 1"),
-        ({"method": "smooth_grad", "noise": -1.0}, "noise is -1.0"),
-        ({"method": "smooth_grad", "noise": "x"}, "noise is 'x'"),
-        ({"method": "smooth_grad", "noise": float("nan")}, "noise is nan"),
-        ({"method": "smooth_grad", "kind": "x"}, "kind is 'x'"),
-        ({"method": "gradient_shap", "noise": -1.0}, "noise is -1.0"),
+        ({"method": "saliency", "abs": "yes"}, "abs is 'yes'"),
+        ({"method": "smooth_grad", "nt_samples": 0}, "nt_samples is 0"),
+        ({"method": "smooth_grad", "nt_samples": 1, "nt_type": "vargrad"}, "nt_samples is 1"),
+        ({"method": "smooth_grad", "stdevs": -1.0}, "stdevs is -1.0"),
+        ({"method": "smooth_grad", "stdevs": "x"}, "stdevs is 'x'"),
+        ({"method": "smooth_grad", "stdevs": float("nan")}, "stdevs is nan"),
+        ({"method": "smooth_grad", "nt_type": "x"}, "nt_type is 'x'"),
+        ({"method": "gradient_shap", "stdevs": -1.0}, "stdevs is -1.0"),
         ({"method": "grad_cam", "layer": "nonsense"}, "never calls a layer 'nonsense'.*fc"),
         ({"method": "grad_cam", "layer": 3}, "layer is 3"),
         ({"method": "grad_cam", "layer": nn.ReLU()}, "never calls a layer 'ReLU'"),
         ({"method": "grad_cam", "layer": "fc"}, "layer 'fc' of zoo:cnn returns float32 .*expected a map"),
         ({"method": "grad_cam_plus_plus", "spatial": "max"}, "spatial is 'max'"),
         ({"method": "score_cam", "weights": "x"}, "weights is 'x'"),
-        ({"method": "occlusion", "window": 40}, "occlusion window 40"),
-        ({"method": "occlusion", "window": "a"}, "window is 'a'"),
-        ({"method": "occlusion", "window": 4, "stride": 5}, "stride 5"),
+        ({"method": "occlusion", "sliding_window_shapes": 40}, "sliding_window_shapes is 40: expected a whole number from 1 to 32"),
+        (
+            {"method": "occlusion", "sliding_window_shapes": "a"},
+            "shapes is 'a': expected a whole number, a list, a tuple or None",
+        ),
+        (
+            {"method": "occlusion", "sliding_window_shapes": (1, 4, 4)},
+            r"shapes is \(1, 4, 4\): expected .* at most \(3, 32, 32\)",
+        ),
+        ({"method": "occlusion", "sliding_window_shapes": 4, "strides": 5}, "strides is 5: expected a whole number from 1 to 4"),
         ({"method": "occlusion", "overlap": "max"}, "overlap is 'max'"),
         ({"method": "feature_ablation", "regions": "nonsense"}, "nonsense"),
         ({"method": "feature_ablation", "region_options": {"nonsense": 1}}, "nonsense"),
         ({"method": "feature_ablation", "region_options": 3}, "region_options is 3"),
-        ({"method": "kernel_shap", "samples": 0}, "samples is 0"),
-        ({"method": "lime", "model": "tree"}, "model is 'tree'"),
-        ({"method": "lime", "kernel_width": 0}, "kernel_width=0"),
+        ({"method": "kernel_shap", "n_samples": 0}, "n_samples is 0"),
+        ({"method": "lime", "interpretable_model": "tree"}, "interpretable_model is 'tree'"),
+        ({"method": "lime", "kernel_width": 0}, "kernel_width is 0"),
         ({"method": "rise", "keep": 1.0}, "keep is 1.0"),
         ({"method": "rise", "grid": 0}, "grid is 0"),
         ({"method": "rise", "normalisation": "x"}, "normalisation is 'x'"),
@@ -271,28 +290,29 @@ def test_bare_modules_are_refused(cnn: at.Classifier, small_cat: Tensor) -> None
 def test_presets_are_options_of_their_methods(preset: str, method: str, models: dict[str, at.Classifier], small_cat: Tensor) -> None:
     settings = METHOD_PRESETS[preset][method]
     assert set(settings) <= set(METHODS[method].options)
-    cheap = {
-        k: v
-        for k, v in QUICK.get(method, {}).items()
-        if k in ("samples", "designs", "steps", "window", "stride", "regions", "region_options")
-    }
+    costs = {"samples", "n_samples", "nt_samples", "designs", "n_steps", "sliding_window_shapes", "strides", "regions", "region_options"}
+    cheap = {name: value for name, value in QUICK.get(method, {}).items() if name in costs}
     used = models["vit" if method in TRANSFORMER else "cnn"]
     by_name = attribute(small_cat, used, method, preset=preset, **cheap)
-    assert torch.equal(by_name.pixel_map, attribute(small_cat, used, method, **{**settings, **cheap}).pixel_map)
+    assert torch.equal(by_name.pixel_map, attribute(small_cat, used, method, fill="model_mean", **{**settings, **cheap}).pixel_map)
     assert by_name.provenance["settings"]["preset"] == preset
 
 
 def test_a_preset_is_not_the_default(cnn: at.Classifier, small_cat: Tensor) -> None:
     lima = attribute(small_cat, cnn, "integrated_gradients", preset="lima")
     assert lima.evaluations == 80
-    assert attribute(small_cat, cnn, "integrated_gradients", preset="lima", steps=4).evaluations == 4
+    assert attribute(small_cat, cnn, "integrated_gradients", preset="lima", n_steps=4).evaluations == 4
     assert attribute(small_cat, cnn, "integrated_gradients", preset="rao").evaluations == 20
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "kernel_shap", "smooth_grad"])
 def test_objects_as_options_are_saved_and_loaded(method: str, cnn: at.Classifier, small_cat: Tensor, tmp_path: Path) -> None:
     labels = torch.arange(32).div(16, rounding_mode="floor").expand(32, 32)
-    options = {"grad_cam": {"layer": cnn.module.layer3}, "kernel_shap": {"regions": labels, "samples": 10}, "smooth_grad": {"samples": 2}}
+    options = {
+        "grad_cam": {"layer": cnn.module.layer3},
+        "kernel_shap": {"regions": labels, "n_samples": 10},
+        "smooth_grad": {"nt_samples": 2},
+    }
     explanation = attribute(small_cat, cnn, method, **options[method])
     explanation.save(tmp_path / "map.npz")
     assert at.Explanation.load(tmp_path / "map.npz") == explanation
@@ -318,6 +338,25 @@ def test_edge_filter_finds_the_edge_and_nothing_else(cnn: at.Classifier) -> None
     image[:, :, 10:] = 1
     values = attribute(image, cnn, "edge_filter").pixel_map
     assert values[:, 9:11].min() > 0.5 and values[:, :9].abs().max() == values[:, 11:].abs().max() == 0
+
+
+def test_edge_filter_by_hand(cnn: at.Classifier) -> None:
+    """The length of Sobel's two differences of the gray image over sqrt(2), each kernel divided by 4, borders reflected."""
+    image = photo(9, width=12)
+    gray = np.pad(image.double().mean(dim=0).numpy(), 1, mode="symmetric")
+    expected = np.zeros((9, 12))
+    for y in range(9):
+        for x in range(12):
+            patch, weights = gray[y : y + 3, x : x + 3], np.array([1, 2, 1]) / 4
+            down, right = weights @ patch.T @ [1, 0, -1], weights @ patch @ [1, 0, -1]
+            expected[y, x] = np.sqrt((down**2 + right**2) / 2)
+    assert np.allclose(attribute(image, cnn, "edge_filter").pixel_map.numpy(), expected, atol=1e-6)
+
+
+def test_random_and_constant_by_hand(cnn: at.Classifier) -> None:
+    drawn = torch.rand(9, 12, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(attribute(photo(9, width=12), cnn, "random", seed=4).pixel_map, drawn)
+    assert torch.equal(attribute(photo(9, width=12), cnn, "constant").pixel_map, torch.ones(9, 12))
 
 
 def test_random_does_not_look_at_the_image(cnn: at.Classifier) -> None:
@@ -355,7 +394,7 @@ def test_no_more_rows_than_the_batch_size_at_once(method: str, small_cat: Tensor
     used = at.load_classifier("zoo:cnn", device="cpu")
     rows: list[int] = []
     used.module.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
-    amount = {"smooth_grad": {"samples": 64}, "integrated_gradients": {"steps": 10}, "gradient_shap": {"samples": 10}}
+    amount = {"smooth_grad": {"nt_samples": 64}, "integrated_gradients": {"n_steps": 10}, "gradient_shap": {"n_samples": 10}}
     explanation = quick(small_cat, used, method, batch_size=4, **amount.get(method, {}))
     rows = rows[2:]  # of the class explained
     assert max(rows) == 4
@@ -411,7 +450,7 @@ def test_summaries_and_options_of_every_method() -> None:
     for name, method in METHODS.items():
         assert method.summary.endswith((".", ")", "signed.", "images.")) and len(method.summary) > 20, name
         assert method.domain in ("input", "image")
-    assert METHODS["saliency"].options == ("channels", "absolute", "output")
+    assert METHODS["saliency"].options == ("channels", "abs", "output")
 
 
 def test_a_wrapped_transformer_is_still_a_transformer() -> None:
@@ -434,3 +473,100 @@ def test_smoothing_follows_the_method(cnn: at.Classifier, cat: Tensor) -> None:
         attribute(cat, cnn, "input_x_gradient", smoothing=4)
     with pytest.raises(at.UserError, match="a smoothing has no size"):
         attribute(cat, cnn, "input_x_gradient", smoothing={"size": 4})
+
+
+def test_former_names_of_options_work_for_one_version(cnn: at.Classifier, small_cat: Tensor) -> None:
+    former: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "saliency": ({"absolute": False}, {"abs": False}),
+        "integrated_gradients": ({"steps": 3}, {"n_steps": 3}),
+        "smooth_grad": (
+            {"samples": 3, "noise": 0.1, "kind": "smooth_grad_squared", "absolute": False},
+            {"nt_samples": 3, "stdevs": 0.1, "nt_type": "smoothgrad_sq", "abs": False},
+        ),
+        "gradient_shap": ({"samples": 3, "noise": 0.1}, {"n_samples": 3, "stdevs": 0.1}),
+        "guided_backprop": ({"absolute": False}, {"abs": False}),
+        "deconvolution": ({"absolute": False}, {"abs": False}),
+        "guided_grad_cam": ({"absolute": True}, {"abs": True}),
+        "occlusion": ({"window": 16, "stride": 16}, {"sliding_window_shapes": 16, "strides": 16}),
+        "shapley_value_sampling": ({"samples": 1, **CELLS}, {"n_samples": 1, **CELLS}),
+        "kernel_shap": ({"samples": 9, **CELLS}, {"n_samples": 9, **CELLS}),
+        "lime": (
+            {"samples": 9, "model": "lasso", "distance": "euclidean", **CELLS},
+            {"n_samples": 9, "interpretable_model": "lasso", "distance_mode": "euclidean", **CELLS},
+        ),
+    }
+    assert former.keys() == options.FORMER.keys()
+    for method, (old, new) in former.items():
+        assert options.FORMER[method].keys() <= old.keys()
+        with pytest.warns(DeprecationWarning, match=f"of {method} is now") as warned:
+            found = attribute(small_cat, cnn, method, 3, **old)
+        renamed = [f"option {name} of {method} is now {now}" for name, now in zip(old, new, strict=True) if name != now]
+        assert [str(each.message) for each in warned] == renamed
+        assert all(each.filename == __file__ for each in warned), "the warning points at the caller"
+        assert torch.equal(found.pixel_map, attribute(small_cat, cnn, method, 3, **new).pixel_map)
+        assert found.provenance["settings"]["options"].keys() == new.keys()
+    with pytest.raises(at.UserError, match=r"integrated_gradients was given steps and n_steps, .*give n_steps"):
+        attribute(small_cat, cnn, steps=3, n_steps=4)
+
+
+def test_options_of_captums_methods_have_captums_names() -> None:
+    """Every option that Captum's own functions take, and no option of ours that means the same."""
+    takes = {
+        "saliency": [captum.attr.Saliency.attribute],
+        "integrated_gradients": [captum.attr.IntegratedGradients.attribute],
+        "smooth_grad": [captum.attr.NoiseTunnel.attribute, captum.attr.Saliency.attribute],
+        "gradient_shap": [captum.attr.GradientShap.attribute],
+        "occlusion": [captum.attr.Occlusion.attribute],
+        "shapley_value_sampling": [captum.attr.ShapleyValueSampling.attribute],
+        "kernel_shap": [captum.attr.KernelShap.attribute],
+        "lime": [captum.attr.Lime.attribute, captum.attr.Lime.__init__, get_exp_kernel_similarity_function],
+        "guided_grad_cam": [captum.attr.GuidedGradCam.__init__],
+        "grad_cam": [captum.attr.LayerGradCam.__init__],
+    }
+    ours = {"channels", "output", "regions", "region_options", "overlap", "border", "alpha"} | {"rule"}  # Captum calls the rule method
+    for method, functions in takes.items():
+        known = {name for function in functions for name in inspect.signature(function).parameters}
+        assert set(METHODS[method].options) - known - ours <= ({"abs"} if method == "guided_grad_cam" else set()), method
+
+
+# --- the recipe of docs/extending.md: one function, one entry
+
+
+def gradient_norm(task: Task, *, output: Output = "logit") -> Tensor:
+    """The Euclidean length of the gradient at each pixel."""
+    inputs = task.leaf()
+    (gradient,) = torch.autograd.grad(task.scores(output)(inputs)[0, task.target], inputs)
+    return gradient[0].norm(dim=0)
+
+
+def test_the_recipe_of_a_method_keeps_the_contract(
+    models: dict[str, at.Classifier],
+    cnn: at.Classifier,
+    wide: Tensor,
+    small_cat: Tensor,
+    run_command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METHODS, "gradient_norm", Method(gradient_norm, "gradient"))
+    for used in models.values():
+        check_contract(used, "gradient_norm", wide)
+        check_batches(used, "gradient_norm", small_cat)
+    inputs = cnn.inputs(small_cat).requires_grad_()
+    (gradient,) = torch.autograd.grad(cnn.logits(inputs)[0, 3], inputs)
+    expected = gradient[0].square().sum(dim=0).sqrt()
+    assert apart(attribute(small_cat, cnn, "gradient_norm", 3).pixel_map, expected) < 1e-5
+    box = at.Classifier(lambda x: cnn.module(x).numpy(), size=32, class_names=cnn.class_names, name="box")
+    with pytest.raises(at.NotApplicable, match="gradient_norm does not apply to box: it is a black box"):
+        attribute(small_cat, box, "gradient_norm")
+    with pytest.raises(at.UserError, match="gradient_norm takes no option channels: expected output"):
+        attribute(small_cat, cnn, "gradient_norm", channels="sum")
+    assert METHODS["gradient_norm"].looks_inside and not METHODS["gradient_norm"].black_box
+    code, out, _ = run_command("benchmark", "--list")
+    assert code == 0 and "gradient_norm" in out and "Euclidean length" in " ".join(out.split())
+
+
+def test_what_each_family_says_of_its_methods() -> None:
+    inside = {name for name, method in METHODS.items() if method.looks_inside}
+    boxes = {name for name, method in METHODS.items() if method.black_box}
+    assert {"saliency", "lrp", "attn_lrp", "grad_eclip"} <= inside and {"rise", "lime", "random"} <= boxes
+    assert not inside & boxes and set(METHODS) - inside - boxes == {name for name, method in METHODS.items() if method.family == "cam"}

@@ -82,7 +82,7 @@ def test_naive_derivations(method: str, inside: Inside, small_cat: Tensor) -> No
         "score_cam": lambda: reference.score_cam(inside.activation, inside.probability, inside.inputs, torch.zeros_like(inside.inputs)),
         "ablation_cam": lambda: reference.ablation_cam(inside.activation, inside.without),
     }[method]()
-    found = attribute(small_cat, inside.used, method, 3).pixel_map
+    found = attribute(small_cat, inside.used, method, 3, fill="model_mean").pixel_map
     assert expected.max() > 0
     tolerance = 2e-3 if method == "ablation_cam" else 1e-3  # drops are differences of float32 scores
     assert apart(found, enlarged(expected, (32, 32))) < tolerance
@@ -134,7 +134,7 @@ def test_score_cam_softmax_weights(cnn: at.Classifier, small_cat: Tensor) -> Non
     weights = np.exp(scores) / np.exp(scores).sum()
     for weight, channel in zip(weights, inside.activation, strict=True):
         expected += weight * channel.double().numpy()
-    found = attribute(small_cat, inside.used, "score_cam", 3, weights="softmax").pixel_map
+    found = attribute(small_cat, inside.used, "score_cam", 3, weights="softmax", fill="model_mean").pixel_map
     assert apart(found, enlarged(np.maximum(expected, 0), (32, 32))) < 1e-3
 
 

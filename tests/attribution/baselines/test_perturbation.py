@@ -55,7 +55,8 @@ def test_occlusion(window: int, stride: int, overlap: Any, cnn: at.Classifier, s
             counts[y : y + window, x : x + window] += 1
     assert ones.shape[-2:] == counts.shape
     expected = direct * counts if overlap == "sum" else direct
-    found = attribute(small_cat, cnn, "occlusion", 3, window=window, stride=stride, overlap=overlap, batch_size=7).pixel_map
+    given = {"sliding_window_shapes": window, "strides": stride, "overlap": overlap, "fill": "model_mean"}
+    found = attribute(small_cat, cnn, "occlusion", 3, batch_size=7, **given).pixel_map
     assert apart(found, expected.detach()) < 1e-4
 
 
@@ -76,9 +77,19 @@ def test_occlusion_of_a_linear_model(side: int, data: st.DataObject) -> None:
                 continue  # the window before already reached the border
             expected[y : y + window, x : x + window] += contribution[y : y + window, x : x + window].sum()
             counts[y : y + window, x : x + window] += 1
-    assert torch.equal(_covering_windows((side, side), window, stride), counts)
-    found = attribute(image, used, "occlusion", 1, window=window, stride=stride, overlap="sum", fill="black").pixel_map
+    assert torch.equal(_covering_windows((side, side), (window, window), (stride, stride)), counts)
+    found = attribute(image, used, "occlusion", 1, sliding_window_shapes=window, strides=stride, overlap="sum", fill="black").pixel_map
     assert torch.allclose(found, expected, atol=1e-4 * max(1, float(expected.abs().max())))
+
+
+def test_occlusion_with_captums_shapes(cnn: at.Classifier, small_cat: Tensor) -> None:
+    """A window that is no square, given as Captum takes it."""
+    shapes, strides = (3, 6, 10), (3, 4, 9)
+    inputs = cnn.inputs(small_cat)
+    direct = captum.attr.Occlusion(cnn.module).attribute(inputs, shapes, strides, torch.zeros_like(inputs), 3)[0, 0]
+    for window in (shapes, list(shapes)):
+        found = attribute(small_cat, cnn, "occlusion", 3, sliding_window_shapes=window, strides=strides, fill="model_mean").pixel_map
+        assert apart(found, direct.detach()) < 1e-4
 
 
 def windows_across(side: int, window: int, stride: int) -> list[tuple[int, int]]:
@@ -121,7 +132,7 @@ def test_occlusion_across_the_border(height: int, width: int, data: st.DataObjec
     used = at.Classifier(lambda x: torch.stack([(x * weight).sum((1, 2, 3)).square(), x.sum((1, 2, 3))], 1), size=size, scores="logits")
     image = photo(height, 1, width)
     total, covered = occlusion_across(lambda x: used.logits(x)[0, 0].double(), used.inputs(image), window, stride)
-    options = {"window": window, "stride": stride, "border": "across", "fill": "black", "batch_size": 5}
+    options = {"sliding_window_shapes": window, "strides": stride, "border": "across", "fill": "black", "batch_size": 5}
     found = {overlap: attribute(image, used, "occlusion", 0, overlap=overlap, **options).pixel_map for overlap in ("sum", "mean")}
     scale = 1e-4 * float(total.abs().max().clamp(min=1e-3))
     assert torch.allclose(found["sum"], total, atol=scale)
@@ -134,7 +145,7 @@ def test_occlusion_across_the_border_of_a_linear_model() -> None:
     used.module[1].weight.data[1] = 1 / 3
     counts = {(4, 2): [2] * 8, (6, 2): [3] * 8, (5, 2): [2, 2, 3, 2, 3, 2, 3, 2], (3, 1): [2] + [3] * 7, (8, 8): [1] * 8, (1, 1): [1] * 8}
     for (window, stride), expected in counts.items():
-        options = {"window": window, "stride": stride, "border": "across", "fill": "black"}
+        options = {"sliding_window_shapes": window, "strides": stride, "border": "across", "fill": "black"}
         each = torch.tensor(expected, dtype=torch.float32)
         total = attribute(torch.ones(3, 8, 8), used, "occlusion", 1, overlap="sum", **options).pixel_map
         assert torch.allclose(total, each[:, None] * each, atol=1e-4), (window, stride)
@@ -151,7 +162,7 @@ def test_unknown_border() -> None:
 @pytest.mark.parametrize("method", ["feature_ablation", "shapley_value_sampling", "kernel_shap"])
 def test_contributions_of_a_linear_classifier(method: str, problem: tuple[at.Classifier, Tensor, Tensor]) -> None:
     used, image, contributions = problem
-    samples = {} if method == "feature_ablation" else {"samples": 3 if method == "shapley_value_sampling" else 400}
+    samples = {} if method == "feature_ablation" else {"n_samples": 3 if method == "shapley_value_sampling" else 400}
     found = attribute(image, used, method, 1, fill="black", **CELLS, **samples).pixel_map
     assert apart(of_cells(found), contributions) < 1e-3
     assert torch.equal(found, F.interpolate(of_cells(found)[None, None], scale_factor=2)[0, 0])  # one value a region
@@ -160,23 +171,37 @@ def test_contributions_of_a_linear_classifier(method: str, problem: tuple[at.Cla
 def test_lime_of_a_linear_classifier(problem: tuple[at.Classifier, Tensor, Tensor]) -> None:
     """Without a penalty, the coefficients of a linear model are its own."""
     used, image, contributions = problem
-    found = attribute(image, used, "lime", 1, fill="black", samples=300, alpha=1e-6, output="logit", **CELLS).pixel_map
+    found = attribute(image, used, "lime", 1, fill="black", n_samples=300, alpha=1e-6, output="logit", **CELLS).pixel_map
     assert apart(of_cells(found), contributions) < 1e-3
 
 
 METHODS_ON_REGIONS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "feature_ablation": (captum.attr.FeatureAblation, {}, {}),
-    "shapley_value_sampling": (captum.attr.ShapleyValueSampling, {"n_samples": 3}, {"samples": 3}),
-    "kernel_shap": (captum.attr.KernelShap, {"n_samples": 40}, {"samples": 40}),
+    "shapley_value_sampling": (captum.attr.ShapleyValueSampling, {"n_samples": 3}, {"n_samples": 3}),
+    "kernel_shap": (captum.attr.KernelShap, {"n_samples": 40}, {"n_samples": 40}),
     "lime": (
         lambda f: captum.attr.Lime(f, SkLearnRidge(alpha=2.0), get_exp_kernel_similarity_function("euclidean", 45.0)),
         {"n_samples": 40},
-        {"samples": 40, "model": "ridge", "alpha": 2.0, "distance": "euclidean", "kernel_width": 45.0, "output": "logit"},
+        {
+            "n_samples": 40,
+            "interpretable_model": "ridge",
+            "alpha": 2.0,
+            "distance_mode": "euclidean",
+            "kernel_width": 45.0,
+            "output": "logit",
+        },
     ),
     "lime lasso": (
         lambda f: captum.attr.Lime(f, SkLearnLasso(alpha=0.01), get_exp_kernel_similarity_function("euclidean", 45.0)),
         {"n_samples": 40},
-        {"samples": 40, "model": "lasso", "alpha": 0.01, "distance": "euclidean", "kernel_width": 45.0, "output": "logit"},
+        {
+            "n_samples": 40,
+            "interpretable_model": "lasso",
+            "alpha": 0.01,
+            "distance_mode": "euclidean",
+            "kernel_width": 45.0,
+            "output": "logit",
+        },
     ),
 }
 
@@ -196,9 +221,14 @@ def test_captum_over_the_pixels(name: str, cnn: at.Classifier, small_cat: Tensor
         direct = build(forward).attribute(small_cat[None], mean, target=3, feature_mask=labels.repeat(1, 3, 1, 1), **direct_options)
     expected = direct[0, 0]
     if name.startswith("lime"):  # the distance lies between images there, between subsets of regions here: nearly 1 for so wide a kernel
-        assert correlation(attribute(small_cat, cnn, "lime", 3, seed=8, regions=labels, **options).pixel_map, expected.float()) > 0.99
+        assert (
+            correlation(
+                attribute(small_cat, cnn, "lime", 3, seed=8, regions=labels, fill="model_mean", **options).pixel_map, expected.float()
+            )
+            > 0.99
+        )
         return
-    found = attribute(small_cat, cnn, name, 3, seed=8, regions=labels, batch_size=7, **options).pixel_map
+    found = attribute(small_cat, cnn, name, 3, seed=8, regions=labels, batch_size=7, fill="model_mean", **options).pixel_map
     assert apart(found, expected.float()) < 1e-3
 
 
@@ -214,7 +244,7 @@ def test_lime_over_the_region_vector(cnn: at.Classifier, small_cat: Tensor) -> N
     similarity = get_exp_kernel_similarity_function("cosine", kernel_width=0.25)
     with seeded(2):
         direct = captum.attr.Lime(forward, SkLearnRidge(alpha=1.0), similarity).attribute(torch.ones(1, 9), target=3, n_samples=25)
-    found = attribute(small_cat, cnn, "lime", 3, seed=2, samples=25, regions=labels).pixel_map
+    found = attribute(small_cat, cnn, "lime", 3, seed=2, n_samples=25, regions=labels, fill="model_mean").pixel_map
     assert apart(found, direct[0].float()[labels]) < 1e-3
 
 
@@ -269,7 +299,7 @@ def test_rise_by_hand(cnn: at.Classifier, small_cat: Tensor) -> None:
                 mask[y, x] = (1 - a) * ((1 - b) * block[0, 0] + b * block[0, 1]) + a * ((1 - b) * block[1, 0] + b * block[1, 1])
         inputs = cnn.inputs(small_cat) * mask
         total += cnn.probabilities(inputs)[0, 3] * mask
-    found = attribute(small_cat, cnn, "rise", 3, samples=5, grid=4, seed=3).pixel_map
+    found = attribute(small_cat, cnn, "rise", 3, samples=5, grid=4, seed=3, fill="model_mean").pixel_map
     assert apart(found, total / 2.5) < 1e-4
 
 
@@ -368,6 +398,6 @@ def test_rare_classes_have_maps_too(cnn: at.Classifier, small_cat: Tensor) -> No
 def test_the_fill_is_what_hidden_pixels_show(cnn: at.Classifier, small_cat: Tensor) -> None:
     """A fill equal to the image hides nothing."""
     for method in ("occlusion", "feature_ablation", "integrated_gradients"):
-        quick = {"window": 16, "stride": 16} if method == "occlusion" else {}
+        quick = {"sliding_window_shapes": 16, "strides": 16} if method == "occlusion" else {}
         assert attribute(small_cat, cnn, method, 3, fill=small_cat, **quick).pixel_map.abs().max() < 1e-4
         assert attribute(small_cat, cnn, method, 3, fill="black", **quick).pixel_map.abs().max() > 0.01

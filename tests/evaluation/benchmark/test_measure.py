@@ -65,7 +65,7 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
         }
         for method, explanation in explanations.items():
             for protocol in chosen.protocols:
-                curves = ev.perturbation_curves(classifier, image, explanation, target, protocol, regions=regions)
+                curves = ev.perturbation_curves(image, classifier, explanation, target, protocol, regions=regions)
                 where = ("linear", sample, method, 0)
                 assert found[*where, f"insertion ({protocol.label()})"] == pytest.approx(curves.insertion_auc, abs=1e-6)
                 assert found[*where, f"deletion ({protocol.label()})"] == pytest.approx(curves.deletion_auc, abs=1e-6)
@@ -78,8 +78,23 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
                     == (sample, method, "highest_confidence_50", protocol.label())
                 )
                 assert score.area == pytest.approx(area, abs=1e-6)
-            faithful = ev.mu_fidelity(classifier, image, explanation, target, output="logit")
-            assert found[*where, "mu_fidelity"] == pytest.approx(faithful, abs=1e-6)
+            faithful = ev.mu_fidelity(image, classifier, explanation, target, output="logit")
+            assert found[*where, "mu_fidelity (fill black)"] == pytest.approx(faithful, abs=1e-6)
+
+
+def test_metrics_without_a_curve_are_measured_under_the_fill_that_they_state(tmp_path: Path) -> None:
+    """In one folder each fill has numbers of its own; a fill that a metric cannot use is refused once, with the reason."""
+    data = image_folder(tmp_path / "data", 1)
+    chosen = {fill: settings(data, metrics=["mu_fidelity"], fills=[fill], method_fill="black") for fill in ("black", "blur", "linear")}
+    found = {fill: ev.run_benchmark(each, tmp_path / "out") for fill, each in chosen.items()}
+    for fill in ("black", "blur"):
+        assert {score.measure.label for score in found[fill].scores} == {f"mu_fidelity (fill {fill})"}
+        assert numbers(found[fill]) == numbers(ev.run_benchmark(chosen[fill], tmp_path / fill))
+    first, second = ([score.value for score in found[fill].scores] for fill in ("black", "blur"))
+    assert first != second
+    assert found["linear"].scores == ()
+    (failure,) = found["linear"].failures
+    assert failure.refused and failure.method == "mu_fidelity (fill linear)" and "mu_fidelity cannot hide pixels by fill" in failure.reason
 
 
 def test_the_true_order_of_a_linear_model_leads(tmp_path: Path) -> None:

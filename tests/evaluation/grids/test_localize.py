@@ -41,13 +41,13 @@ LAYERS = ("input", "middle", "final")
 LABELS = [[3, 1, 0, 4]]
 GRADIENTS = ("saliency", "input_x_gradient", "integrated_gradients", "smooth_grad", "guided_backprop", "deep_lift")
 TINY: dict[str, dict[str, Any]] = {
-    "integrated_gradients": {"steps": 3},
-    "smooth_grad": {"samples": 3},
-    "gradient_shap": {"samples": 3},
-    "occlusion": {"window": 8, "stride": 8},
-    "shapley_value_sampling": {"samples": 1},
-    "kernel_shap": {"samples": 20},
-    "lime": {"samples": 10},
+    "integrated_gradients": {"n_steps": 3},
+    "smooth_grad": {"nt_samples": 3},
+    "gradient_shap": {"n_samples": 3},
+    "occlusion": {"sliding_window_shapes": 8, "strides": 8},
+    "shapley_value_sampling": {"n_samples": 1},
+    "kernel_shap": {"n_samples": 20},
+    "lime": {"n_samples": 10},
     "rise": {"samples": 8, "grid": 4},
     "hsic": {"samples": 8, "grid": 4},
     "sobol": {"designs": 2, "grid": 2},
@@ -81,7 +81,7 @@ def spec_of(name: str) -> GridMethod:
     if name in NAMES:
         return GridMethod(NAMES[name])
     window, stride = name.removeprefix("Occlusion_Occ").split("_")
-    return GridMethod("occlusion", {"window": int(window), "stride": int(stride)})
+    return GridMethod("occlusion", {"sliding_window_shapes": int(window), "strides": int(stride)})
 
 
 def score_tolerance(layer: str, method: str, checked: bool) -> float:
@@ -269,7 +269,7 @@ def test_occlusion_under_difull(toy: at.Classifier) -> None:
     cells = torch.cat([cut(normalised(grid()), cell, 2) for cell in range(4)])
     labels = [toy.logits(cells).argmax(dim=1).tolist()]
     within, across = (
-        grid_maps(toy, grid(), labels, 2, "difull", "input", GridMethod("occlusion", {"window": 8, "stride": stride}))[0]
+        grid_maps(toy, grid(), labels, 2, "difull", "input", GridMethod("occlusion", {"sliding_window_shapes": 8, "strides": stride}))[0]
         for stride in (8, 4)
     )
     for index, cell in enumerate((0, 3)):
@@ -302,7 +302,7 @@ def test_identical_cells_under_difull(method: str, layer: str, toy: at.Classifie
     assert apart(maps[1].roll((half, half), dims=(0, 1)), maps[0]) < 1e-5
 
 
-ALIGNED = {"occlusion": {"window": 2, "stride": 2}}
+ALIGNED = {"occlusion": {"sliding_window_shapes": 2, "strides": 2}}
 
 
 def test_identical_cells_under_dipart(toy: at.Classifier) -> None:
@@ -444,21 +444,28 @@ def test_seeds(method: str, toy: at.Classifier) -> None:
 
 def test_published_settings() -> None:
     """Those of Rao et al. where they ran the method; windows of 5 at layers inside; own options go first."""
-    assert GridMethod("integrated_gradients").settings(True)["steps"] == 20
+    assert GridMethod("integrated_gradients").settings(True)["n_steps"] == 20
     occlusion = GridMethod("occlusion")
-    assert {"window": 16, "stride": 8, "overlap": "sum", "border": "across"}.items() <= occlusion.settings(True).items()
-    assert {"window": 5, "stride": 2, "border": "across"}.items() <= occlusion.settings(False).items()
-    assert GridMethod("occlusion", {"window": 4}).settings(False)["window"] == 4
+    assert {"sliding_window_shapes": 16, "strides": 8, "overlap": "sum", "border": "across"}.items() <= occlusion.settings(True).items()
+    assert {"sliding_window_shapes": 5, "strides": 2, "border": "across"}.items() <= occlusion.settings(False).items()
+    assert GridMethod("occlusion", {"sliding_window_shapes": 4}).settings(False)["sliding_window_shapes"] == 4
     assert GridMethod("rise").settings(True) == {"samples": 1000, "grid": 6, "keep": 0.1, "normalisation": "expected"}
     assert GridMethod("rise", {"keep": 0.5}, published=False).settings(True) == {"keep": 0.5}
     assert GridMethod("bidirectional", {"pending": 4}).settings(True) == {"pending": 4}
 
 
+def test_former_names_of_options_work_for_one_version() -> None:
+    with pytest.warns(DeprecationWarning, match="option window of occlusion is now sliding_window_shapes") as warned:
+        made = GridMethod("occlusion", {"window": 4})
+    assert made.options == {"sliding_window_shapes": 4} and warned[0].filename == __file__
+    assert made == GridMethod("occlusion", {"sliding_window_shapes": 4})
+
+
 def test_options_reach_the_method(toy: at.Classifier) -> None:
     few, default = (
-        grid_localization(toy, grid(), LABELS, 2, "gridpg", "input", "integrated_gradients", **options) for options in ({"steps": 1}, {})
+        grid_localization(toy, grid(), LABELS, 2, "gridpg", "input", "integrated_gradients", **options) for options in ({"n_steps": 1}, {})
     )
-    twenty = grid_localization(toy, grid(), LABELS, 2, "gridpg", "input", "integrated_gradients", published=False, steps=20)
+    twenty = grid_localization(toy, grid(), LABELS, 2, "gridpg", "input", "integrated_gradients", published=False, n_steps=20)
     assert torch.equal(default, twenty) and not torch.equal(few, default)
 
 
@@ -555,7 +562,7 @@ def test_searches(toy: at.Classifier) -> None:
         rank = head_map(view, setting, 3, LABELS[0], GridMethod("greedy", {"weights": weights, "show": "rank"}, **regions)).values
         best = rank.flatten()[labels.flatten() == chosen[0]]
         assert bool((best == rank.max()).all())
-    with pytest.raises(UserError, match="show='all': expected 'gain', 'rank' or 'first'"):
+    with pytest.raises(UserError, match="show is 'all': expected one of gain, rank, first"):
         head_map(view, "gridpg", 3, LABELS[0], GridMethod("greedy", {"show": "all"}, **regions))
 
 
@@ -567,7 +574,7 @@ def test_what_is_kept_of_a_grid_depends_on_all_that_matters(toy: at.Classifier) 
         tiny("rise"),
         tiny("rise", keep=0.7),
         tiny("gradient_shap"),
-        GridMethod("gradient_shap", {"samples": 3}, smoothing=Smoothing(9)),
+        GridMethod("gradient_shap", {"n_samples": 3}, smoothing=Smoothing(9)),
         tiny("integrated_gradients"),
         GridMethod("integrated_gradients", published=False),
         GridMethod("integrated_gradients"),
@@ -667,7 +674,7 @@ def test_rules_of_captum_on_networks_whose_heads_slide(method: str) -> None:
     used = classifier(drawn(Vgg(), 3))
     before = state(used.module)
     cell = cut(grid(), 3, 2)[0]
-    alone = at.attribute(cell, used, method, 4, preset="rao" if method == "guided_backprop" else None).pixel_map
+    alone = at.attribute(cell, used, method, 4, preset="rao" if method == "guided_backprop" else None, fill="model_mean").pixel_map
     for layer in ("input", "middle"):
         for setting in SETTINGS:
             maps = grid_maps(used, grid(), LABELS, 2, setting, layer, method)
@@ -834,9 +841,9 @@ def test_a_module_left_in_training_is_evaluated_and_stays_so() -> None:
         ({"method": "magic"}, r"unknown method 'magic': expected one of bidirectional, .*saliency"),
         ({"method": "saliency", "steps": 3}, r"saliency takes no option steps: expected channels"),
         ({"method": "greedy", "steps": 3}, r"greedy takes no option steps: expected .*weights"),
-        ({"method": "integrated_gradients", "steps": "many"}, r"steps is 'many': expected a whole number"),
-        ({"method": "integrated_gradients", "steps": 0}, r"steps is 0: expected a whole number of at least 1"),
-        ({"method": "occlusion", "window": 99}, r"occlusion window 99"),
+        ({"method": "integrated_gradients", "n_steps": "many"}, r"n_steps is 'many': expected a whole number"),
+        ({"method": "integrated_gradients", "n_steps": 0}, r"n_steps is 0: expected a whole number of at least 1"),
+        ({"method": "occlusion", "sliding_window_shapes": 99}, r"sliding_window_shapes is 99: expected a whole number from 1 to"),
         ({"method": "kernel_shap", "regions": "stripes"}, r"unknown regions 'stripes'"),
         ({"method": "kernel_shap", "region_options": {"colour": 1}}, r"colour"),
         ({"smoothing": 4}, r"kernel of a smoothing is 4: expected an odd whole number"),

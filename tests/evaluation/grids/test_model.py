@@ -347,7 +347,7 @@ def test_a_black_box_under_difull() -> None:
     open_, closed = classifier(kind.module), classifier(box, class_names=[str(i) for i in range(CLASSES)])
     labels = [[0, 1, 2, 3]]
     for method in (
-        GridMethod("occlusion", {"window": 8, "stride": 8}),
+        GridMethod("occlusion", {"sliding_window_shapes": 8, "strides": 8}),
         GridMethod("rise", {"samples": 20}),
         GridMethod("greedy", regions="grid"),
     ):
@@ -502,10 +502,10 @@ class Forgetful(Memo):
 
 METHODS_WITH_MEMORY: list[GridMethod] = [
     GridMethod("rise", {"samples": 24, "grid": 4}),
-    GridMethod("occlusion", {"window": 8, "stride": 4}),
+    GridMethod("occlusion", {"sliding_window_shapes": 8, "strides": 4}),
     GridMethod("score_cam"),
     GridMethod("ablation_cam"),
-    GridMethod("kernel_shap", {"samples": 20}, regions="grid", region_options={"count": 8}),
+    GridMethod("kernel_shap", {"n_samples": 20}, regions="grid", region_options={"count": 8}),
     GridMethod("bidirectional", regions="grid", region_options={"count": 8}),
 ]
 
@@ -539,7 +539,7 @@ def test_masked_grids_are_forwarded_once_for_all_heads() -> None:
 
 def test_windows_outside_the_cell_are_not_forwarded() -> None:
     """Occlusion under DiFull: 16 of the 49 windows reach the cell of a head, which is forwarded once more as it is."""
-    method = GridMethod("occlusion", {"window": 8, "stride": 4, "border": "inside"})
+    method = GridMethod("occlusion", {"sliding_window_shapes": 8, "strides": 4, "border": "inside"})
     module = drawn(Pooled(), 1)
     least, _ = forwarded(module, lambda used: grid_maps(used, grid(), [[0, 1, 2, 3]], 2, "difull", "input", GridMethod("constant")))
     rows, _ = forwarded(module, lambda used: grid_maps(used, grid(), [[0, 1, 2, 3]], 2, "difull", "input", method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from toys import SIDE, linear_classifier
 
 import attribution as at
 import evaluation as ev
+from evaluation.metrics.judged import judged
 from evaluation.metrics.protocol import Protocol
-from evaluation.metrics.registry import METRICS, Case, expand_metrics
+from evaluation.metrics.registry import METRICS, Case, Measurement, Metric, expand_metrics, measures_of, metric_title
 
 PROTOCOL = Protocol(fill="black", output="logit")
 
@@ -31,8 +33,7 @@ def case(method: str, image_seed: int, **options: object) -> Case:
     return Case(classifier, explain(image), 0, regions, lambda picture: explain(picture).pixel_map, mask, seed=image_seed)
 
 
-@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.grid])
-def test_contract(name: str) -> None:
+def check_contract(name: str) -> None:
     """A finite number, the same again, from the explanation alone and not from scores that it carries."""
     metric = METRICS[name]
     made = case("input_x_gradient", 0)
@@ -43,6 +44,11 @@ def test_contract(name: str) -> None:
     liar = replace(made.explanation, evaluations=0, probabilities=torch.ones(2), provenance={"score": 1.0})
     assert metric.function(replace(made, explanation=liar, curves={}), PROTOCOL).value == value
     assert metric.curve == bool(made.curves)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.grid])
+def test_contract(name: str) -> None:
+    check_contract(name)
 
 
 @pytest.mark.parametrize("name", ["insertion", "deletion", "insertion_deletion", "mu_fidelity", "road", "infidelity"])
@@ -74,7 +80,7 @@ def test_the_reverse_of_the_truth_is_the_worst(name: str) -> None:
 def test_random_maps_score_at_chance() -> None:
     """Their mean insertion lies within the spread of random orders of the same regions, their deletion likewise."""
     made = case("random", 3)
-    insertion, deletion = ev.random_order_curves(made.classifier, made.explanation.image, made.regions, 0, PROTOCOL, count=200, seed=1)
+    insertion, deletion = ev.random_order_curves(made.explanation.image, made.classifier, made.regions, 0, PROTOCOL, count=200, seed=1)
     values = []
     for seed in range(60):
         explanation = at.attribute(made.explanation.image, made.classifier, "random", 0, seed=seed)
@@ -102,3 +108,80 @@ def test_expanding_names() -> None:
         expand_metrics(["x"])
     with pytest.raises(at.UserError, match="no metric"):
         expand_metrics([])
+
+
+def test_a_metric_that_hides_pixels_states_its_fill() -> None:
+    """The fill of the first protocol that the metric can use; the one that it is given is the one that it hides by."""
+    black, linear, drop, blur = (Protocol(fill=fill) for fill in ("black", "linear", "drop", "blur"))
+    found = {
+        (name, protocols): [(measure.label, protocol) for measure, protocol in measures_of(name, protocols)]
+        for name in ("mu_fidelity", "infidelity", "road", "sensitivity")
+        for protocols in ((black, blur), (linear, drop, blur), (linear,))
+    }
+    for name in ("mu_fidelity", "infidelity"):
+        assert found[name, (black, blur)] == [(f"{name} (fill black)", black)]
+        assert found[name, (linear,)] == [(f"{name} (fill linear)", linear)]
+    assert found["mu_fidelity", (linear, drop, blur)] == [("mu_fidelity (fill drop)", drop)]
+    assert found["infidelity", (linear, drop, blur)] == [("infidelity (fill blur)", blur)]
+    assert found["road", (linear,)] == [("road", linear)] and found["sensitivity", (black, blur)] == [("sensitivity", black)]
+    assert [measure.label for measure, _ in measures_of("insertion", (black, linear))] == [
+        "insertion (regions, black, p)",
+        "insertion (regions, linear, p)",
+    ]
+    made = case("input_x_gradient", 0)
+    for name, evaluator in (("mu_fidelity", ev.mu_fidelity), ("infidelity", ev.infidelity)):
+        for fill in ("black", "blur"):
+            expected = evaluator(made.explanation.image, made.classifier, made.explanation, 0, fill=fill, seed=0)
+            assert METRICS[name].function(made, Protocol(fill=fill)).value == expected
+        with pytest.raises(at.NotApplicable, match=f"{name} cannot hide pixels by fill 'linear': add another fill, such as 'black'"):
+            METRICS[name].function(made, linear)
+    with pytest.raises(at.NotApplicable, match="infidelity cannot hide pixels by fill 'drop'"):
+        METRICS["infidelity"].function(made, drop)
+
+
+def test_titles() -> None:
+    titles = {name: metric_title(name) for name in METRICS}
+    assert titles == {
+        "insertion": "insertion",
+        "deletion": "deletion",
+        "insertion_deletion": "insertion - deletion",
+        "highest_confidence_25": "highest confidence 25%",
+        "highest_confidence_50": "highest confidence 50%",
+        "highest_confidence_75": "highest confidence 75%",
+        "highest_confidence_100": "highest confidence 100%",
+        "mu_fidelity": "muFidelity",
+        "road": "ROAD",
+        "infidelity": "infidelity",
+        "sensitivity": "sensitivity",
+        "pointing_game": "pointing game",
+        "energy_pointing_game": "energy pointing game",
+        "gridpg": "GridPG",
+        "difull": "DiFull",
+        "dipart": "DiPart",
+    }
+
+
+# --- the recipe of docs/extending.md: one function, one entry
+
+
+def peak_share(case: Case, protocol: Protocol) -> Measurement:
+    """The share of the pixels that reach half of the map's maximum."""
+    values = judged(case.explanation).values
+    return Measurement(float((values >= values.max() / 2).double().mean()))
+
+
+def test_the_recipe_of_a_metric_keeps_the_contract(
+    run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "peak_share", Metric(peak_share, "lower", "share of the pixels that reach half of the maximum"))
+    check_contract("peak_share")
+    made = case("input_x_gradient", 0)
+    values = made.explanation.pixel_map.flatten().tolist()
+    by_hand = sum(value >= max(values) / 2 for value in values) / len(values)
+    assert METRICS["peak_share"].function(made, PROTOCOL).value == pytest.approx(by_hand)
+    assert metric_title("peak_share") == "peak share" and expand_metrics(["peak_share"]) == ("peak_share",)
+    (measure,) = (measure for measure, _ in measures_of("peak_share", [PROTOCOL]))
+    assert (measure.label, measure.direction) == ("peak_share", "lower")
+    assert ev.make_settings({"data": "x", "metrics": ["peak_share"]}).measures == (measure,)
+    code, out, _ = run_command("benchmark", "--list")
+    assert code == 0 and "peak_share lower is better: share of the pixels" in " ".join(out.split())

@@ -1,0 +1,51 @@
+"""Method: an entry of ``METHODS``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from attribution.baselines.options import option_names
+
+Family = Literal["gradient", "cam", "perturbation", "transformer", "control"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method.
+
+    Attributes:
+        function: (task, **options) -> float map.
+        family: what it works on, and the colour and marker of its figures.
+        domain: what the map lies on, the model "input" [h, w] or the "image" [H, W].
+        stochastic: whether the result depends on the seed.
+    """
+
+    function: Callable[..., Tensor]
+    family: Family
+    domain: Literal["input", "image"] = "input"
+    stochastic: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that it takes."""
+        return option_names(self.function)
+
+    @property
+    def summary(self) -> str:
+        """One line that says what it computes."""
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def black_box(self) -> bool:
+        """Whether it sees scores only, and so explains any callable."""
+        return self.family in ("perturbation", "control")
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it follows the whole network from scores to input; under DiFull it then sees the head's own cell alone."""
+        return self.family in ("gradient", "transformer")
