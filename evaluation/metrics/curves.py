@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attribution.deprecation import image_first
 from attribution.dropping import masked_inputs
 from attribution.errors import UserError
 from attribution.explanation import Explanation
@@ -120,9 +121,10 @@ def perturbation_steps(explanation: Explanation, protocol: Protocol, regions: Re
     return wanted.labels.cpu(), ranked.order.cpu()
 
 
+@image_first
 def perturbation_curves(
-    classifier: Classifier,
     image: ImageSource,
+    classifier: Classifier,
     explanation: Explanation,
     target: int | str,
     protocol: Protocol,
@@ -135,8 +137,8 @@ def perturbation_curves(
     2 (K + 1) images are forwarded, K being the number of steps; none of the explanation's own scores is used.
 
     Args:
-        classifier: the model that is asked.
         image: whatever ``load_image`` takes, at the resolution of the explanation (its ``image``).
+        classifier: the model that is asked.
         explanation: gives the order (see ``perturbation_steps``).
         target: class whose score is followed, index or name.
         protocol: one of ``PROTOCOLS`` or your own.
@@ -151,9 +153,10 @@ def perturbation_curves(
     return _curves(image, labels, order, protocol, _prefix_scorer(classifier, image, labels, target, protocol, seed))
 
 
+@image_first
 def random_order_curves(
-    classifier: Classifier,
     image: ImageSource,
+    classifier: Classifier,
     regions: Regions | Tensor,
     target: int | str,
     protocol: Protocol,
@@ -166,7 +169,7 @@ def random_order_curves(
         regions: what is ordered at random, also under pixel steps (all pixels of one region, then all of the next).
         count: number of orders.
         seed: of the orders, and of the noise of fill "linear".
-        classifier, image, target, protocol: see ``perturbation_curves``.
+        image, classifier, target, protocol: see ``perturbation_curves``.
 
     Returns:
         Insertion AUCs and deletion AUCs, float64 [count] each.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.deprecation import image_first
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
@@ -51,9 +52,10 @@ def attribution_values(explanation: Explanation | Tensor) -> Tensor:
     return values
 
 
+@image_first
 def mu_fidelity(
-    classifier: Classifier,
     image: ImageSource,
+    classifier: Classifier,
     explanation: Explanation | Tensor,
     target: int | str,
     *,
@@ -70,8 +72,8 @@ def mu_fidelity(
     place of pixels, a random number of cells in place of a fixed one, and Spearman's correlation, as xplique has it.
 
     Args:
-        classifier: the model explained.
         image: what was explained, at the resolution of the map.
+        classifier: the model explained.
         explanation: an explanation, or a map [H, W].
         target: class, index or name.
         samples: masks drawn, at least 2.
@@ -109,9 +111,10 @@ def mu_fidelity(
     return _spearman(drops.numpy(), (dropped * worth).sum(dim=1).numpy())
 
 
+@image_first
 def infidelity(
-    classifier: Classifier,
     image: ImageSource,
+    classifier: Classifier,
     explanation: Explanation | Tensor,
     target: int | str,
     *,
@@ -129,8 +132,8 @@ def infidelity(
     taken: the unit of the map does not matter, and neither does its sign (``mu_fidelity`` is the measure that sees the sign).
 
     Args:
-        classifier: the model explained.
         image: what was explained, at the resolution of the map.
+        classifier: the model explained.
         explanation: an explanation, or a map [H, W]; brought to the model's input by ``to_input``, split equally over the channels.
         target: class, index or name.
         samples: squares drawn, at least 1.

@@ -55,7 +55,7 @@ class Case:
         if label not in self.curves:
             image = self.explanation.image
             self.curves[label] = perturbation_curves(
-                self.classifier, image, self.explanation, self.target, protocol, regions=self.regions, seed=self.seed
+                image, self.classifier, self.explanation, self.target, protocol, regions=self.regions, seed=self.seed
             )
         return self.curves[label]
 
@@ -148,12 +148,12 @@ def _highest_confidence(share: float) -> Callable[[Case, Protocol], Measurement]
 
 
 def _mu_fidelity(case: Case, protocol: Protocol) -> Measurement:
-    value = mu_fidelity(case.classifier, case.explanation.image, case.explanation, case.target, output=protocol.output, seed=case.seed)
+    value = mu_fidelity(case.explanation.image, case.classifier, case.explanation, case.target, output=protocol.output, seed=case.seed)
     return Measurement(value)
 
 
 def _infidelity(case: Case, protocol: Protocol) -> Measurement:
-    value = infidelity(case.classifier, case.explanation.image, case.explanation, case.target, output=protocol.output, seed=case.seed)
+    value = infidelity(case.explanation.image, case.classifier, case.explanation, case.target, output=protocol.output, seed=case.seed)
     return Measurement(value)
 
 
@@ -162,7 +162,7 @@ def _sensitivity(case: Case, protocol: Protocol) -> Measurement:
 
 
 def _road(case: Case, protocol: Protocol) -> Measurement:
-    found = road(case.classifier, case.explanation.image, case.explanation, case.target, output=protocol.output, seed=case.seed)
+    found = road(case.explanation.image, case.classifier, case.explanation, case.target, output=protocol.output, seed=case.seed)
     return Measurement(found.score)
 
 

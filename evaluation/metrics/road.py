@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.deprecation import image_first
 from attribution.errors import UserError
 from attribution.explanation import Explanation
 from attribution.image import ImageSource, limit_size
@@ -45,9 +46,10 @@ class Road:
         return float(torch.trapezoid(self.lerf.double() - self.morf.double(), shares))
 
 
+@image_first
 def road(
-    classifier: Classifier,
     image: ImageSource,
+    classifier: Classifier,
     explanation: Explanation,
     target: int | str,
     *,
@@ -62,7 +64,7 @@ def road(
     are shrunk to the long side of the model's input first, where they are larger: the model would not see the pixels between.
 
     Args:
-        classifier, image, explanation, target: see ``perturbation_curves``.
+        image, classifier, explanation, target: see ``perturbation_curves``.
         percentages: of the pixels imputed, ascending in (0, 99]; the number of pixels is rounded down.
         noise: standard deviation of the noise in units of the normalised input.
         output: "probability" or "logit".

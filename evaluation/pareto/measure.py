@@ -235,5 +235,5 @@ class _Case:
         return Point(method, budget, evaluations, *self._areas[key])
 
     def _point(self, method: str, budget: int, evaluations: int, explanation: Explanation) -> Point:
-        curves = perturbation_curves(self.classifier, self.image, explanation, self.target, self.protocol, regions=self.regions)
+        curves = perturbation_curves(self.image, self.classifier, explanation, self.target, self.protocol, regions=self.regions)
         return Point(method, budget, evaluations, curves.insertion_auc, curves.deletion_auc)

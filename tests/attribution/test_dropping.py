@@ -120,12 +120,12 @@ def test_a_batch_that_does_not_fit_is_halved(small_cat: Tensor, monkeypatch: pyt
 @pytest.mark.parametrize("search", ["bidirectional", "budget"])
 def test_searches_and_evaluators_take_it(vit: at.Classifier, small_cat: Tensor, search: str) -> None:
     found = at.explain(small_cat, vit, fill="drop", search=search, **GRID)
-    curves = ev.perturbation_curves(vit, small_cat, found, found.target, Protocol(fill="drop"))
+    curves = ev.perturbation_curves(small_cat, vit, found, found.target, Protocol(fill="drop"))
     assert torch.allclose(curves.insertion, found.insertion_scores, atol=1e-5)
     assert torch.allclose(curves.deletion, found.deletion_scores, atol=1e-5)
     painted = at.explain(small_cat, vit, fill="model_mean", search=search, **GRID)
     assert not torch.allclose(painted.insertion_scores, found.insertion_scores, atol=1e-2)
-    assert -1 <= ev.mu_fidelity(vit, small_cat, found, found.target, grid=4, fill="drop") <= 1
+    assert -1 <= ev.mu_fidelity(small_cat, vit, found, found.target, grid=4, fill="drop") <= 1
     both = at.explain(small_cat, vit, fill="black+drop", search=search, **GRID)
     assert both.provenance["settings"]["fill"] == "black+drop"
 
@@ -315,10 +315,10 @@ def test_regions_by_name_follow_the_patches(cat: Tensor, small_cat: Tensor) -> N
     classifier = seen_through("crop")
     found = at.explain(cat, classifier, fill="drop", search="budget", evaluations=60)
     assert follow_patches(classifier, found.regions) is found.regions and found.regions.method == "slico"
-    curves = ev.perturbation_curves(classifier, cat, found, found.target, Protocol(fill="drop"))
+    curves = ev.perturbation_curves(cat, classifier, found, found.target, Protocol(fill="drop"))
     assert torch.allclose(curves.insertion, found.insertion_scores, atol=1e-5)
     assert torch.allclose(curves.deletion, found.deletion_scores, atol=1e-5)
-    assert -1 <= ev.mu_fidelity(classifier, cat, found, found.target, grid=5, fill="drop") <= 1
+    assert -1 <= ev.mu_fidelity(cat, classifier, found, found.target, grid=5, fill="drop") <= 1
     better = at.polish(at.attribute(cat, classifier, "saliency"), classifier, regions="slico", fill="black+drop", evaluations=60)
     assert torch.equal(better.regions.labels, found.regions.labels)
 
@@ -359,5 +359,5 @@ def test_a_benchmark_of_dropped_tokens_cuts_along_the_patches(tmp_path: Path) ->
         regions = follow_patches(classifier, at.make_regions(image, "slico", count=9))
         found = at.explain(image, classifier, regions=regions, search="budget", evaluations=40, fill="drop")
         for fill in ("black", "drop"):
-            curves = ev.perturbation_curves(classifier, image, found, found.target, Protocol(fill=fill))
+            curves = ev.perturbation_curves(image, classifier, found, found.target, Protocol(fill=fill))
             assert kept["timm", "budget", sample, f"regions, {fill}, p"] == pytest.approx(curves.insertion_auc, abs=1e-5)

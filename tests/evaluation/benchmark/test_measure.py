@@ -65,7 +65,7 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
         }
         for method, explanation in explanations.items():
             for protocol in chosen.protocols:
-                curves = ev.perturbation_curves(classifier, image, explanation, target, protocol, regions=regions)
+                curves = ev.perturbation_curves(image, classifier, explanation, target, protocol, regions=regions)
                 where = ("linear", sample, method, 0)
                 assert found[*where, f"insertion ({protocol.label()})"] == pytest.approx(curves.insertion_auc, abs=1e-6)
                 assert found[*where, f"deletion ({protocol.label()})"] == pytest.approx(curves.deletion_auc, abs=1e-6)
@@ -78,7 +78,7 @@ def test_every_number_is_the_metric_of_the_explanation(tmp_path: Path) -> None:
                     == (sample, method, "highest_confidence_50", protocol.label())
                 )
                 assert score.area == pytest.approx(area, abs=1e-6)
-            faithful = ev.mu_fidelity(classifier, image, explanation, target, output="logit")
+            faithful = ev.mu_fidelity(image, classifier, explanation, target, output="logit")
             assert found[*where, "mu_fidelity"] == pytest.approx(faithful, abs=1e-6)
 
 

@@ -88,7 +88,7 @@ def test_curves_of_a_linear_classifier(height: int, width: int, count: int, seed
     labels = at.Regions(torch.randint(0, count, (height, width), generator=generator)).labels
     parts = contributions(classifier, image, labels)
     order = torch.randperm(len(parts), generator=generator).tolist()
-    curves = perturbation_curves(classifier, image, ordered(image, labels, order), 0, LOGIT)
+    curves = perturbation_curves(image, classifier, ordered(image, labels, order), 0, LOGIT)
 
     value, area = 0.3, 0.0
     insertion, areas = [value], [area]
@@ -114,7 +114,7 @@ def test_the_true_order_is_the_best_of_all() -> None:
     parts = contributions(classifier, image, labels)
     true = sorted(range(5), key=lambda region: -parts[region])
     found = {
-        order: perturbation_curves(classifier, image, ordered(image, labels, list(order)), 0, LOGIT)
+        order: perturbation_curves(image, classifier, ordered(image, labels, list(order)), 0, LOGIT)
         for order in itertools.permutations(range(5))
     }
     assert max(found, key=lambda order: found[order].difference) == tuple(true)
@@ -130,8 +130,8 @@ def test_the_reversed_order_is_mirrored(cnn: at.Classifier, small_cat: Tensor, f
     labels = at.make_regions(small_cat, "slico", region_size=8).labels
     order = torch.randperm(int(labels.max()) + 1, generator=torch.Generator().manual_seed(0)).tolist()
     protocol = Protocol(fill=fill)
-    forward = perturbation_curves(cnn, small_cat, ordered(small_cat, labels, order), 3, protocol)
-    backward = perturbation_curves(cnn, small_cat, ordered(small_cat, labels, order[::-1]), 3, protocol)
+    forward = perturbation_curves(small_cat, cnn, ordered(small_cat, labels, order), 3, protocol)
+    backward = perturbation_curves(small_cat, cnn, ordered(small_cat, labels, order[::-1]), 3, protocol)
     assert torch.allclose(backward.insertion, forward.deletion.flip(0), atol=1e-5)
     assert torch.allclose(backward.deletion, forward.insertion.flip(0), atol=1e-5)
     assert torch.allclose(backward.insertion_area, 1 - forward.insertion_area.flip(0), atol=1e-6)
@@ -145,7 +145,7 @@ def test_deletion_removes_the_most_important_first() -> None:
     image[:, 1, 2] = 1
     classifier = at.Classifier(lambda x: torch.stack([x.sum(dim=(1, 2, 3)), 0 * x[:, 0, 0, 0]], dim=1), size=4, scores="logits")
     for protocol in (Protocol(steps="pixels", count=16, output="logit"), Protocol(output="logit")):
-        curves = perturbation_curves(classifier, image, mapped(image, image[0]), 0, protocol, regions=torch.arange(16).view(4, 4))
+        curves = perturbation_curves(image, classifier, mapped(image, image[0]), 0, protocol, regions=torch.arange(16).view(4, 4))
         assert curves.insertion.tolist() == pytest.approx([0.0] + [3.0] * 16)
         assert curves.deletion.tolist() == pytest.approx([3.0] + [0.0] * 16)
         assert curves.difference == pytest.approx(3 * (1 - 1 / 32) - 3 / 32)
@@ -159,7 +159,7 @@ def test_random_orders_score_at_chance() -> None:
     classifier, image = linear_classifier(4, 12, 2), random_image(4, 12, 2)
     regions = at.make_regions(image, "grid", rows=1, columns=6)
     middle = 0.3 + sum(contributions(classifier, image, regions.labels)) / 2
-    insertion, deletion = random_order_curves(classifier, image, regions, 0, LOGIT, count=400, seed=1)
+    insertion, deletion = random_order_curves(image, classifier, regions, 0, LOGIT, count=400, seed=1)
     assert insertion.shape == deletion.shape == (400,)
     assert abs(insertion.mean() - middle) < 4 * insertion.std() / 20
     assert abs(deletion.mean() - middle) < 4 * deletion.std() / 20
@@ -171,15 +171,15 @@ def test_random_orders_score_at_chance() -> None:
 def test_random_orders_are_measured_as_any_order(cnn: at.Classifier, small_cat: Tensor, name: str) -> None:
     regions = at.make_regions(small_cat, "grid", count=9)
     state = torch.random.get_rng_state()
-    insertion, deletion = random_order_curves(cnn, small_cat, regions, "cat", PROTOCOLS[name], count=3, seed=4)
+    insertion, deletion = random_order_curves(small_cat, cnn, regions, "cat", PROTOCOLS[name], count=3, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
     generator = torch.Generator().manual_seed(4)
     for k in range(3):
         order = torch.randperm(9, generator=generator).tolist()
-        curves = perturbation_curves(cnn, small_cat, ordered(small_cat, regions.labels, order), "cat", PROTOCOLS[name])
+        curves = perturbation_curves(small_cat, cnn, ordered(small_cat, regions.labels, order), "cat", PROTOCOLS[name])
         assert curves.insertion_auc == pytest.approx(float(insertion[k]), abs=1e-9)
         assert curves.deletion_auc == pytest.approx(float(deletion[k]), abs=1e-9)
-    other, _ = random_order_curves(cnn, small_cat, regions, "cat", PROTOCOLS[name], count=3, seed=5)
+    other, _ = random_order_curves(small_cat, cnn, regions, "cat", PROTOCOLS[name], count=3, seed=5)
     assert not torch.allclose(other, insertion, atol=1e-4)
 
 
@@ -250,7 +250,7 @@ def test_equals_the_naive_loop(fill: object, way: dict, monkeypatch: pytest.Monk
     assert np.ptp(insertion) > 0.01
     for limit in (2**27, 0):  # by contributions of the regions, and image by image
         monkeypatch.setattr(perturbation, "_CONTRIBUTION_VALUES", limit)
-        curves = perturbation_curves(classifier, image, ordered(image, labels, order), 0, Protocol(fill=fill))
+        curves = perturbation_curves(image, classifier, ordered(image, labels, order), 0, Protocol(fill=fill))
         assert np.allclose(curves.insertion, insertion, atol=2e-5)
         assert np.allclose(curves.deletion, deletion, atol=2e-5)
 
@@ -263,7 +263,7 @@ def test_pixel_by_pixel_equals_the_naive_loop() -> None:
     background = torch.tensor((0.5, 0.4, 0.3))[:, None, None].expand(3, 6, 7)
     insertion, deletion = naive_curves(classifier, image, torch.arange(42).view(6, 7), background, ranking)
     for count in (42, 5000):
-        curves = perturbation_curves(classifier, image, mapped(image, values), 0, replace(PROTOCOLS["smdl"], count=count))
+        curves = perturbation_curves(image, classifier, mapped(image, values), 0, replace(PROTOCOLS["smdl"], count=count))
         assert np.allclose(curves.insertion, insertion, atol=1e-4)
         assert np.allclose(curves.deletion, deletion, atol=1e-4)
         assert np.allclose(curves.insertion_area, np.arange(43) / 42, atol=1e-6)
@@ -278,13 +278,13 @@ def test_linear_fill_equals_imputing_each_prefix(parts: bool, monkeypatch: pytes
     classifier = nonlinear_classifier(12, mean=(0.4, 0.5, 0.6), std=std)
     labels = at.Regions(torch.randint(0, 5, (9, 11), generator=torch.Generator().manual_seed(7))).labels
     order = [3, 0, 1, 4, 2]
-    curves = perturbation_curves(classifier, image, ordered(image, labels, order), 0, Protocol(fill="linear"), seed=9)
+    curves = perturbation_curves(image, classifier, ordered(image, labels, order), 0, Protocol(fill="linear"), seed=9)
     for k in range(6):
         shown = torch.isin(labels, torch.tensor(order[:k], dtype=torch.int64))
         for mask, found in ((shown, curves.insertion), (~shown, curves.deletion)):
             inputs = classifier.preprocessing(impute(image, mask[None], noise=0.01, std=std, seed=9))
             assert float(classifier.probabilities(inputs)[0, 0]) == pytest.approx(float(found[k]), abs=1e-4)
-    again = perturbation_curves(classifier, image, ordered(image, labels, order), 0, Protocol(fill="linear"), seed=10)
+    again = perturbation_curves(image, classifier, ordered(image, labels, order), 0, Protocol(fill="linear"), seed=10)
     assert torch.equal(again.insertion[-1], curves.insertion[-1]) and not torch.equal(again.insertion[:-1], curves.insertion[:-1])
 
 
@@ -302,8 +302,8 @@ def test_black_pixels_are_never_revealed_under_lima_compat() -> None:
         deletion.append(1 - sum(float(left[:, y, x].sum()) != 0 for y in range(10) for x in range(12)) / 120)
     assert 0 < insertion[-1] < 0.8 and deletion[0] == pytest.approx(1 - insertion[-1]) and deletion[-1] == 1
 
-    compat = perturbation_curves(classifier, image, ordered(image, labels, order), 0, PROTOCOLS["lima-compat"])
-    exact = perturbation_curves(classifier, image, ordered(image, labels, order), 0, PROTOCOLS["lima"])
+    compat = perturbation_curves(image, classifier, ordered(image, labels, order), 0, PROTOCOLS["lima-compat"])
+    exact = perturbation_curves(image, classifier, ordered(image, labels, order), 0, PROTOCOLS["lima"])
     assert np.allclose(compat.insertion_area, insertion, atol=1e-6)
     assert np.allclose(compat.deletion_area, deletion, atol=1e-6)
     assert torch.equal(compat.insertion, exact.insertion) and torch.equal(compat.deletion, exact.deletion)
@@ -330,20 +330,20 @@ def test_images_forwarded(fill: str, steps: str) -> None:
     explanation = ordered(image, at.make_regions(image, "grid", count=4).labels, [2, 1, 0, 3])
     classifier.logits(classifier.inputs(image))  # the probe of what the module returns, once for a classifier
     forwarded.clear()
-    perturbation_curves(classifier, image, explanation, 0, Protocol(steps=steps, count=7, fill=fill))
+    perturbation_curves(image, classifier, explanation, 0, Protocol(steps=steps, count=7, fill=fill))
     assert sum(forwarded) == 2 * ((4 if steps == "regions" else 7) + 1)
 
 
 def test_scores_that_a_method_stored_are_not_used(cnn: at.Classifier, small_cat: Tensor) -> None:
     explanation = at.explain(small_cat, cnn, "cat", regions="grid", search="greedy", region_options={"count": 9})
-    curves = perturbation_curves(cnn, small_cat, explanation, "cat", PROTOCOLS["lima"])
+    curves = perturbation_curves(small_cat, cnn, explanation, "cat", PROTOCOLS["lima"])
     assert torch.allclose(curves.insertion, explanation.insertion_scores, atol=1e-6)
     assert torch.allclose(curves.deletion, explanation.deletion_scores, atol=1e-6)
     assert curves.insertion_auc == pytest.approx(explanation.insertion_auc, abs=1e-5)
     boasting = replace(explanation, insertion_scores=torch.ones(10), deletion_scores=torch.zeros(10), probabilities=torch.ones(10))
     for name, protocol in PROTOCOLS.items():
-        honest = perturbation_curves(cnn, small_cat, explanation, "cat", protocol)
-        assert torch.equal(perturbation_curves(cnn, small_cat, boasting, "cat", protocol).insertion, honest.insertion), name
+        honest = perturbation_curves(small_cat, cnn, explanation, "cat", protocol)
+        assert torch.equal(perturbation_curves(small_cat, cnn, boasting, "cat", protocol).insertion, honest.insertion), name
 
 
 # --- highest confidence
@@ -370,7 +370,7 @@ def test_highest_confidence() -> None:
 def test_highest_confidence_of_pixel_steps_is_that_of_the_first_steps() -> None:
     """The published rule for maps: the first int(share * steps) of uniform steps, without the blank image."""
     image = random_image(32, 32, 9)
-    curves = perturbation_curves(nonlinear_classifier(32), image, mapped(image, image[0]), 0, replace(PROTOCOLS["smdl-baselines"]))
+    curves = perturbation_curves(image, nonlinear_classifier(32), mapped(image, image[0]), 0, replace(PROTOCOLS["smdl-baselines"]))
     for share in HIGHEST_CONFIDENCE_SHARES:
         assert curves.highest_confidence(share)[0] == float(curves.insertion[1 : int(share * 50) + 1].max())
 
@@ -382,7 +382,7 @@ def test_road_equals_the_naive_loop() -> None:
     image, std = random_image(10, 10, 10), (0.2, 0.3, 0.4)
     values = torch.randint(0, 30, (10, 10), generator=torch.Generator().manual_seed(10)).float()
     classifier = nonlinear_classifier(10, std=std)
-    found = road(classifier, image, mapped(image, values), 0, percentages=(5, 29, 57, 99), noise=0.05, seed=3)
+    found = road(image, classifier, mapped(image, values), 0, percentages=(5, 29, 57, 99), noise=0.05, seed=3)
     ranking = sorted(range(100), key=lambda i: (-float(values.flatten()[i]), i))
     for p, morf, lerf in zip((5, 29, 57, 99), found.morf, found.lerf, strict=True):
         for removed, score in ((ranking[:p], morf), (ranking[100 - p :], lerf)):
@@ -398,7 +398,7 @@ def test_road_of_a_patch_that_is_all_the_evidence() -> None:
     image[0, 5:10, 5:10] = 1
     classifier = at.Classifier(lambda x: torch.stack([x[:, 0], x[:, 1]], 1).mean(dim=(2, 3)), size=20, scores="logits")
     truth = mapped(image, image[0])
-    good = road(classifier, image, truth, 0, percentages=(10, 20, 30), output="logit", noise=0)
+    good = road(image, classifier, truth, 0, percentages=(10, 20, 30), output="logit", noise=0)
     assert good.morf.tolist() == pytest.approx([0.5] * 3, abs=1e-4)
     assert good.lerf.tolist() == pytest.approx([0.5 + 0.5 * 25 / 400] * 3, abs=1e-4)
     assert good.score == pytest.approx(0.5 * 25 / 400 / 2, abs=1e-4)
@@ -407,7 +407,7 @@ def test_road_of_a_patch_that_is_all_the_evidence() -> None:
 
 def test_road_of_the_reversed_map_is_mirrored(cnn: at.Classifier, small_cat: Tensor) -> None:
     values = torch.randperm(1024, generator=torch.Generator().manual_seed(4)).view(32, 32).float()
-    one, other = road(cnn, small_cat, mapped(small_cat, values), "cat"), road(cnn, small_cat, mapped(small_cat, -values), "cat")
+    one, other = road(small_cat, cnn, mapped(small_cat, values), "cat"), road(small_cat, cnn, mapped(small_cat, -values), "cat")
     assert torch.allclose(one.morf, other.lerf, atol=1e-5) and torch.allclose(one.lerf, other.morf, atol=1e-5)
     assert one.score == pytest.approx(-other.score, abs=1e-5) and one.area == pytest.approx(-other.area, abs=1e-5)
     assert abs(one.score) > 1e-4
@@ -483,22 +483,22 @@ def test_bad_input() -> None:
     broken = mapped(image, torch.where(torch.eye(4) > 0, torch.nan, image[0]))
     for protocol, regions in ((lima, torch.arange(16).view(4, 4)), (pixels, None)):
         with pytest.raises(at.UserError, match="map has 4 values that are not finite"):
-            perturbation_curves(classifier, image, broken, 0, protocol, regions=regions)
+            perturbation_curves(image, classifier, broken, 0, protocol, regions=regions)
     with pytest.raises(at.UserError, match="map has 4 values"):
-        road(classifier, image, broken, 0)
+        road(image, classifier, broken, 0)
     with pytest.raises(at.UserError, match="image is 5x6, the explanation or its regions 4x4"):
-        perturbation_curves(classifier, random_image(6, 5), heatmap, 0, pixels)
+        perturbation_curves(random_image(6, 5), classifier, heatmap, 0, pixels)
     with pytest.raises(at.UserError, match="image is 5x6"):
-        random_order_curves(classifier, random_image(6, 5), torch.zeros(4, 4, dtype=torch.int64), 0, lima)
+        random_order_curves(random_image(6, 5), classifier, torch.zeros(4, 4, dtype=torch.int64), 0, lima)
     with pytest.raises(at.UserError, match="class index 7"):
-        perturbation_curves(classifier, image, heatmap, 7, pixels)
+        perturbation_curves(image, classifier, heatmap, 7, pixels)
     with pytest.raises(at.UserError, match="count is 0"):
-        random_order_curves(classifier, image, torch.zeros(4, 4, dtype=torch.int64), 0, lima, count=0)
+        random_order_curves(image, classifier, torch.zeros(4, 4, dtype=torch.int64), 0, lima, count=0)
     for percentages in ((), (0, 10), (50, 20), (50, 100), (10, math.nan)):
         with pytest.raises(at.UserError, match="percentages are"):
-            road(classifier, image, heatmap, 0, percentages=percentages)
+            road(image, classifier, heatmap, 0, percentages=percentages)
     with pytest.raises(at.UserError, match="output is 'logits'"):
-        road(classifier, image, heatmap, 0, output="logits")
+        road(image, classifier, heatmap, 0, output="logits")
 
 
 # --- the published code
@@ -517,7 +517,7 @@ def check_records(records: list[dict], shared: Path, classifiers: dict[str, at.C
     for record in records:
         image, labels = images[record["file"]], torch.from_numpy(maps[record["regions"]].astype(np.int64))
         explanation = ordered(image, labels, record["order"])
-        curves = perturbation_curves(classifiers[record["model"]], image, explanation, record["target"], PROTOCOLS["lima"])
+        curves = perturbation_curves(image, classifiers[record["model"]], explanation, record["target"], PROTOCOLS["lima"])
         where = f"{record['model']} {record['file']} {record['regions']}"
         assert curves.insertion_auc == pytest.approx(record["insertion_auc"], abs=1e-3), where
         assert curves.deletion_auc == pytest.approx(record["deletion_auc"], abs=1e-3), where
@@ -546,7 +546,7 @@ def test_road_of_a_large_photo_works_at_the_size_of_the_input(cat: Tensor, cnn: 
     small = at.image.limit_size(cat, 32)
     values = torch.nn.functional.interpolate(explanation.pixel_map[None, None], size=small.shape[1:], mode="bilinear", antialias=True)[0, 0]
     by_hand = replace(explanation, image=small, pixel_map=values)
-    large, expected = road(cnn, cat, explanation, explanation.target), road(cnn, small, by_hand, explanation.target)
+    large, expected = road(cat, cnn, explanation, explanation.target), road(small, cnn, by_hand, explanation.target)
     assert torch.equal(large.morf, expected.morf)
     assert torch.equal(large.lerf, expected.lerf)
     assert large.lerf.std() > 0.05  # pixels were hidden at all

@@ -71,11 +71,11 @@ def test_true_contributions_of_a_linear_model_are_perfectly_faithful() -> None:
     classifier, image = linear_classifier(), random_image()
     true = contributions(classifier, image)
     for output in ("logit", "probability"):  # the probability rises with the logit, so the ranks agree
-        found = [mu_fidelity(classifier, image, sign * true, 0, output=output) for sign in (1, -1)]
+        found = [mu_fidelity(image, classifier, sign * true, 0, output=output) for sign in (1, -1)]
         assert found == pytest.approx([1, -1])
-    assert mu_fidelity(classifier, image, true, "class 1", output="probability") == pytest.approx(-1)
-    assert infidelity(classifier, image, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
-    assert infidelity(classifier, image, true - 0.1, 0, output="logit") > 1e-3
+    assert mu_fidelity(image, classifier, true, "class 1", output="probability") == pytest.approx(-1)
+    assert infidelity(image, classifier, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
+    assert infidelity(image, classifier, true - 0.1, 0, output="logit") > 1e-3
 
 
 def test_other_fills_have_other_true_contributions() -> None:
@@ -83,9 +83,9 @@ def test_other_fills_have_other_true_contributions() -> None:
     weight = classifier.module.weight.detach() / torch.tensor(classifier.preprocessing.std)[:, None, None]
     for fill, hidden in (("black", torch.zeros_like(image)), ("white", torch.ones_like(image))):
         true = ((image - hidden) * weight).sum(dim=0)
-        assert mu_fidelity(classifier, image, true, 0, fill=fill, output="logit") == pytest.approx(1)
-        assert infidelity(classifier, image, true, 0, fill=fill, output="logit") == pytest.approx(0, abs=1e-10)
-        assert mu_fidelity(classifier, image, contributions(classifier, image), 0, fill=fill, output="logit") < 0.99
+        assert mu_fidelity(image, classifier, true, 0, fill=fill, output="logit") == pytest.approx(1)
+        assert infidelity(image, classifier, true, 0, fill=fill, output="logit") == pytest.approx(0, abs=1e-10)
+        assert mu_fidelity(image, classifier, contributions(classifier, image), 0, fill=fill, output="logit") < 0.99
 
 
 @settings(max_examples=15, deadline=None)
@@ -95,7 +95,7 @@ def test_mu_fidelity_equals_a_naive_loop(height: int, width: int, grid: int, dro
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(3, height, width, generator=generator)
     values = torch.randn(height, width, generator=generator)
-    found = mu_fidelity(classifier, image, values, 0, samples=12, grid=grid, drop=drop, seed=seed)
+    found = mu_fidelity(image, classifier, values, 0, samples=12, grid=grid, drop=drop, seed=seed)
     assert found == pytest.approx(naive_mu_fidelity(classifier, image, values, 12, grid, drop, seed), abs=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_mu_fidelity_of_the_zoo_equals_a_naive_loop(name: str, small_cat: Tensor
     classifier = request.getfixturevalue(name)
     values = small_cat.sum(dim=0)
     expected = naive_mu_fidelity(classifier, small_cat, values, 16, 7, 0.2, 3)
-    assert mu_fidelity(classifier, small_cat, values, 0, samples=16, seed=3) == pytest.approx(
+    assert mu_fidelity(small_cat, classifier, values, 0, samples=16, seed=3) == pytest.approx(
         expected, abs=0.01
     )  # near ties may change places
 
@@ -113,13 +113,13 @@ def test_correlations_that_do_not_exist_are_zero() -> None:
     classifier, image = linear_classifier(), random_image()
     true = contributions(classifier, image)
     for constant in (0.0, 1.0):
-        assert mu_fidelity(classifier, image, torch.zeros(SIZE, SIZE), 0) == 0
-        assert mu_fidelity(classifier, image, true, 0, drop=constant) == 0
-    assert mu_fidelity(classifier, image, true, 0, fill=image) == 0, "hiding changes nothing"
+        assert mu_fidelity(image, classifier, torch.zeros(SIZE, SIZE), 0) == 0
+        assert mu_fidelity(image, classifier, true, 0, drop=constant) == 0
+    assert mu_fidelity(image, classifier, true, 0, fill=image) == 0, "hiding changes nothing"
     blind = at.Classifier(lambda inputs: inputs.new_zeros(len(inputs), 2), size=SIZE)
-    assert mu_fidelity(blind, image, true, 0) == 0
+    assert mu_fidelity(image, blind, true, 0) == 0
     faint = at.Classifier(lambda inputs: torch.stack([5 + 1e-9 * inputs.sum((1, 2, 3)), inputs[:, 0, 0, 0] * 0], 1), size=SIZE)
-    assert mu_fidelity(faint, image, true, 0, output="logit") == 0
+    assert mu_fidelity(image, faint, true, 0, output="logit") == 0
 
 
 def test_a_probability_of_zero_is_the_lowest_logit() -> None:
@@ -130,14 +130,14 @@ def test_a_probability_of_zero_is_the_lowest_logit() -> None:
     classifier, image = at.Classifier(certain, size=SIZE), torch.ones(3, SIZE, SIZE)
     corner = torch.zeros(SIZE, SIZE)
     corner[:2, :2] = 1
-    assert mu_fidelity(classifier, image, corner, 0, output="logit", fill="black") == pytest.approx(1)
-    assert math.isfinite(infidelity(classifier, image, corner, 0, output="logit", fill="black"))
+    assert mu_fidelity(image, classifier, corner, 0, output="logit", fill="black") == pytest.approx(1)
+    assert math.isfinite(infidelity(image, classifier, corner, 0, output="logit", fill="black"))
 
 
 def test_random_maps_are_near_zero_on_average() -> None:
     classifier, image = linear_classifier(), random_image()
     generator = torch.Generator().manual_seed(0)
-    found = [mu_fidelity(classifier, image, torch.randn(SIZE, SIZE, generator=generator), 0, seed=seed) for seed in range(200)]
+    found = [mu_fidelity(image, classifier, torch.randn(SIZE, SIZE, generator=generator), 0, seed=seed) for seed in range(200)]
     assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(200)
     assert np.std(found) == pytest.approx(1 / math.sqrt(31), abs=0.05), "as of the ranks of 32 independent pairs"
 
@@ -146,8 +146,8 @@ def test_the_seed_fixes_the_numbers_and_the_global_generator_stays(cnn: at.Class
     values = small_cat.mean(dim=0)
     noisy: Callable[[Tensor], Tensor] = lambda image: image.mean(dim=0) + torch.rand(32, 32)  # noqa: E731
     measures = [
-        lambda seed: mu_fidelity(cnn, small_cat, values, 3, seed=seed),
-        lambda seed: infidelity(cnn, small_cat, values, 3, seed=seed),
+        lambda seed: mu_fidelity(small_cat, cnn, values, 3, seed=seed),
+        lambda seed: infidelity(small_cat, cnn, values, 3, seed=seed),
         lambda seed: sensitivity(noisy, small_cat, seed=seed),
     ]
     for measure in measures:
@@ -164,8 +164,8 @@ def test_a_classifier_stays_as_it_was(small_cat: Tensor) -> None:
     classifier = at.Classifier(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 2)), size=32)
     classifier.module.train()
     digest = classifier.weights_digest
-    mu_fidelity(classifier, small_cat, small_cat[0], 0)
-    infidelity(classifier, small_cat, small_cat[0], 0)
+    mu_fidelity(small_cat, classifier, small_cat[0], 0)
+    infidelity(small_cat, classifier, small_cat[0], 0)
     assert all(module.training for module in classifier.module.modules())
     assert all(parameter.grad is None for parameter in classifier.module.parameters())
     assert classifier.weights_digest == digest
@@ -197,7 +197,7 @@ def test_infidelity_is_captums_with_the_same_squares(samples: int, cnn: at.Class
         n_perturb_samples=samples,
         normalize=True,
     )
-    assert infidelity(cnn, small_cat, values, 3, samples=samples, seed=2) == pytest.approx(float(expected), rel=1e-4)
+    assert infidelity(small_cat, cnn, values, 3, samples=samples, seed=2) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_infidelity_by_least_squares() -> None:
@@ -207,10 +207,10 @@ def test_infidelity_by_least_squares() -> None:
     drops, worths = (squares * true).sum(dim=(1, 2)), (squares * values).sum(dim=(1, 2))
     factor = (drops @ worths) / (worths @ worths)
     expected = ((factor * worths - drops) ** 2).mean()
-    found = infidelity(classifier, image, values, 0, output="logit")
+    found = infidelity(image, classifier, values, 0, output="logit")
     assert found == pytest.approx(float(expected), rel=1e-5)
-    assert infidelity(classifier, image, -3 * values, 0, output="logit") == pytest.approx(found), "unit and sign do not matter"
-    zeros = infidelity(classifier, image, torch.zeros(SIZE, SIZE), 0, output="logit")
+    assert infidelity(image, classifier, -3 * values, 0, output="logit") == pytest.approx(found), "unit and sign do not matter"
+    zeros = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, output="logit")
     assert zeros == pytest.approx(float((drops**2).mean()), rel=1e-5)
     assert found <= zeros
 
@@ -220,7 +220,7 @@ def test_one_square_of_one_pixel() -> None:
     squares = random_squares(20, SIZE, 1, seed=0)
     assert torch.equal(squares.sum(dim=(1, 2)), torch.ones(20))
     drops = (squares * contributions(classifier, image)).sum(dim=(1, 2))
-    found = infidelity(classifier, image, torch.zeros(SIZE, SIZE), 0, samples=20, square=0.01, output="logit")
+    found = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, samples=20, square=0.01, output="logit")
     assert found == pytest.approx(float((drops**2).mean()), rel=1e-4)
 
 
@@ -253,8 +253,8 @@ def test_infidelity_judges_a_large_map_at_the_models_resolution() -> None:
     small = random_image()
     large = small.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
     true = contributions(classifier, small).repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
-    assert infidelity(classifier, large, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
-    assert infidelity(classifier, large, true.T, 0, output="logit") > 1e-3
+    assert infidelity(large, classifier, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
+    assert infidelity(large, classifier, true.T, 0, output="logit") > 1e-3
 
 
 def test_sensitivity_is_captums() -> None:
@@ -332,12 +332,12 @@ def test_bad_settings() -> None:
     ]
     for measure, options, message in cases:
         with pytest.raises(at.UserError, match=message):
-            measure(classifier, image, values, 0, **options)
+            measure(image, classifier, values, 0, **options)
     for measure in (mu_fidelity, infidelity):
         with pytest.raises(at.UserError, match="the map is 14x13, the image 14x14: give the image at the resolution of the map"):
-            measure(classifier, image, values[1:], 0)
+            measure(image, classifier, values[1:], 0)
         with pytest.raises(at.UserError, match="no class 'dog'"):
-            measure(classifier, image, values, "dog")
+            measure(image, classifier, values, "dog")
     with pytest.raises(at.UserError, match="radius is 0"):
         sensitivity(lambda one: one[0], image, radius=0)
     with pytest.raises(at.UserError, match="samples is True"):

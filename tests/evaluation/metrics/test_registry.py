@@ -74,7 +74,7 @@ def test_the_reverse_of_the_truth_is_the_worst(name: str) -> None:
 def test_random_maps_score_at_chance() -> None:
     """Their mean insertion lies within the spread of random orders of the same regions, their deletion likewise."""
     made = case("random", 3)
-    insertion, deletion = ev.random_order_curves(made.classifier, made.explanation.image, made.regions, 0, PROTOCOL, count=200, seed=1)
+    insertion, deletion = ev.random_order_curves(made.explanation.image, made.classifier, made.regions, 0, PROTOCOL, count=200, seed=1)
     values = []
     for seed in range(60):
         explanation = at.attribute(made.explanation.image, made.classifier, "random", 0, seed=seed)

@@ -85,7 +85,7 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
             assert point.budget == 0 or point.evaluations <= point.budget
 
         def measured(explanation: at.Explanation, found: ev.Sample = found, regions: at.Regions = regions) -> tuple[float, float]:
-            curves = ev.perturbation_curves(classifier, found.image, explanation, found.label, Protocol(), regions=regions)
+            curves = ev.perturbation_curves(found.image, classifier, explanation, found.label, Protocol(), regions=regions)
             return curves.insertion_auc, curves.deletion_auc
 
         def check(point: Point, explanation: at.Explanation) -> None:
