@@ -30,7 +30,8 @@ def grid_figures(summary: Summary, model: str, name: str) -> Iterator[Planned]:
         caption = f"{metric_name(setting)}, {settings.cells} x {settings.cells} cells"
         panels = {layer: head_scores(results, model, measure) for layer, measure in by_layer.items()}
         draw = partial(plot_localization, panels, families, settings.cells, f"{model}: {caption}")
-        yield Planned("boxes", model, f"{name}-{setting}-boxes", f"Localisation of all methods on {model}: {caption}", caption, draw)
+        alt = f"Localisation of all methods on {model}: {caption}"
+        yield Planned(f"boxes {model}", f"{name}-{setting}-boxes", alt, draw, caption)
     for setting, by_layer in by_setting.items():
         for layer, measure in by_layer.items():
             caption = f"{metric_name(setting)} at layer {layer}"
@@ -39,15 +40,15 @@ def grid_figures(summary: Summary, model: str, name: str) -> Iterator[Planned]:
             if found:
                 alt = f"Aggregated maps on {model}: {caption}"
                 draw = partial(plot_aggregate, found, settings.cells, 0, f"{model}: {caption}, first cell")
-                yield Planned("aggregates", model, f"{file}-aggregates", alt, caption, draw, len(found) <= _MOST_AGGREGATES)
+                yield Planned(f"aggregates {model}", f"{file}-aggregates", alt, draw, caption, len(found) <= _MOST_AGGREGATES)
                 if len(found) > _MOST_AGGREGATES:
                     leading = _leading(found, families)
                     draw = partial(plot_aggregate, leading, settings.cells, 0, f"{model}: {caption}, first cell")
-                    yield Planned("aggregates", model, f"{file}-aggregates-leading", alt, caption, draw)
+                    yield Planned(f"aggregates {model}", f"{file}-aggregates-leading", alt, draw, caption)
             swept = sweep(results, model, measure)
             if swept:
                 draw = partial(plot_sweep, swept, settings.cells, f"{model}: {caption}")
-                yield Planned("sweep", model, f"{file}-smoothing", f"Localisation against smoothing on {model}: {caption}", caption, draw)
+                yield Planned(f"sweep {model}", f"{file}-smoothing", f"Localisation against smoothing on {model}: {caption}", draw, caption)
     yield from _grid_examples(summary, model, name, by_setting)
 
 
@@ -74,7 +75,7 @@ def _grid_examples(summary: Summary, model: str, name: str, by_setting: Mapping[
                 caption = f"{method}, {metric_name(setting)} at layer {layer}"
                 draw = partial(plot_examples, found, maps, images, settings.cells, 0, 3, f"{model}: {caption}")
                 file = f"{name}-{setting}-{slug(layer)}-examples-{slug(method)}"
-                yield Planned("examples", model, file, f"Examples of each bin on {model}: {caption}", caption, draw, on_page=False)
+                yield Planned(f"examples {model}", file, f"Examples of each bin on {model}: {caption}", draw, caption, on_page=False)
 
 
 def grid_rows(summary: Summary) -> list[tuple[str, list[str]]]:

@@ -7,9 +7,43 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from attribution.errors import NotApplicable
 from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.grids.sets import GridSet
 from evaluation.metrics.registry import METRICS, Measure
+from evaluation.study.run import Run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is explained at once: an image, or a grid at a layer, by a method with a seed."""
+
+    model: str
+    sample: str
+    method: str
+    seed: int
+    layer: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.model, self.sample, self.layer, self.method)))
+
+    def names(self) -> dict[str, Any]:
+        """What scores, maps and records are named by."""
+        return {"model": self.model, "sample": self.sample, "method": self.method, "seed": self.seed}
+
+
+class Refusals:
+    """What is not defined for a model: each with its reason once."""
+
+    def __init__(self, run: Run[BenchmarkSettings], model: str) -> None:
+        self.model, self._run = model, run
+        self._kept: set[tuple[str, str]] = set()
+
+    def keep(self, what: str, error: NotApplicable) -> None:
+        """Keep that a method, a measure or a layer is left out, and why."""
+        if (what, str(error)) not in self._kept:
+            self._kept.add((what, str(error)))
+            self._run.fail(Asked(self.model, "", what, self._run.settings.seed), None, str(error), refused=True)
 
 
 @dataclass(frozen=True)
@@ -79,7 +113,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a benchmark found, in the order of its settings.
+    """What a benchmark found, in the order of its settings.
 
     Attributes:
         settings: what was asked.

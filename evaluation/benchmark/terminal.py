@@ -9,10 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attribution.baselines import METHOD_PRESETS
+from attribution.baselines.attribute import METHODS
+from attribution.search import SEARCHES
 from evaluation.benchmark.figures import metric_name, ordered_methods
 from evaluation.benchmark.summary import Summary
 from evaluation.benchmark.wording import ARROWS, LETTERS, by_protocol, conclusions, explained_class, refusals, writer
-from evaluation.metrics.registry import Measure
+from evaluation.metrics.protocol import PROTOCOLS
+from evaluation.metrics.registry import METRICS, Measure
 from evaluation.study.style import has_interval
 from evaluation.study.tables import counted, written
 
@@ -44,6 +48,22 @@ def print_summary(summary: Summary, console: Console) -> None:
     if settings.grid_settings:
         chance = f"chance {1 / settings.cells**2:.3f}"
         console.print(Text(f"grids: the label of each head's cell is explained, hidden is zero at the layer; {chance}", style="dim"))
+
+
+def print_names(console: Console) -> None:
+    """Print what ``BenchmarkSettings`` takes by name: searches, methods with their presets, metrics and protocols."""
+    console.print("[bold]region searches[/bold]: " + ", ".join(SEARCHES))
+    console.print("[bold]methods[/bold]")
+    for name, method in METHODS.items():
+        presets = [preset for preset, settings in METHOD_PRESETS.items() if name in settings]
+        extra = f" (presets {', '.join(presets)})" if presets else ""
+        console.print(f"  {name} [dim]{method.family}[/dim]: {method.summary.split('(')[0].strip().rstrip('.')}{extra}")
+    console.print("[bold]metrics[/bold]")
+    for name, metric in METRICS.items():
+        console.print(f"  {name} [dim]{metric.direction} is better[/dim]: {metric.summary}")
+    console.print("[bold]protocols[/bold]")
+    for name, protocol in PROTOCOLS.items():
+        console.print(f"  {name}: {protocol.label()}", markup=False)
 
 
 def _terminal_tables(

@@ -21,7 +21,7 @@ from toys import SIDE, SometimesNaN, image_folder, linear_classifier
 
 import attribution as at
 import evaluation as ev
-from evaluation.benchmark import measure as benchmark
+from evaluation.benchmark import on_images as benchmark
 from evaluation.benchmark.summary import score_matrix
 from evaluation.study.records import RecordLog, read_log
 
@@ -375,11 +375,11 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
         ({"metrics": ["accuracy"]}, "unknown metric 'accuracy'"),
         ({"fills": ["blak"]}, "blak"),
         ({"steps": ["patches"]}, "steps"),
-        ({"protocol": "lime"}, "unknown protocol 'lime'"),
+        ({"protocol": "lime"}, "protocol is 'lime': expected one of lima"),
         ({"only": "some"}, "only is 'some'"),
         ({"samples": 0}, "samples is 0"),
         ({"seeds": True}, "seeds is True"),
-        ({"regions": "squares"}, "unknown regions 'squares'"),
+        ({"regions": "squares"}, "regions is 'squares': expected one of"),
         ({"colour": "red"}, "unknown settings colour"),
     ],
 )
