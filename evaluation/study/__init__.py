@@ -1,1 +1,48 @@
-"""What all studies share: records, identity, settings, tables, style and pages."""
+"""What all studies share: records, identity, settings, the run, tables, style and pages. The names below are what a new study needs."""
+
+from evaluation.study.attempts import Broken, attempted, together
+from evaluation.study.identity import identity_of, record_key, sample_seed
+from evaluation.study.opening import named_data, named_model
+from evaluation.study.page import write_text
+from evaluation.study.processes import executor_of
+from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
+from evaluation.study.run import Run, Study, Unit, batches, held, problems, run
+from evaluation.study.settings import StudySettings, setting
+from evaluation.study.tables import counted, csv_interval, csv_number, csv_text, interval_columns, listed, plain_values
+
+__all__ = [
+    "Broken",
+    "PageTable",
+    "Planned",
+    "ReportFiles",
+    "Run",
+    "Study",
+    "StudySettings",
+    "Unit",
+    "attempted",
+    "batches",
+    "counted",
+    "csv_interval",
+    "csv_number",
+    "csv_text",
+    "draw_figures",
+    "executor_of",
+    "held",
+    "identity_of",
+    "interval_columns",
+    "json_text",
+    "listed",
+    "named_data",
+    "named_model",
+    "plain_heading",
+    "plain_values",
+    "problems",
+    "record_key",
+    "run",
+    "sample_seed",
+    "setting",
+    "study_page",
+    "together",
+    "write_tables",
+    "write_text",
+]
