@@ -15,7 +15,7 @@ from torch import Tensor
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
-from attribution.fills import Fill, drops, several_fills
+from attribution.fills import DEFAULT_FILL, Fill, drops, several_fills
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
 from attribution.masking import prefix_probabilities
 from attribution.model.classifier import Classifier
@@ -37,7 +37,7 @@ def explain(
     regions: Any = None,
     search: str | Callable[[Objective], Any] | None = None,
     weights: ScoreWeights | None = None,
-    fill: Fill = "black",
+    fill: Fill = DEFAULT_FILL,
     pending: int | None = None,
     evaluations: int | None = None,
     seed: int = 0,
@@ -181,7 +181,7 @@ def polish(
         UserError: a heatmap without regions, or any input that does not fit.
     """
     cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
-    if cut is not None and is_method(regions) and drops(options.get("fill", "black")):
+    if cut is not None and is_method(regions) and drops(options.get("fill", DEFAULT_FILL)):
         cut = follow_patches(classifier, cut)
     if cut is None:
         raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")

@@ -114,7 +114,7 @@ class Explanation:
 
     @property
     def values(self) -> Tensor:
-        """float32 [H, W], what evaluators judge: the map of an attribution method, signed or not; the heatmap of a search."""
+        """float32 [H, W]: the map of an attribution method, signed or not; the heatmap of a search."""
         return self.heatmap if self.pixel_map is None else self.pixel_map
 
     def to_pixels(self, convention: Literal["gain", "rank"] = "gain") -> Tensor:
@@ -155,12 +155,7 @@ class Explanation:
         Its trajectories are those of another order, so they are left out; the evaluators compute them.
         """
         regions = regions if isinstance(regions, Regions) else Regions(regions)
-        values = self.pixel_map if self.pixel_map is not None else self.to_pixels("rank")
-        if values.shape != regions.labels.shape:
-            raise UserError(f"regions are {list(regions.labels.shape)}, the map is {list(values.shape)}: give regions of the same image")
-        sums = torch.zeros(regions.count, dtype=torch.float64).scatter_add_(0, regions.labels.flatten(), values.double().flatten())
-        means = sums / torch.bincount(regions.labels.flatten())
-        order = means.argsort(descending=True, stable=True)
+        order = order_of_means(self.pixel_map if self.pixel_map is not None else self.to_pixels("rank"), regions.labels)
         return replace(self, regions=regions, order=order, insertion_scores=None, deletion_scores=None)
 
     def plot(self, **options: Any) -> Figure:
@@ -287,6 +282,15 @@ class Explanation:
         if value is None:
             raise UserError(f"this explanation has no {name}: it was not made by a region search ({describe(self.pixel_map)})")
         return value
+
+
+def order_of_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Rank regions by the mean of a map [H, W] in each, ties by the lowest id: int64 [R], highest first."""
+    if values.shape != labels.shape:
+        raise UserError(f"regions are {list(labels.shape)}, the map is {list(values.shape)}: give regions of the same image")
+    sizes = torch.bincount(labels.flatten())
+    sums = torch.zeros(len(sizes), dtype=torch.float64).scatter_add_(0, labels.flatten(), values.double().flatten())
+    return (sums / sizes).argsort(descending=True, stable=True)
 
 
 def _compact(image: Tensor) -> Tensor:

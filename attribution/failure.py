@@ -13,7 +13,7 @@ from attribution.dropping import masked_inputs
 from attribution.errors import NotMisclassified, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.fills import Fill, is_drop, picture_of_fill, several_fills
+from attribution.fills import DEFAULT_FILL, Fill, is_drop, picture_of_fill, several_fills
 from attribution.image import ImageSource, load_image
 from attribution.masking import RegionInputs, prefix_rows
 from attribution.model.classifier import Classifier
@@ -184,7 +184,7 @@ def explain_failure(
     classifier: Classifier | str,
     true_class: int | str,
     *,
-    fill: Fill = "black",
+    fill: Fill = DEFAULT_FILL,
     progress: Progress | None = None,
     **options: Any,
 ) -> FailureExplanation:

@@ -1,11 +1,12 @@
-"""Fill: what hidden regions show."""
+"""Fill: what hidden pixels show. A fill is checked, drawn and named here and nowhere else."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attribution.errors import UserError
+from attribution.checks import is_number
+from attribution.errors import UserError, describe
 from attribution.image import describe_size, limit_size, load_image
 from attribution.model.classifier import Classifier
 
-Fill = str | Tensor | np.ndarray | Image.Image | tuple[float, ...]
+Fill = str | Tensor | np.ndarray | Image.Image | Path | bytes | tuple[float, ...]
 
-DROP = "drop"
+DEFAULT_FILL = "black"
+MODEL_MEAN = "model_mean"  # the classifier's mean colour: zero after its normalisation
+LINEAR = "linear"  # imputed from the pixels that are shown (see evaluation.metrics.imputation)
+DROP = "drop"  # the tokens of hidden patches leave a vision transformer's sequence (see attribution.dropping)
+
+
+def parse_fill(fill: Any) -> Fill:
+    """Check a fill as far as that is possible without the image.
+
+    Args:
+        fill: one of ``NAMED_FILLS``; a colour as '#rrggbb' or as three numbers in [0, 1]; or an image in any form that
+            ``load_image`` takes.
+
+    Returns:
+        The fill; a colour that was given as a list or an array becomes a tuple of floats.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(fill, tuple | list) or (isinstance(fill, Tensor | np.ndarray) and fill.ndim == 1):
+        return _colour(fill)
+    if isinstance(fill, Tensor | np.ndarray | Image.Image | Path | bytes):
+        return fill
+    if isinstance(fill, str) and (fill in NAMED_FILLS or _is_hexadecimal(fill) or os.path.isfile(fill)):
+        return fill  # unlike Path.is_file, os.path.isfile is also False for a name too long to exist
+    received = f"unknown fill {fill!r}" if isinstance(fill, str) else f"fill is {describe(fill)}"
+    raise UserError(f"{received}: expected one of {', '.join(NAMED_FILLS)}, a colour such as '#808080', or an image file")
 
 
 def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """The image that stands where regions are hidden.
+    """Draw a fill: the image whose pixels stand where an image is hidden.
 
     Args:
         image: float32 [3, H, W] in [0, 1].
@@ -36,22 +64,19 @@ def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = No
         float32 [3, H, W] in [0, 1].
 
     Raises:
-        UserError: an unknown name, a colour out of range or an image of another size.
+        UserError: an unknown name, a colour out of range, an image of another size, or a fill that is no image of its own
+            ("model_mean", "linear", "drop").
     """
-    if isinstance(fill, str):
-        if fill in FILLS:
-            return FILLS[fill](image)
-        if re.fullmatch(r"#[0-9a-fA-F]{6}", fill):
-            return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        if not os.path.isfile(fill):  # unlike Path.is_file, also False for a name too long to exist
-            raise UserError(f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file")
-        filled = load_image(fill)
-    elif isinstance(fill, tuple | list):
-        return _constant(image, _checked_colour(fill))
-    elif isinstance(fill, Tensor | np.ndarray) and fill.ndim == 1:
-        return _constant(image, _checked_colour(fill.tolist()))
-    else:
-        filled = load_image(fill)
+    fill = parse_fill(fill)
+    if isinstance(fill, tuple):
+        return _constant(image, fill)
+    if isinstance(fill, str) and fill in FILLS:
+        return FILLS[fill](image)
+    if isinstance(fill, str) and fill in _REFUSED:
+        raise UserError(f"fill {fill!r} {_REFUSED[fill]}")
+    if isinstance(fill, str) and _is_hexadecimal(fill):
+        return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    filled = load_image(fill)
     if tuple(filled.shape[1:]) == photo_size:
         filled = limit_size(filled, max(image.shape[1:]))
     if filled.shape != image.shape:
@@ -61,15 +86,81 @@ def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = No
     return filled.to(image)
 
 
-def _checked_colour(colour: Any) -> list[float]:
-    numeric = len(colour) == 3 and all(isinstance(value, Real) for value in colour)
-    if not numeric or not all(0 <= value <= 1 for value in colour):
-        raise UserError(f"fill colour {colour!r}: expected three numbers in [0, 1], red, green and blue")
-    return [float(value) for value in colour]
+def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
+    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation.
+
+    Raises:
+        UserError: see ``make_fill``.
+    """
+    if isinstance(fill, str) and fill == MODEL_MEAN:
+        return make_fill(image, classifier.preprocessing.mean)
+    return make_fill(image, fill, photo_size)
 
 
-def _constant(image: Tensor, colour: list[float]) -> Tensor:
-    return image.new_tensor(colour)[:, None, None].expand_as(image).contiguous()
+def picture_of_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
+    """Draw in place of hidden regions what a person is shown: ``classifier_fill``, or the model's mean colour for "drop"."""
+    return classifier_fill(image, MODEL_MEAN if is_drop(fill) else fill, classifier, photo_size)
+
+
+def several_fills(fill: Fill) -> list[Fill]:
+    """List the fills that a text such as "black+blur+mean" names. Any other fill stands alone.
+
+    Raises:
+        UserError: a fill named twice.
+    """
+    if isinstance(fill, str) and "+" in fill:
+        names = fill.split("+")
+        if all(name in NAMED_FILLS and name != LINEAR for name in names):
+            if len(set(names)) < len(names):
+                raise UserError(f"fill {fill!r} names one twice: give each once")
+            return list(names)
+    return [fill]
+
+
+def is_named(fill: Any, names: Iterable[str]) -> bool:
+    """Whether a fill is given by one of these names; arrays and colours never are."""
+    return isinstance(fill, str) and fill in names
+
+
+def is_drop(fill: Any) -> bool:
+    """Whether a fill takes tokens away instead of painting."""
+    return is_named(fill, (DROP,))
+
+
+def drops(fill: Fill) -> bool:
+    """Whether tokens are taken away under this fill, or under one of several."""
+    return any(map(is_drop, several_fills(fill)))
+
+
+def plain_fill(fill: Fill) -> str | list[float]:
+    """A fill as JSON: its name, its colour, or the digest of the pixels of an image."""
+    if isinstance(fill, tuple):
+        return [float(value) for value in fill]
+    if isinstance(fill, str) and (fill in NAMED_FILLS or _is_hexadecimal(fill)):
+        return fill
+    pixels = load_image(fill).cpu().contiguous().numpy()
+    return f"image {list(pixels.shape)} sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+
+
+def fill_label(fill: Fill) -> str:
+    """A fill in a word, for tables: "black", "#20c080", "[0.1, 0.9, 0.4]", or "image"."""
+    plain = plain_fill(fill)
+    return "image" if isinstance(plain, str) and plain.startswith("image ") else str(plain)
+
+
+def _is_hexadecimal(fill: str) -> bool:
+    return re.fullmatch(r"#[0-9a-fA-F]{6}", fill) is not None
+
+
+def _colour(colour: Any) -> tuple[float, ...]:
+    values = tuple(colour.tolist() if isinstance(colour, Tensor | np.ndarray) else colour)
+    if len(values) != 3 or not all(is_number(value) and 0 <= value <= 1 for value in values):
+        raise UserError(f"fill colour {values!r}: expected three numbers in [0, 1], red, green and blue")
+    return tuple(float(value) for value in values)
+
+
+def _constant(image: Tensor, colour: Iterable[float]) -> Tensor:
+    return image.new_tensor(tuple(colour))[:, None, None].expand_as(image).contiguous()
 
 
 def _blurred(image: Tensor) -> Tensor:
@@ -93,41 +184,10 @@ FILLS: dict[str, Callable[[Tensor], Tensor]] = {
     "blur": _blurred,
 }
 
+_REFUSED = {  # names that are no image of their own, and why
+    MODEL_MEAN: "is the mean colour of a classifier: give that classifier's preprocessing.mean as a colour",
+    LINEAR: "is imputed anew for each set of hidden pixels and is no image: it serves insertion, deletion and ROAD",
+    DROP: "takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity",
+}
 
-def is_drop(fill: Any) -> bool:
-    """Whether a fill takes tokens away instead of painting."""
-    return isinstance(fill, str) and fill == DROP
-
-
-def picture_of_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """``classifier_fill``, and the model's mean colour where tokens are dropped: what a person is shown in the place of hidden regions."""
-    return classifier_fill(image, "model_mean" if is_drop(fill) else fill, classifier, photo_size)
-
-
-def several_fills(fill: Fill) -> list[Fill]:
-    """The fills that a text such as "black+blur+mean" names; any other fill alone."""
-    if isinstance(fill, str) and "+" in fill:
-        names = fill.split("+")
-        if all(name in FILLS or name in ("model_mean", DROP) for name in names):
-            if len(set(names)) < len(names):
-                raise UserError(f"fill {fill!r} names one twice: give each once")
-            return list(names)
-    return [fill]
-
-
-def drops(fill: Fill) -> bool:
-    """Whether tokens are taken away under this fill, or under one of several."""
-    return any(map(is_drop, several_fills(fill)))
-
-
-def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation.
-
-    Raises:
-        UserError: see ``make_fill``; "drop", which is no image.
-    """
-    if is_drop(fill):
-        raise UserError("fill 'drop' takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity")
-    if isinstance(fill, str) and fill == "model_mean":
-        return make_fill(image, classifier.preprocessing.mean)
-    return make_fill(image, fill, photo_size)
+NAMED_FILLS = (*FILLS, *_REFUSED)

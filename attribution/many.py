@@ -14,7 +14,7 @@ from torch import Tensor
 from attribution.errors import UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.fills import drops
+from attribution.fills import DEFAULT_FILL, drops
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
@@ -55,7 +55,7 @@ def explain_many(
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     if isinstance(together, bool) or not isinstance(together, int) or together < 1:
         raise UserError(f"together is {together!r}: expected a whole number of images, at least 1")
-    if drops(options.get("fill", "black")):
+    if drops(options.get("fill", DEFAULT_FILL)):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
         raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")

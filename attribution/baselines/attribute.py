@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attribution.baselines import cams, controls, gradients, perturbation, transformers
 from attribution.baselines.options import check_options, option_names
-from attribution.baselines.presets import METHOD_PRESETS
+from attribution.baselines.presets import METHOD_PRESETS, PRESET_FILLS
 from attribution.baselines.smoothing import Smoothing, smoothed
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.explanation import Explanation
-from attribution.fills import Fill, classifier_fill
+from attribution.fills import DEFAULT_FILL, Fill, classifier_fill
 from attribution.hooks import evaluation_mode
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
@@ -62,7 +62,7 @@ def attribute(
     *,
     preset: str | None = None,
     smoothing: Smoothing | int | Mapping[str, Any] | None = None,
-    fill: Fill = "model_mean",
+    fill: Fill | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     max_side: int | None = MAX_SIDE,
@@ -78,8 +78,8 @@ def attribute(
         preset: a key of ``METHOD_PRESETS``, settings of the reference code; options override it.
         smoothing: Gaussian smoothing of the map, or the side of its kernel in pixels of the model input (see ``Smoothing``); S-IxG and
             S-IntGrad of Rao et al. (TPAMI 2024) are "input_x_gradient" and "integrated_gradients" with one.
-        fill: baseline of the method and what hidden pixels show; default "model_mean", zero after normalisation, as published
-            for nearly all of them (see ``explain`` for others).
+        fill: baseline of the method and what hidden pixels show (see ``explain``); default "black", with a preset that of the
+            reference code (``PRESET_FILLS``).
         seed: of methods that draw.
         batch_size: most images in memory at once, also under gradients; the classifier's own by default. The result does not
             depend on it.
@@ -101,6 +101,8 @@ def attribute(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed!r}: expected a whole number from 0 to 2**63 - 1")
     settings = {**_preset_options(preset, method), **options}
+    if fill is None:
+        fill = DEFAULT_FILL if preset is None else PRESET_FILLS[preset]
     window = Smoothing.parse(smoothing)
     check_options(method, chosen.function, settings)
     classifier = load_classifier(classifier)

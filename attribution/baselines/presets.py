@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from attribution.fills import MODEL_MEAN, Fill
+
+# xplique and Captum both start from, and hide pixels by, zero in the units of the normalised input: the model's mean colour.
+PRESET_FILLS: dict[str, Fill] = {"lima": MODEL_MEAN, "lima-clip": MODEL_MEAN, "rao": MODEL_MEAN}
+
 # SMDL (ICLR 2024) and LiMA (2025) call xplique; Rao, Boehle and Schiele (CVPR 2022) call Captum.
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "lima": {

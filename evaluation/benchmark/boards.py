@@ -144,7 +144,7 @@ def _doubts(entry: Entry, with_saturated: bool) -> list[tuple[str, str]]:
 def spreads(summary: Summary, model: str) -> dict[str, Any]:
     """Seeds of the stochastic methods beside the images, for the measures of the first protocol and those without one."""
     first = summary.first_protocol(model)
-    measures = [m for m in summary.measures if m.protocol in ("", first)]
+    measures = [m for m in summary.measures if m.protocol == first or not (METRICS[m.metric].curve or METRICS[m.metric].grid)]
     rows = []
     for method in ordered_methods(summary, model):
         found = {e.measure: e.spread for e in summary.entries if (e.model, e.method) == (model, method) and e.spread is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from attribution.explanation import Explanation
 from attribution.figures.style import Figure
 from evaluation.benchmark.methods import MethodSpec
 from evaluation.benchmark.summary import AXIS, Entry, Summary, score_matrix
-from evaluation.metrics.registry import METRICS, Measure
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.statistics.intervals import Interval
 from evaluation.study.style import (
     DASHES,
@@ -36,14 +35,6 @@ from evaluation.study.style import (
 
 MOST_CURVES = 8  # methods in colour; more lines cannot be told apart
 MOST_DOTS = 150  # images drawn for one method
-_METRIC_NAMES = {
-    "insertion_deletion": "insertion - deletion",
-    "mu_fidelity": "muFidelity",
-    "road": "ROAD",
-    "gridpg": "GridPG",
-    "difull": "DiFull",
-    "dipart": "DiPart",
-}
 
 
 def plot_curves(summary: Summary, model: str, protocol: str) -> Figure:
@@ -253,7 +244,7 @@ def ordered_methods(summary: Summary, model: str) -> tuple[str, ...]:
 def cost_measures(summary: Summary, model: str) -> tuple[Measure, ...]:
     """What quality against cost shows: the model's first measure, and insertion - deletion of the same (or the first) protocol."""
     first = summary.measures_of(model)[0]
-    wanted = first.protocol or summary.first_protocol(model)
+    wanted = first.protocol if METRICS[first.metric].curve else summary.first_protocol(model)
     also = [m for m in summary.measures if m.metric == "insertion_deletion" and m.protocol == wanted and m != first]
     return (first, *also)
 
@@ -270,7 +261,7 @@ def mean_ranks(summary: Summary, model: str) -> dict[str, np.ndarray]:
 
 def metric_name(metric: str) -> str:
     """As readers see it: "insertion - deletion", "highest confidence 25%"."""
-    return _METRIC_NAMES.get(metric) or re.sub(r" (\d+)$", r" \1%", metric.replace("_", " "))
+    return metric_title(metric)
 
 
 def _specs(summary: Summary) -> dict[str, MethodSpec]:

@@ -14,6 +14,7 @@ from evaluation.benchmark.figures import metric_name, ordered_methods, photo_thu
 from evaluation.benchmark.results import Explained
 from evaluation.benchmark.summary import Summary, score_matrix
 from evaluation.benchmark.wording import ARROWS
+from evaluation.metrics.registry import METRICS
 from evaluation.study.page import picture
 
 GALLERY_IMAGES = 8
@@ -30,7 +31,7 @@ class Gallery:
         assert measure is not None, f"{model} has no scores of images"
         self.measure = measure
         self.scores = score_matrix(results, model, self.measure)
-        wanted = self.measure.protocol or summary.first_protocol(model)
+        wanted = self.measure.protocol if METRICS[self.measure.metric].curve else summary.first_protocol(model)
         both = [m for m in summary.measures if m.metric in ("insertion", "deletion") and m.protocol == wanted]
         self.captioned = [(m, score_matrix(results, model, m)) for m in (both or [self.measure])]
         self._made: dict[tuple[str, str], dict[str, Any]] = {}

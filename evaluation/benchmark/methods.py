@@ -59,9 +59,6 @@ class MethodSpec:
         if self.preset is not None and self.preset not in known:
             raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
 
-    def __str__(self) -> str:
-        return self.label
-
     @property
     def is_search(self) -> bool:
         """Whether it is a region search of ours rather than a method of ``METHODS``."""

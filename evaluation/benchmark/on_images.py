@@ -133,9 +133,10 @@ class OnImages:
             case = case or prepared.case(Explanation.load(files[_MAP]), spec, item.seed)
             try:
                 found = _judge(case, measure, protocol, files.get(measure))
-            except NotApplicable as error:  # that of a curve depends on the model and the fill alone
-                self.left_out.add(measure if metric.curve else (spec.label, measure))
-                self.refusals.keep(measure.label if metric.curve else f"{spec.label}: {measure.label}", error)
+            except NotApplicable as error:
+                by_fill = metric.curve or metric.filled  # then it depends on the model and the fill alone
+                self.left_out.add(measure if by_fill else (spec.label, measure))
+                self.refusals.keep(measure.label if by_fill else f"{spec.label}: {measure.label}", error)
             except Broken as error:
                 yield measure, Broken(f"{measure.label}: {error}")
             else:
@@ -203,7 +204,8 @@ class _Prepared:
         if metric.curve:
             return record_key(self.curve_key(key, protocol), self.pixels, measure.metric)
         mask = pixels_digest(self.sample.mask) if metric.mask and self.sample.mask is not None else None
-        return record_key(key, self.pixels, measure.metric, protocol.output, self.settings.seed, mask)
+        fill = protocol.settings()["fill"] if metric.filled else None
+        return record_key(key, self.pixels, measure.metric, protocol.output, self.settings.seed, mask, fill)
 
     def explain(self, image: Tensor, spec: MethodSpec, seed: int) -> Explanation:
         """Explain an image by the search or the method, on the shared regions where it cuts the image and does not say how."""
@@ -221,8 +223,8 @@ class _Prepared:
         return attribute(image, self.classifier, spec.method, self.target, **options)
 
     def case(self, explanation: Explanation, spec: MethodSpec, seed: int) -> Case:
-        def again(image: Tensor) -> Tensor:
-            return self.explain(image, spec, seed).values
+        def again(image: Tensor) -> Explanation:
+            return self.explain(image, spec, seed)
 
         return Case(self.classifier, explanation, self.target, self.regions, again, self.sample.mask, self.settings.seed)
 

@@ -74,7 +74,7 @@ def _score_figures(summary: Summary, model: str, name: str) -> Iterator[Planned]
             caption = metric_name(measure.metric)
             alt = f"Scores of single images on {model}: {caption}{f' ({measure.protocol})' if measure.protocol else ''}"
             draw = partial(plot_scores, summary, model, measure)
-            shown = measure.protocol in ("", summary.first_protocol(model))
+            shown = not METRICS[measure.metric].curve or measure.protocol == summary.first_protocol(model)
             yield Planned(f"scores {model}", f"{name}-scores-{at}-{slug(measure.label)}", alt, draw, caption, shown)
 
 

@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from attribution.errors import UserError
-from attribution.fills import DROP, drops
+from attribution.fills import DEFAULT_FILL, DROP, LINEAR, drops, is_named
 from attribution.image import MAX_SIDE
 from attribution.model.classifier import Classifier
 from attribution.network.stages import LAYERS
 from attribution.regions import REGIONS
 from evaluation.benchmark.methods import DEFAULT_METHODS, MethodSpec
 from evaluation.metrics.protocol import PROTOCOLS, Protocol
-from evaluation.metrics.registry import METRICS, Measure, expand_metrics
+from evaluation.metrics.registry import METRICS, Measure, expand_metrics, measures_of
 from evaluation.study.settings import StudySettings, plain_option, setting
 
 
@@ -42,7 +42,7 @@ class BenchmarkSettings(StudySettings):
         help="Comma-separated; --list shows them. Those of the default need no mask.",
     )
     fills: tuple[str, ...] = setting(
-        ("black",),
+        (DEFAULT_FILL,),
         option="--fill",
         short="-f",
         help="Comma-separated fills of the curves: black, mean, blur, linear (imputed), model_mean, drop (tokens of a vision transformer), "
@@ -117,8 +117,8 @@ class BenchmarkSettings(StudySettings):
         """What hides pixels while methods and searches work."""
         if self.method_fill is not None:
             return self.method_fill
-        fixed = [protocol.fill for protocol in self.protocols if not (isinstance(protocol.fill, str) and protocol.fill in ("linear", DROP))]
-        return fixed[0] if fixed else "black"
+        fixed = [protocol.fill for protocol in self.protocols if not is_named(protocol.fill, (LINEAR, DROP))]
+        return fixed[0] if fixed else DEFAULT_FILL
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -126,15 +126,8 @@ class BenchmarkSettings(StudySettings):
         return (*(measure for measure, _ in self.measured()), *(measure for measure, _ in self.measured_on_grids()))
 
     def measured(self) -> tuple[tuple[Measure, Protocol], ...]:
-        """The measures of single images, each with its protocol (for a metric without a curve, the one whose output it takes)."""
-        found = []
-        for name in self.metrics:
-            metric = METRICS[name]
-            if metric.grid:
-                continue
-            used = self.protocols if metric.curve else self.protocols[:1]
-            found += [(Measure(name, protocol.label() if metric.curve else "", metric.direction), protocol) for protocol in used]
-        return tuple(found)
+        """The measures of single images, each with its protocol (for a metric without a curve, the one whose output and fill it takes)."""
+        return tuple(pair for name in self.metrics if not METRICS[name].grid for pair in measures_of(name, self.protocols))
 
     def measured_on_grids(self) -> tuple[tuple[Measure, str], ...]:
         """The measures of grids, each with its layer."""

@@ -136,7 +136,7 @@ class Summary:
 
     def first_protocol(self, model: str) -> str:
         """Label of the first protocol that a model has scores under; of the first of all where it has none."""
-        found = (m.protocol for m in self.measures_of(model) if m.protocol and not METRICS[m.metric].grid)
+        found = (m.protocol for m in self.measures_of(model) if METRICS[m.metric].curve)
         return next(found, self.results.settings.protocols[0].label())
 
     def first_of_images(self, model: str) -> Measure | None:

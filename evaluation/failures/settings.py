@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from attribution.errors import UserError
-from attribution.fills import Fill
+from attribution.fills import DEFAULT_FILL, Fill
 from attribution.model.classifier import Classifier
 from attribution.provenance import plain_settings
 from attribution.regions import REGIONS
@@ -49,7 +49,7 @@ class FailureSettings:
     samples: int | None = None
     most: int | None = 100
     seed: int = 0
-    fill: Fill = "black"
+    fill: Fill = DEFAULT_FILL
     regions: str = "slico"
     region_options: Mapping[str, Any] = field(default_factory=dict)
     search: str = "bidirectional"

@@ -1,7 +1,7 @@
-"""Insertion, deletion, highest confidence and ROAD: what the model says while pixels appear or vanish in an explanation's order.
+"""Insertion, deletion and highest confidence: the score of the target while an image appears or vanishes in an explanation's order.
 
-Every explanation is measured by the same functions. They take its order or its map, never the scores it may carry, and forward
-the images again. All curves run over the exact share of pixels, the most important first in insertion and in deletion.
+Every explanation is measured by the same functions. They take its order or its map, never the scores that it may carry, and forward
+the images again. All curves run over the exact share of pixels. Insertion shows the most important first, deletion hides it first.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attribution.checks import check_seed, check_whole, is_number
 from attribution.deprecation import image_first
 from attribution.dropping import masked_inputs
 from attribution.errors import UserError
-from attribution.explanation import Explanation
-from attribution.fills import DROP, classifier_fill, is_drop
-from attribution.image import ImageSource, load_image
+from attribution.fills import DROP, LINEAR, classifier_fill, is_drop, is_named
+from attribution.image import ImageSource
 from attribution.masking import MaskedInputs, prefix_scores
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import even_chunks
-from attribution.regions import Regions
+from attribution.task import Output
 from evaluation.metrics.imputation import impute
-from evaluation.metrics.protocol import Output, Protocol
+from evaluation.metrics.judged import Judged, Partition, as_regions, image_of_size, judged
+from evaluation.metrics.protocol import Protocol
 
 HIGHEST_CONFIDENCE_SHARES = (0.25, 0.5, 0.75, 1.0)
 _IMAGE_VALUES = 2**24  # floats of composed full-size images held at once
@@ -51,12 +52,12 @@ class Curves:
 
     @property
     def insertion_auc(self) -> float:
-        """Area under the insertion curve (trapezoid); higher is better."""
+        """Area under the insertion curve (trapezoid rule); higher is better."""
         return float(torch.trapezoid(self.insertion.double(), self.insertion_area.double()))
 
     @property
     def deletion_auc(self) -> float:
-        """Area under the deletion curve (trapezoid); lower is better."""
+        """Area under the deletion curve (trapezoid rule); lower is better."""
         return float(torch.trapezoid(self.deletion.double(), self.deletion_area.double()))
 
     @property
@@ -70,7 +71,7 @@ class Curves:
         return float(self.insertion[-1])
 
     def highest_confidence(self, share: float) -> tuple[float, float]:
-        """The highest score that a prefix of at most a share of the pixels reaches (SMDL; LiMA).
+        """The highest score among the prefixes that reveal at most a share of the pixels (SMDL; LiMA).
 
         Args:
             share: most pixels revealed, in (0, 1]; the published ones are ``HIGHEST_CONFIDENCE_SHARES``.
@@ -79,7 +80,7 @@ class Curves:
             That score and the revealed area where it is first reached; (nan, nan) where the first step alone is larger.
             Published means skip such images: count them.
         """
-        if not 0 < share <= 1:
+        if not is_number(share) or not 0 < share <= 1:
             raise UserError(f"share is {share}: expected a share of the pixels in (0, 1]")
         fitting = int((self.insertion_area[1:] <= share + 1e-6).sum())
         if not fitting:
@@ -88,85 +89,75 @@ class Curves:
         return float(self.insertion[best]), float(self.insertion_area[best])
 
 
-def perturbation_steps(explanation: Explanation, protocol: Protocol, regions: Regions | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What is revealed or removed at each step.
+def perturbation_steps(explanation: Judged, protocol: Protocol, regions: Partition | None = None) -> tuple[Tensor, Tensor]:
+    """Find what each step reveals or removes.
 
     Args:
-        explanation: with an order, a map of pixels, or both.
-        protocol: region steps take the explanation's own order where ``regions`` are absent or its own, and ``ranked_over``
-            them otherwise. Pixel steps rank all pixels by the map (the ranks of the regions where there is none), ties by the
-            lowest flat index, and have revealed floor(k N / K) of the N pixels after step k.
-        regions: of the region steps, a partition or its label map; pixel steps do not use them.
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``).
+        protocol: region steps keep the order of an explanation whose regions are those that are asked for; otherwise they rank the
+            regions by the mean of the map. Pixel steps rank all pixels by the map (of an order, by the ranks of its regions), ties by
+            the lowest flat index, and have revealed floor(k N / K) of the N pixels after step k.
+        regions: of the region steps, a partition or its label map; the explanation's own by default. Pixel steps use them only to
+            read an order.
 
     Returns:
         Label map int64 [H, W] with ids 0...K-1, and order int64 [K], most important first.
 
     Raises:
-        UserError: region steps of a map without regions, regions of another size, or a map that is not finite.
+        UserError: see ``judged``; region steps of a map without regions, or regions of another size.
     """
-    if explanation.pixel_map is not None and not explanation.pixel_map.isfinite().all():
-        bad = int((~explanation.pixel_map.isfinite()).sum())
-        raise UserError(f"the map has {bad} values that are not finite (NaN or infinite): expected numbers, so that pixels can be ranked")
-    if protocol.steps == "pixels":
-        return pixel_steps(pixel_values(explanation), protocol.count)
-    own = explanation.regions
-    if regions is None and own is None:
-        raise UserError("region steps of a map of pixels without regions: give regions=, or a protocol with steps='pixels'")
-    wanted = own if regions is None else regions if isinstance(regions, Regions) else Regions(regions)
-    assert wanted is not None
-    if explanation.order is not None and own is not None and torch.equal(own.labels.cpu(), wanted.labels.cpu()):
-        return own.labels.cpu(), explanation.order.cpu()
-    ranked = explanation.ranked_over(wanted)
-    assert ranked.order is not None
-    return wanted.labels.cpu(), ranked.order.cpu()
+    claim = judged(explanation, regions)
+    return pixel_steps(claim.values, protocol.count) if protocol.steps == "pixels" else claim.order_over(regions)
 
 
 @image_first
 def perturbation_curves(
     image: ImageSource,
     classifier: Classifier,
-    explanation: Explanation,
+    explanation: Judged,
     target: int | str,
     protocol: Protocol,
     *,
-    regions: Regions | Tensor | None = None,
+    regions: Partition | None = None,
     seed: int = 0,
 ) -> Curves:
-    """Insertion and deletion of an explanation (Petsiuk et al., BMVC 2018), by a protocol.
+    """Measure insertion and deletion of an explanation (Petsiuk et al., BMVC 2018) under a protocol.
 
-    2 (K + 1) images are forwarded, K being the number of steps; none of the explanation's own scores is used.
+    With K steps, 2 (K + 1) images are forwarded.
 
     Args:
         image: whatever ``load_image`` takes, at the resolution of the explanation (its ``image``).
         classifier: the model that is asked.
-        explanation: gives the order (see ``perturbation_steps``).
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions``; gives the steps (see ``perturbation_steps``).
         target: class whose score is followed, index or name.
         protocol: one of ``PROTOCOLS`` or your own.
         regions: of the region steps; the explanation's own by default.
-        seed: of the noise of fill "linear"; one field of noise for all steps.
+        seed: of the noise of fill "linear"; all steps share one field of noise.
 
     Raises:
         UserError: see ``perturbation_steps``; an image of another size, no such class.
     """
+    check_seed(seed)
     labels, order = perturbation_steps(explanation, protocol, regions)
-    image, target = loaded_image(image, labels), classifier.target_index(target)
-    return _curves(image, labels, order, protocol, _prefix_scorer(classifier, image, labels, target, protocol, seed))
+    loaded, index = image_of_size(image, labels), classifier.target_index(target)
+    return _curves(loaded, labels, order, protocol, _prefix_scorer(classifier, loaded, labels, index, protocol, seed))
 
 
 @image_first
 def random_order_curves(
     image: ImageSource,
     classifier: Classifier,
-    regions: Regions | Tensor,
+    regions: Partition,
     target: int | str,
     protocol: Protocol,
     count: int = 100,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The chance level: AUCs of random orders of the same regions, measured as ``perturbation_curves`` measures.
+    """Measure the chance level: AUCs of random orders of the same regions, as ``perturbation_curves`` measures them.
 
     Args:
-        regions: what is ordered at random, also under pixel steps (all pixels of one region, then all of the next).
+        regions: what is ordered at random, a partition or its label map. Pixel steps take all pixels of one region, then all of the
+            next.
         count: number of orders.
         seed: of the orders, and of the noise of fill "linear".
         image, classifier, target, protocol: see ``perturbation_curves``.
@@ -174,19 +165,19 @@ def random_order_curves(
     Returns:
         Insertion AUCs and deletion AUCs, float64 [count] each.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise UserError(f"count is {count}: expected a whole number of random orders, at least 1")
-    regions = regions if isinstance(regions, Regions) else Regions(regions)
+    check_whole("count", count, 1)
+    check_seed(seed)
+    regions = as_regions(regions)
     labels = regions.labels.cpu()
-    image, target = loaded_image(image, labels), classifier.target_index(target)
+    loaded, index = image_of_size(image, labels), classifier.target_index(target)
     generator = torch.Generator().manual_seed(seed)
     region_steps = protocol.steps == "regions"
-    scorer = _prefix_scorer(classifier, image, labels, target, protocol, seed) if region_steps else None
+    scorer = _prefix_scorer(classifier, loaded, labels, index, protocol, seed) if region_steps else None
     found = []
     for _ in range(count):
         order = torch.randperm(regions.count, generator=generator)
         steps = (labels, order) if region_steps else pixel_steps(-order.argsort()[labels], protocol.count)
-        found.append(_curves(image, *steps, protocol, scorer or _prefix_scorer(classifier, image, steps[0], target, protocol, seed)))
+        found.append(_curves(loaded, *steps, protocol, scorer or _prefix_scorer(classifier, loaded, steps[0], index, protocol, seed)))
     insertion, deletion = [c.insertion_auc for c in found], [c.deletion_auc for c in found]
     return torch.tensor(insertion, dtype=torch.float64), torch.tensor(deletion, dtype=torch.float64)
 
@@ -195,12 +186,12 @@ _Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _prefix_scorer(classifier: Classifier, image: Tensor, labels: Tensor, target: int, protocol: Protocol, seed: int) -> _Scorer:
-    """A function from an order of the labels to the scores of its prefixes, shown and hidden: float32 [K+1] each."""
+    """A function from an order of the labels to the scores with each prefix shown, and with it hidden: float32 [K+1] each."""
     here = image.to(classifier.device)
     if is_drop(protocol.fill):
         hiding, masked = masked_inputs(classifier, image, labels, DROP)
         return lambda order: prefix_scores(_score(hiding, protocol.output), masked, order, target)
-    if isinstance(protocol.fill, str) and protocol.fill == "linear":
+    if is_named(protocol.fill, (LINEAR,)):
         std = classifier.preprocessing.std
 
         def composed(shown: Tensor) -> Tensor:
@@ -232,7 +223,12 @@ def composed_scores(
     target: int,
     output: Output,
 ) -> Tensor:
-    """Scores of composed images, one for each threshold, few at a time: float32 [n]."""
+    """Score images that are composed one for each threshold, a few at a time: float32 [n].
+
+    Args:
+        composed: from masks bool [n, H, W], True where the image is shown, to images [n, 3, H, W].
+        shown: from thresholds [n, 1, 1] to these masks.
+    """
     score, scores = _score(classifier, output), []
     pixels = shown(thresholds[0]).numel()
     for part in even_chunks(thresholds, max(1, _IMAGE_VALUES // (3 * pixels))):
@@ -254,10 +250,6 @@ def _curves(image: Tensor, labels: Tensor, order: Tensor, protocol: Protocol, sc
     return Curves(revealed_share.float(), insertion, (revealed_share + uncounted_share).float(), deletion, protocol)
 
 
-def pixel_values(explanation: Explanation) -> Tensor:
-    return (explanation.pixel_map if explanation.pixel_map is not None else explanation.to_pixels("rank")).cpu()
-
-
 def pixel_steps(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Steps of floor(k N / K) pixels by value: labels are step numbers, so that the order is 0...K-1."""
     pixels = values.numel()
@@ -266,13 +258,3 @@ def pixel_steps(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     labels = torch.empty(pixels, dtype=torch.int64)
     labels[values.flatten().argsort(descending=True, stable=True)] = torch.arange(count).repeat_interleave(revealed.diff())
     return labels.view(values.shape), torch.arange(count)
-
-
-def loaded_image(image: ImageSource, labels: Tensor) -> Tensor:
-    loaded = load_image(image).cpu()
-    if loaded.shape[1:] != labels.shape:
-        raise UserError(
-            f"the image is {loaded.shape[2]}x{loaded.shape[1]}, the explanation or its regions {labels.shape[1]}x{labels.shape[0]}: "
-            "give the image that was explained (explanation.image)"
-        )
-    return loaded

@@ -1,6 +1,6 @@
-"""Localization: does the map point at the object? Pointing game, its energy form and rank accuracy, against a mask of the object.
+"""Localization: whether the map points at the object. Pointing game, its energy form and rank accuracy, against a mask of the object.
 
-An image without an object has no answer: an empty mask gives NaN, which a benchmark counts instead of averaging.
+An image without an object has no answer: an empty mask gives NaN, which a benchmark counts and leaves out of the mean.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_number
 from attribution.errors import UserError, describe
-from attribution.explanation import Explanation
-from evaluation.metrics.fidelity import attribution_values
+from evaluation.metrics.judged import Judged, Partition, judged
+
+Mask = Tensor | np.ndarray
 
 _LEAST_ENERGY = 1e-7
 
 
-def pointing_game(explanation: Explanation | Tensor, mask: Tensor, *, tolerance: float = 0, strict: bool = False) -> float:
-    """Whether the map is highest on the object: 1.0 for a hit, 0.0 for a miss.
+def pointing_game(
+    explanation: Judged, mask: Mask, *, tolerance: float = 0, strict: bool = False, regions: Partition | None = None
+) -> float:
+    """Whether the maximum of the map lies on the object: 1.0 for a hit, 0.0 for a miss.
 
     Zhang et al., "Top-down neural attention by excitation backprop", IJCV 2018.
 
     Args:
-        explanation: an explanation, or a map [H, W]; signed values count as they are.
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); signed values count as they are.
         mask: bool [H, W], True on the object.
-        tolerance: a maximum this near to the object (Euclidean, pixels) is still a hit; the paper takes 15.
+        tolerance: a maximum at most so many pixels (Euclidean) from the object is still a hit; the paper takes 15.
         strict: judge only the first maximum, row by row; otherwise any pixel that attains the maximum may hit.
+        regions: of an order; not read otherwise.
 
     Returns:
         NaN for an empty mask, and for a constant map: every pixel is a maximum, so it would hit every object.
@@ -37,9 +42,8 @@ def pointing_game(explanation: Explanation | Tensor, mask: Tensor, *, tolerance:
     Raises:
         UserError: a mask that is not bool or of another size than the map, a map that is not finite, a negative tolerance.
     """
-    values, mask = _map_and_mask(explanation, mask)
-    if not 0 <= tolerance < math.inf:
-        raise UserError(f"tolerance is {tolerance}: expected a number of pixels, 0 or more")
+    values, mask = _map_and_mask(explanation, mask, regions)
+    check_number("tolerance", tolerance, 0)
     if not mask.any() or values.min() == values.max():
         return math.nan
     maxima = values == values.max()
@@ -48,14 +52,15 @@ def pointing_game(explanation: Explanation | Tensor, mask: Tensor, *, tolerance:
     return float((maxima & _dilated(mask, tolerance)).any())
 
 
-def energy_pointing_game(explanation: Explanation | Tensor, mask: Tensor) -> float:
-    """Share of the positive attribution that lies on the object, in [0, 1]; higher is better, ``chance_level`` is uninformed.
+def energy_pointing_game(explanation: Judged, mask: Mask, *, regions: Partition | None = None) -> float:
+    """Share of the positive attribution that lies on the object, in [0, 1]; higher is better, a random map gets ``chance_level``.
 
     Wang et al., "Score-CAM", CVPR workshops 2020, section 4.3, with the negative part of a signed map clipped away.
 
     Args:
-        explanation: an explanation, or a map [H, W].
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``).
         mask: bool [H, W], True on the object.
+        regions: of an order; not read otherwise.
 
     Returns:
         NaN for an empty mask, and where the positive attribution sums to at most 1e-7.
@@ -63,21 +68,22 @@ def energy_pointing_game(explanation: Explanation | Tensor, mask: Tensor) -> flo
     Raises:
         UserError: as ``pointing_game``.
     """
-    values, mask = _map_and_mask(explanation, mask)
+    values, mask = _map_and_mask(explanation, mask, regions)
     positive = values.double().clamp(min=0)
     total = float(positive.sum())
     return float(positive[mask].sum()) / total if mask.any() and total > _LEAST_ENERGY else math.nan
 
 
-def relevance_rank_accuracy(explanation: Explanation | Tensor, mask: Tensor) -> float:
-    """Share of the |mask| highest pixels that lie on the object, in [0, 1]; higher is better, ``chance_level`` is uninformed.
+def relevance_rank_accuracy(explanation: Judged, mask: Mask, *, regions: Partition | None = None) -> float:
+    """Share of the |mask| highest pixels that lie on the object, in [0, 1]; higher is better, a random map gets ``chance_level``.
 
-    Arras et al., "CLEVR-XAI", Information Fusion 2022, equation 4. Ties go to the first pixel, row by row, so that a map with few
-    distinct values, as one of a few regions, is partly judged by where its ties lie.
+    Arras et al., "CLEVR-XAI", Information Fusion 2022, equation 4. Ties go to the first pixel, row by row. The score of a map with few
+    distinct values, such as one of a few regions, therefore depends on where its ties lie.
 
     Args:
-        explanation: an explanation, or a map [H, W]; signed values count as they are.
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); signed values count as they are.
         mask: bool [H, W], True on the object.
+        regions: of an order; not read otherwise.
 
     Returns:
         NaN for an empty mask.
@@ -85,14 +91,14 @@ def relevance_rank_accuracy(explanation: Explanation | Tensor, mask: Tensor) -> 
     Raises:
         UserError: as ``pointing_game``.
     """
-    values, mask = _map_and_mask(explanation, mask)
+    values, mask = _map_and_mask(explanation, mask, regions)
     size = int(mask.sum())
     top = values.flatten().argsort(descending=True, stable=True)[:size]
     return float(mask.flatten()[top].sum()) / size if size else math.nan
 
 
-def chance_level(mask: Tensor) -> float:
-    """Share of the image that the object covers: what a random map scores on average in all three measures (tolerance 0).
+def chance_level(mask: Mask) -> float:
+    """Share of the image that the object covers: the mean score of random maps in all three measures (tolerance 0).
 
     Args:
         mask: bool [H, W].
@@ -128,8 +134,8 @@ def box_mask(boxes: Sequence[Any] | np.ndarray | Tensor, height: int, width: int
     return mask
 
 
-def _map_and_mask(explanation: Explanation | Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    values, mask = attribution_values(explanation), _checked_mask(mask)
+def _map_and_mask(explanation: Judged, mask: Mask, regions: Partition | None) -> tuple[Tensor, Tensor]:
+    values, mask = judged(explanation, regions).values, _checked_mask(mask)
     if mask.shape != values.shape:
         raise UserError(f"the mask is {list(mask.shape)}, the map {list(values.shape)}: give a mask at the resolution of the map")
     return values, mask

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.checks import check_choice, check_seed
 from attribution.deprecation import image_first
 from attribution.errors import UserError
-from attribution.explanation import Explanation
 from attribution.image import ImageSource, limit_size
 from attribution.model.classifier import Classifier
-from evaluation.metrics.curves import composed_scores, loaded_image, perturbation_steps, pixel_steps, pixel_values
+from attribution.task import Output
+from evaluation.metrics.curves import composed_scores, pixel_steps
 from evaluation.metrics.imputation import impute
-from evaluation.metrics.protocol import Output, Protocol
+from evaluation.metrics.judged import Judged, Partition, judged_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +27,8 @@ class Road:
 
     Attributes:
         percentages: [P] of the pixels that were imputed.
-        morf: float32 [P], most relevant first; an explanation is good where it falls.
-        lerf: float32 [P], least relevant first; an explanation is good where it stays.
+        morf: float32 [P], scores with the most relevant removed first; a good explanation makes them fall.
+        lerf: float32 [P], scores with the least relevant removed first; a good explanation keeps them high.
     """
 
     percentages: tuple[float, ...]
@@ -50,47 +51,51 @@ class Road:
 def road(
     image: ImageSource,
     classifier: Classifier,
-    explanation: Explanation,
+    explanation: Judged,
     target: int | str,
     *,
+    regions: Partition | None = None,
     percentages: Sequence[float] = (10, 20, 30, 40, 50, 60, 70, 80, 90),
     noise: float = 0.01,
     output: Output = "probability",
     seed: int = 0,
 ) -> Road:
-    """Remove and debias (Rong et al., ICML 2022): the target's score after pixels were replaced by noisy linear imputation.
+    """Remove and debias (Rong et al., ICML 2022): score the target after pixels were replaced by noisy linear imputation.
 
-    Pixels are ranked as in pixel steps; the least relevant are the last of that ranking. 2 P images are forwarded. Image and map
-    are shrunk to the long side of the model's input first, where they are larger: the model would not see the pixels between.
+    Pixels are ranked as in pixel steps; the least relevant are the last of that ranking. With P percentages, 2 P images are forwarded.
+    An image larger than the model's input is shrunk first, and its map with it, to the long side of that input: the model would not
+    see the pixels between.
 
     Args:
         image, classifier, explanation, target: see ``perturbation_curves``.
+        regions: of an order; not read otherwise.
         percentages: of the pixels imputed, ascending in (0, 99]; the number of pixels is rounded down.
-        noise: standard deviation of the noise in units of the normalised input.
+        noise: standard deviation of the noise, in units of the normalised input.
         output: "probability" or "logit".
-        seed: of the noise; one field of noise for all images.
+        seed: of the noise; all images share one field of noise.
 
     Raises:
         UserError: see ``perturbation_curves``; percentages out of range or order.
     """
+    check_seed(seed)
+    check_choice("output", output, ("probability", "logit"))
     percentages = tuple(percentages)
     ascending = all(a < b for a, b in zip((0, *percentages), percentages, strict=False))
     if not percentages or not ascending or percentages[-1] > 99:
         raise UserError(f"percentages are {list(percentages)}: expected ascending numbers in (0, 99] (nothing is left to impute 100 from)")
-    protocol = Protocol(steps="pixels", count=2**62, fill="linear", output=output)
-    perturbation_steps(explanation, protocol)  # checks the map
-    values = pixel_values(explanation)
-    image, target = limit_size(loaded_image(image, values), max(classifier.preprocessing.size)), classifier.target_index(target)
-    if values.shape != image.shape[1:]:
-        values = F.interpolate(values[None, None], size=tuple(image.shape[1:]), mode="bilinear", antialias=True)[0, 0]
-    ranking = pixel_steps(values, protocol.count)[0]
+    loaded, claim = judged_on(image, explanation, regions)
+    small, index = limit_size(loaded, max(classifier.preprocessing.size)), classifier.target_index(target)
+    values = claim.values
+    if values.shape != small.shape[1:]:
+        values = F.interpolate(values[None, None], size=tuple(small.shape[1:]), mode="bilinear", antialias=True)[0, 0]
+    ranking = pixel_steps(values, values.numel())[0]
     removed = [math.floor(p * ranking.numel() / 100 + 1e-9) for p in percentages]  # 57 / 100 * 100 is below 57 in floats
     most, least = torch.tensor(removed), ranking.numel() - torch.tensor(removed)
     std = classifier.preprocessing.std
 
     def imputed(shown: Tensor) -> Tensor:
-        return impute(image.to(classifier.device), shown, noise=noise, std=std, seed=seed)
+        return impute(small.to(classifier.device), shown, noise=noise, std=std, seed=seed)
 
-    morf = composed_scores(classifier, imputed, lambda k: ranking >= k, most, target, output)
-    lerf = composed_scores(classifier, imputed, lambda k: ranking < k, least, target, output)
+    morf = composed_scores(classifier, imputed, lambda k: ranking >= k, most, index, output)
+    lerf = composed_scores(classifier, imputed, lambda k: ranking < k, least, index, output)
     return Road(percentages, morf, lerf)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attribution.baselines.attribute import attribute
@@ -24,6 +23,7 @@ from attribution.regions import Regions, make_regions
 from attribution.search.budget import anytime_from, search_orders
 from evaluation.data.dataset import ImageDataset
 from evaluation.metrics.curves import perturbation_curves
+from evaluation.metrics.judged import Judged
 from evaluation.metrics.protocol import Protocol
 from evaluation.pareto.settings import (
     BALANCED_SUFFIX,
@@ -222,18 +222,10 @@ class _Case:
         evaluations, order = found[0] + spent, found[1]
         key = tuple(order.tolist())
         if key not in self._areas:  # a search that has come to its end keeps its order for the budgets that are left
-            shell = Explanation(
-                image=self.image,
-                target=self.target,
-                class_names=self.classifier.class_names,
-                probabilities=torch.zeros(self.classifier.num_classes),
-                regions=self.regions,
-                order=order,
-            )
-            point = self._point(method, budget, evaluations, shell)
+            point = self._point(method, budget, evaluations, order)
             self._areas[key] = point.insertion, point.deletion
         return Point(method, budget, evaluations, *self._areas[key])
 
-    def _point(self, method: str, budget: int, evaluations: int, explanation: Explanation) -> Point:
+    def _point(self, method: str, budget: int, evaluations: int, explanation: Judged) -> Point:
         curves = perturbation_curves(self.image, self.classifier, explanation, self.target, self.protocol, regions=self.regions)
         return Point(method, budget, evaluations, curves.insertion_auc, curves.deletion_auc)

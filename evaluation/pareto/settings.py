@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attribution.errors import UserError
+from attribution.fills import DEFAULT_FILL
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
@@ -43,7 +44,7 @@ class ParetoSettings(StudySettings):
     )
     budgets: tuple[int, ...] = setting(BUDGETS, least=1, help="Images forwarded by the search by budget and by polishing, ascending.")
     sampled_budgets: tuple[int, ...] = setting(SAMPLED_BUDGETS, least=1, help=f"The same for {', '.join(SAMPLED)}.")
-    fill: str = setting("black", short="-f", help="What hides regions while methods work, and in the curves.")
+    fill: str = setting(DEFAULT_FILL, short="-f", help="What hides regions while methods work, and in the curves.")
     samples: int = setting(
         100, short="-n", least=1, help="So many images, the first of a seeded permutation that the model gets right with confidence."
     )

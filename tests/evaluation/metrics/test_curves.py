@@ -454,7 +454,7 @@ def test_settings_tell_protocols_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": "patches"}, "steps is 'patches': expected 'regions' or 'pixels'"),
+        ({"steps": "patches"}, "steps is 'patches': expected one of regions, pixels"),
         ({"output": "p"}, "output is 'p'"),
         ({"axis": None}, "axis is None"),
         ({"count": 0}, "count is 0"),
@@ -462,7 +462,7 @@ def test_settings_tell_protocols_apart(tmp_path: Path) -> None:
         ({"fill": "blakc"}, "unknown fill 'blakc': expected one of black, .*model_mean, linear"),
         ({"fill": "#12"}, "unknown fill '#12'"),
         ({"fill": (0, 0, 2)}, r"fill colour \(0, 0, 2\)"),
-        ({"fill": None}, "fill is NoneType"),
+        ({"fill": None}, "fill is NoneType: expected one of black"),
         ({"axis": "black_unrevealed", "fill": "mean"}, "axis 'black_unrevealed' with fill 'mean'"),
         ({"axis": "black_unrevealed", "fill": torch.zeros(3, 4, 4)}, "with fill float32"),
     ],
@@ -482,11 +482,11 @@ def test_bad_input() -> None:
         perturbation_steps(heatmap, lima, torch.zeros(5, 5, dtype=torch.int64))
     broken = mapped(image, torch.where(torch.eye(4) > 0, torch.nan, image[0]))
     for protocol, regions in ((lima, torch.arange(16).view(4, 4)), (pixels, None)):
-        with pytest.raises(at.UserError, match="map has 4 values that are not finite"):
+        with pytest.raises(at.UserError, match="4 of the 16 values of the map are not finite"):
             perturbation_curves(image, classifier, broken, 0, protocol, regions=regions)
-    with pytest.raises(at.UserError, match="map has 4 values"):
+    with pytest.raises(at.UserError, match="4 of the 16 values of the map are not finite"):
         road(image, classifier, broken, 0)
-    with pytest.raises(at.UserError, match="image is 5x6, the explanation or its regions 4x4"):
+    with pytest.raises(at.UserError, match="image is 5x6, the map or its regions 4x4"):
         perturbation_curves(random_image(6, 5), classifier, heatmap, 0, pixels)
     with pytest.raises(at.UserError, match="image is 5x6"):
         random_order_curves(random_image(6, 5), classifier, torch.zeros(4, 4, dtype=torch.int64), 0, lima)

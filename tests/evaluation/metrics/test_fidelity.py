@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import attribution as at
-from evaluation.metrics.fidelity import attribution_values, infidelity, mu_fidelity, sensitivity, to_input
+from evaluation.metrics.fidelity import infidelity, mu_fidelity, sensitivity, to_input
 
 SIZE = 14
 
@@ -71,11 +71,11 @@ def test_true_contributions_of_a_linear_model_are_perfectly_faithful() -> None:
     classifier, image = linear_classifier(), random_image()
     true = contributions(classifier, image)
     for output in ("logit", "probability"):  # the probability rises with the logit, so the ranks agree
-        found = [mu_fidelity(image, classifier, sign * true, 0, output=output) for sign in (1, -1)]
+        found = [mu_fidelity(image, classifier, sign * true, 0, output=output, fill="model_mean") for sign in (1, -1)]
         assert found == pytest.approx([1, -1])
-    assert mu_fidelity(image, classifier, true, "class 1", output="probability") == pytest.approx(-1)
-    assert infidelity(image, classifier, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
-    assert infidelity(image, classifier, true - 0.1, 0, output="logit") > 1e-3
+    assert mu_fidelity(image, classifier, true, "class 1", output="probability", fill="model_mean") == pytest.approx(-1)
+    assert infidelity(image, classifier, true, 0, output="logit", fill="model_mean") == pytest.approx(0, abs=1e-10)
+    assert infidelity(image, classifier, true - 0.1, 0, output="logit", fill="model_mean") > 1e-3
 
 
 def test_other_fills_have_other_true_contributions() -> None:
@@ -95,7 +95,7 @@ def test_mu_fidelity_equals_a_naive_loop(height: int, width: int, grid: int, dro
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(3, height, width, generator=generator)
     values = torch.randn(height, width, generator=generator)
-    found = mu_fidelity(image, classifier, values, 0, samples=12, grid=grid, drop=drop, seed=seed)
+    found = mu_fidelity(image, classifier, values, 0, samples=12, grid=grid, drop=drop, seed=seed, fill="model_mean")
     assert found == pytest.approx(naive_mu_fidelity(classifier, image, values, 12, grid, drop, seed), abs=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_mu_fidelity_of_the_zoo_equals_a_naive_loop(name: str, small_cat: Tensor
     classifier = request.getfixturevalue(name)
     values = small_cat.sum(dim=0)
     expected = naive_mu_fidelity(classifier, small_cat, values, 16, 7, 0.2, 3)
-    assert mu_fidelity(small_cat, classifier, values, 0, samples=16, seed=3) == pytest.approx(
+    assert mu_fidelity(small_cat, classifier, values, 0, samples=16, seed=3, fill="model_mean") == pytest.approx(
         expected, abs=0.01
     )  # near ties may change places
 
@@ -197,7 +197,7 @@ def test_infidelity_is_captums_with_the_same_squares(samples: int, cnn: at.Class
         n_perturb_samples=samples,
         normalize=True,
     )
-    assert infidelity(small_cat, cnn, values, 3, samples=samples, seed=2) == pytest.approx(float(expected), rel=1e-4)
+    assert infidelity(small_cat, cnn, values, 3, samples=samples, seed=2, fill="model_mean") == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_infidelity_by_least_squares() -> None:
@@ -207,10 +207,12 @@ def test_infidelity_by_least_squares() -> None:
     drops, worths = (squares * true).sum(dim=(1, 2)), (squares * values).sum(dim=(1, 2))
     factor = (drops @ worths) / (worths @ worths)
     expected = ((factor * worths - drops) ** 2).mean()
-    found = infidelity(image, classifier, values, 0, output="logit")
+    found = infidelity(image, classifier, values, 0, output="logit", fill="model_mean")
     assert found == pytest.approx(float(expected), rel=1e-5)
-    assert infidelity(image, classifier, -3 * values, 0, output="logit") == pytest.approx(found), "unit and sign do not matter"
-    zeros = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, output="logit")
+    assert infidelity(image, classifier, -3 * values, 0, output="logit", fill="model_mean") == pytest.approx(found), (
+        "unit and sign do not matter"
+    )
+    zeros = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, output="logit", fill="model_mean")
     assert zeros == pytest.approx(float((drops**2).mean()), rel=1e-5)
     assert found <= zeros
 
@@ -220,7 +222,7 @@ def test_one_square_of_one_pixel() -> None:
     squares = random_squares(20, SIZE, 1, seed=0)
     assert torch.equal(squares.sum(dim=(1, 2)), torch.ones(20))
     drops = (squares * contributions(classifier, image)).sum(dim=(1, 2))
-    found = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, samples=20, square=0.01, output="logit")
+    found = infidelity(image, classifier, torch.zeros(SIZE, SIZE), 0, samples=20, square=0.01, output="logit", fill="model_mean")
     assert found == pytest.approx(float((drops**2).mean()), rel=1e-4)
 
 
@@ -253,8 +255,8 @@ def test_infidelity_judges_a_large_map_at_the_models_resolution() -> None:
     small = random_image()
     large = small.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
     true = contributions(classifier, small).repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
-    assert infidelity(large, classifier, true, 0, output="logit") == pytest.approx(0, abs=1e-10)
-    assert infidelity(large, classifier, true.T, 0, output="logit") > 1e-3
+    assert infidelity(large, classifier, true, 0, output="logit", fill="model_mean") == pytest.approx(0, abs=1e-10)
+    assert infidelity(large, classifier, true.T, 0, output="logit", fill="model_mean") > 1e-3
 
 
 def test_sensitivity_is_captums() -> None:
@@ -302,19 +304,6 @@ def test_perturbed_images_are_images_and_gradients_flow() -> None:
     assert all(one.min() >= 0 and one.max() <= 1 and 0 < (one - image).abs().max() <= 0.3 + 1e-6 for one in seen[1:])
 
 
-def test_attribution_values_are_signed_where_the_method_is(small_cat: Tensor, cnn: at.Classifier) -> None:
-    signed = torch.randn(5, 6)
-    assert torch.equal(attribution_values(explanation_of(torch.zeros(3, 5, 6), signed)), signed)
-    assert attribution_values(signed.double().requires_grad_()).dtype == torch.float32
-    searched = at.explain(small_cat, cnn, regions="grid", region_options={"count": 9})
-    assert torch.equal(attribution_values(searched), searched.heatmap)
-    for bad in (math.nan, math.inf):
-        broken = signed.clone()
-        broken[1, 1] = bad
-        with pytest.raises(at.UserError, match="1 of the 30 values of the map are not finite"):
-            attribution_values(explanation_of(torch.zeros(3, 5, 6), broken))
-
-
 def test_bad_settings() -> None:
     classifier, image = linear_classifier(), random_image()
     values = torch.randn(SIZE, SIZE)
@@ -322,19 +311,21 @@ def test_bad_settings() -> None:
         (mu_fidelity, {"samples": 1}, "samples is 1: expected a whole number of at least 2"),
         (mu_fidelity, {"grid": 0}, "grid is 0: expected a whole number of at least 1"),
         (mu_fidelity, {"grid": 15}, "a grid of 15x15 cells does not fit an image of 14x14 pixels"),
-        (mu_fidelity, {"drop": 1.5}, r"drop is 1.5: expected a probability"),
-        (mu_fidelity, {"drop": math.nan}, r"drop is nan: expected a probability"),
-        (mu_fidelity, {"output": "score"}, "output='score': expected 'probability' or 'logit'"),
+        (mu_fidelity, {"drop": 1.5}, r"drop is 1.5: expected a number from 0 to 1"),
+        (mu_fidelity, {"drop": math.nan}, r"drop is nan: expected a number from 0 to 1"),
+        (mu_fidelity, {"output": "score"}, "output is 'score': expected one of probability, logit"),
         (mu_fidelity, {"seed": -1}, "seed is -1"),
         (infidelity, {"samples": 0}, "samples is 0: expected a whole number of at least 1"),
         (infidelity, {"square": 0}, "square is 0: expected a share"),
-        (infidelity, {"output": "margin"}, "output='margin'"),
+        (infidelity, {"output": "margin"}, "output is 'margin'"),
     ]
     for measure, options, message in cases:
         with pytest.raises(at.UserError, match=message):
             measure(image, classifier, values, 0, **options)
     for measure in (mu_fidelity, infidelity):
-        with pytest.raises(at.UserError, match="the map is 14x13, the image 14x14: give the image at the resolution of the map"):
+        with pytest.raises(
+            at.UserError, match="the image is 14x14, the map or its regions 14x13: give the image at the resolution of the map"
+        ):
             measure(image, classifier, values[1:], 0)
         with pytest.raises(at.UserError, match="no class 'dog'"):
             measure(image, classifier, values, "dog")
@@ -342,7 +333,9 @@ def test_bad_settings() -> None:
         sensitivity(lambda one: one[0], image, radius=0)
     with pytest.raises(at.UserError, match="samples is True"):
         sensitivity(lambda one: one[0], image, samples=True)
-    with pytest.raises(at.UserError, match="the map is 14x3, the image 14x14"):
+    with pytest.raises(at.UserError, match="the image is 14x14, the map or its regions 14x3"):
         sensitivity(lambda one: one[0, :3], image)
-    with pytest.raises(at.UserError, match=r"the map is float32 \[3, 14, 14\]: expected an explanation, or a tensor of floats \[H, W\]"):
+    with pytest.raises(
+        at.UserError, match=r"judged is float32 \[3, 14, 14\]: expected an Explanation, a map of floats \[H, W\], or an order"
+    ):
         sensitivity(lambda one: one, image)

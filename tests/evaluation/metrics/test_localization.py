@@ -177,7 +177,7 @@ def test_bad_masks_maps_and_tolerances() -> None:
     with pytest.raises(at.UserError, match=r"expected bool \[H, W\]"):
         chance_level(mask_of()[None])
     for tolerance in (-1, math.nan, math.inf):
-        with pytest.raises(at.UserError, match=r"tolerance is .*: expected a number of pixels"):
+        with pytest.raises(at.UserError, match=r"tolerance is .*: expected a number of at least 0"):
             pointing_game(MAP, mask_of((0, 0)), tolerance=tolerance)
     bad = MAP.clone()
     bad[0, 0] = math.nan

@@ -12,7 +12,7 @@ from toys import SIDE, linear_classifier
 import attribution as at
 import evaluation as ev
 from evaluation.metrics.protocol import Protocol
-from evaluation.metrics.registry import METRICS, Case, expand_metrics
+from evaluation.metrics.registry import METRICS, Case, expand_metrics, measures_of, metric_title
 
 PROTOCOL = Protocol(fill="black", output="logit")
 
@@ -102,3 +102,54 @@ def test_expanding_names() -> None:
         expand_metrics(["x"])
     with pytest.raises(at.UserError, match="no metric"):
         expand_metrics([])
+
+
+def test_a_metric_that_hides_pixels_states_its_fill() -> None:
+    """The fill of the first protocol that the metric can use; the one that it is given is the one that it hides by."""
+    black, linear, drop, blur = (Protocol(fill=fill) for fill in ("black", "linear", "drop", "blur"))
+    found = {
+        (name, protocols): [(measure.label, protocol) for measure, protocol in measures_of(name, protocols)]
+        for name in ("mu_fidelity", "infidelity", "road", "sensitivity")
+        for protocols in ((black, blur), (linear, drop, blur), (linear,))
+    }
+    for name in ("mu_fidelity", "infidelity"):
+        assert found[name, (black, blur)] == [(f"{name} (fill black)", black)]
+        assert found[name, (linear,)] == [(f"{name} (fill linear)", linear)]
+    assert found["mu_fidelity", (linear, drop, blur)] == [("mu_fidelity (fill drop)", drop)]
+    assert found["infidelity", (linear, drop, blur)] == [("infidelity (fill blur)", blur)]
+    assert found["road", (linear,)] == [("road", linear)] and found["sensitivity", (black, blur)] == [("sensitivity", black)]
+    assert [measure.label for measure, _ in measures_of("insertion", (black, linear))] == [
+        "insertion (regions, black, p)",
+        "insertion (regions, linear, p)",
+    ]
+    made = case("input_x_gradient", 0)
+    for name, evaluator in (("mu_fidelity", ev.mu_fidelity), ("infidelity", ev.infidelity)):
+        for fill in ("black", "blur"):
+            expected = evaluator(made.explanation.image, made.classifier, made.explanation, 0, fill=fill, seed=0)
+            assert METRICS[name].function(made, Protocol(fill=fill)).value == expected
+        with pytest.raises(at.NotApplicable, match=f"{name} cannot hide pixels by fill 'linear': add another fill, such as 'black'"):
+            METRICS[name].function(made, linear)
+    with pytest.raises(at.NotApplicable, match="infidelity cannot hide pixels by fill 'drop'"):
+        METRICS["infidelity"].function(made, drop)
+
+
+def test_titles() -> None:
+    titles = {name: metric_title(name) for name in METRICS}
+    assert titles == {
+        "insertion": "insertion",
+        "deletion": "deletion",
+        "insertion_deletion": "insertion - deletion",
+        "highest_confidence_25": "highest confidence 25%",
+        "highest_confidence_50": "highest confidence 50%",
+        "highest_confidence_75": "highest confidence 75%",
+        "highest_confidence_100": "highest confidence 100%",
+        "mu_fidelity": "muFidelity",
+        "road": "ROAD",
+        "infidelity": "infidelity",
+        "sensitivity": "sensitivity",
+        "pointing_game": "pointing game",
+        "energy_pointing_game": "energy pointing game",
+        "gridpg": "GridPG",
+        "difull": "DiFull",
+        "dipart": "DiPart",
+    }
