@@ -7,12 +7,11 @@ from typing import Any
 
 from attribution.fills import is_drop
 from attribution.provenance import versions
-from evaluation.benchmark.figures import metric_name, ordered_methods
 from evaluation.benchmark.grid_report import grid_rows
 from evaluation.benchmark.summary import Entry, Summary
 from evaluation.benchmark.wording import ARROWS, by_protocol, explained_class, judged, writer
 from evaluation.metrics.protocol import Protocol
-from evaluation.metrics.registry import METRICS, Measure
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.study.style import has_interval
 from evaluation.study.tables import counted, written
 
@@ -70,7 +69,7 @@ def leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:
     entries = [e for e in summary.entries if e.model == model]
     saturated = {e.validity.saturated for e in entries}
     shared = saturated.pop() if len(saturated) == 1 else 0  # a property of the images where all methods explained the same ones
-    for method in ordered_methods(summary, model):
+    for method in summary.methods(model):
         entry = next((e for e in entries if e.method == method), None)
         rows.append(
             {
@@ -88,7 +87,7 @@ def leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:
         "images": len(summary.results.samples[model]),
         "groups": groups,
         "measures": [
-            (metric_name(m.metric), ARROWS[m.direction], m.direction, METRICS[m.metric].summary, m.label) for _, ms in groups for m in ms
+            (metric_title(m.metric), ARROWS[m.direction], m.direction, METRICS[m.metric].summary, m.label) for _, ms in groups for m in ms
         ],
         "rows": rows,
         "saturated": shared,
@@ -146,7 +145,7 @@ def spreads(summary: Summary, model: str) -> dict[str, Any]:
     first = summary.first_protocol(model)
     measures = [m for m in summary.measures if m.protocol == first or not (METRICS[m.metric].curve or METRICS[m.metric].grid)]
     rows = []
-    for method in ordered_methods(summary, model):
+    for method in summary.methods(model):
         found = {e.measure: e.spread for e in summary.entries if (e.model, e.method) == (model, method) and e.spread is not None}
         if not found:
             continue
@@ -154,7 +153,7 @@ def spreads(summary: Summary, model: str) -> dict[str, Any]:
         cells = [(_sd(found[m].seed_sd), _sd(found[m].image_sd)) if m in found else None for m in measures]
         correlation = f"{one.rank_correlation:.2f}" if math.isfinite(one.rank_correlation) else None
         rows.append({"method": method, "seeds": one.seeds, "correlation": correlation, "stable": one.stable, "cells": cells})
-    return {"model": model, "protocol": first, "measures": [metric_name(m.metric) for m in measures], "rows": rows}
+    return {"model": model, "protocol": first, "measures": [metric_title(m.metric) for m in measures], "rows": rows}
 
 
 def _sd(value: float) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 from attribution.files import slug
 from evaluation.benchmark.boards import leaderboard, protocol_rows, spreads
-from evaluation.benchmark.figures import MOST_DOTS, metric_name, plot_agreement, plot_cost, plot_curves, plot_ranks, plot_scores
+from evaluation.benchmark.figures import MOST_DOTS, plot_agreement, plot_cost, plot_curves, plot_ranks, plot_scores
 from evaluation.benchmark.gallery import Gallery
 from evaluation.benchmark.grid_report import grid_figures
 from evaluation.benchmark.results import Failure
 from evaluation.benchmark.summary import Summary, comparisons_csv, summary_csv
 from evaluation.benchmark.wording import ARROWS, LETTERS, conclusions, dependence, refusals
-from evaluation.metrics.registry import METRICS, Measure
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.statistics.validity import STABLE
 from evaluation.study.page import page, write_text
 from evaluation.study.report import Planned, ReportFiles, draw_figures, json_text, plain_heading, write_tables
@@ -71,7 +71,7 @@ def _score_figures(summary: Summary, model: str, name: str) -> Iterator[Planned]
     """Scores of single images under every measure; the page shows those of the first protocol."""
     for at, measure in enumerate(summary.measures, start=1):
         if summary.column(model, measure) and not METRICS[measure.metric].grid:
-            caption = metric_name(measure.metric)
+            caption = metric_title(measure.metric)
             alt = f"Scores of single images on {model}: {caption}{f' ({measure.protocol})' if measure.protocol else ''}"
             draw = partial(plot_scores, summary, model, measure)
             shown = not METRICS[measure.metric].curve or measure.protocol == summary.first_protocol(model)
@@ -95,7 +95,7 @@ def _page(summary: Summary, shown: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "families": [family for family in FAMILY_COLOURS if any(spec.family == family for spec in settings.methods)],
         "conclusions": [(model, conclusions(summary, model)) for model in summary.results.models],
         "protocol": protocol_rows(summary),
-        "metrics": [(metric_name(m), ARROWS[METRICS[m].direction], METRICS[m].direction, METRICS[m].summary) for m in settings.metrics],
+        "metrics": [(metric_title(m), ARROWS[METRICS[m].direction], METRICS[m].direction, METRICS[m].summary) for m in settings.metrics],
         "methods": settings.plain()["methods"],
         "letters": LETTERS[0].upper() + LETTERS[1:],
         "boards": [leaderboard(summary, model, number) for number, model in enumerate(summary.results.models, start=1)],

@@ -48,9 +48,11 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Score:
-    """One number: how one explanation does under one measure; NaN where the metric has no value.
+    """The number of one explanation under one measure.
 
-    On a grid the value is the mean over its ``heads``, whose scores are kept too.
+    Attributes:
+        value: NaN where the metric has no value. On a grid it is the mean over ``heads``, the scores of the heads.
+        area: share of the image at which the value is reached, for measures that have one.
     """
 
     model: str
@@ -65,7 +67,13 @@ class Score:
 
 @dataclass(frozen=True)
 class GridMap:
-    """The maps of a method for the heads of one grid at one layer: the file of the first head's, the cost of one, and doubts."""
+    """The maps of a method for the heads of one grid at one layer.
+
+    Attributes:
+        path: file of the first head's map.
+        evaluations: masked maps or images forwarded for one head, on average.
+        constant: whether the map of some head has the same value everywhere.
+    """
 
     model: str
     grid: str
@@ -79,7 +87,17 @@ class GridMap:
 
 @dataclass(frozen=True)
 class Explained:
-    """One explanation: its file, its cost, and what makes its scores doubtful."""
+    """One explanation of an image.
+
+    Attributes:
+        path: its file.
+        curves: files of its curves by protocol.
+        evaluations: images forwarded for it.
+        confidence: probability of the class explained, ``target``.
+        constant: whether its map has the same value everywhere.
+        saturated: whether the confidence is so high that gradients vanish.
+        label: of the image; None where it is not known.
+    """
 
     model: str
     sample: str

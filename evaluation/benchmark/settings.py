@@ -108,7 +108,7 @@ class BenchmarkSettings(StudySettings):
 
     @property
     def drops(self) -> bool:
-        """Whether anything is explained or measured with tokens taken away."""
+        """Whether anything is explained or measured with tokens dropped."""
         own = [spec.options.get("fill") for spec in self.methods]
         return any(map(drops, [self.explained_fill, *own, *(protocol.fill for protocol in self.protocols)]))
 
@@ -158,7 +158,7 @@ class BenchmarkSettings(StudySettings):
         return range(self.seed, self.seed + (self.seeds if spec.stochastic else 1))
 
     def run_count(self) -> int:
-        """Explanations of one image under one model."""
+        """Number of explanations of one image under one model."""
         return sum(len(self.seeds_of(spec)) for spec in self.methods)
 
 

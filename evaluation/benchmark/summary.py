@@ -121,7 +121,7 @@ class Summary:
         return tuple(e for e in self.entries if e.model == model and e.measure == measure)
 
     def methods(self, model: str) -> tuple[str, ...]:
-        """The methods that ran on a model, best first by the first measure, then those without a value there."""
+        """The methods that ran on a model: best first by the first measure, then those without a value under it."""
         ranked = [e.method for e in self.column(model, self.measures_of(model)[0])]
         return tuple(dict.fromkeys([*ranked, *(cost.method for cost in self.costs if cost.model == model)]))
 

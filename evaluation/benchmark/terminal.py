@@ -12,11 +12,10 @@ from rich.text import Text
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS
 from attribution.search import SEARCHES
-from evaluation.benchmark.figures import metric_name, ordered_methods
 from evaluation.benchmark.summary import Summary
 from evaluation.benchmark.wording import ARROWS, LETTERS, by_protocol, conclusions, explained_class, refusals, writer
 from evaluation.metrics.protocol import PROTOCOLS
-from evaluation.metrics.registry import METRICS, Measure
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.study.style import has_interval
 from evaluation.study.tables import counted, written
 
@@ -88,10 +87,10 @@ def _terminal_table(summary: Summary, model: str, measures: Sequence[Measure], h
     table.add_column("images", justify="right", width=max(6, *(len(f"{cost.evaluations:,.0f}") for cost in costs.values())))
     cells = [_terminal_cells(summary, model, measure) for measure in measures]
     for measure, column in zip(measures, cells, strict=True):
-        heading = f"{metric_name(measure.metric)} {arrows[measure.direction]}"
+        heading = f"{metric_title(measure.metric)} {arrows[measure.direction]}"
         lines = [line for text in column.values() for line in text.plain.split("\n")]
         table.add_column(heading, width=max(map(len, [*lines, *heading.split()])))
-    for method in ordered_methods(summary, model):
+    for method in summary.methods(model):
         family = costs[method].family
         style = "bold" if family == "region search" else "dim" if family == "control" else ""
         forwarded = f"{costs[method].evaluations:,.0f}"
