@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from evaluation.benchmark.measure import run_benchmark
 from evaluation.benchmark.methods import MethodSpec
 from evaluation.benchmark.report import write_report
 from evaluation.benchmark.results import Results
 from evaluation.benchmark.settings import BenchmarkSettings, make_settings, read_settings
+from evaluation.benchmark.study import run_benchmark
 from evaluation.benchmark.summary import Summary, summarise, summary_csv
 from evaluation.data.dataset import ImageDataset, Sample
 from evaluation.data.recipes import load_dataset, load_recipe, open_dataset

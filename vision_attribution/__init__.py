@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from attribution import __version__
 from attribution.errors import UserError
+from evaluation.benchmark.study import BENCHMARK
+from evaluation.benchmark.terminal import print_names
 from evaluation.pareto.study import PARETO
-from vision_attribution import benchmark, debug, explain, neurons
-from vision_attribution.studies import study_command
+from vision_attribution import debug, explain, neurons
+from vision_attribution.studies import console, extra, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,9 +38,18 @@ def _root(
     """Explain, judge and debug image classifiers by submodular region selection."""
 
 
+_LIST = extra("list_names", bool, "Show methods, presets, metrics and protocols, and stop.", "--list", default=False)
+
+
+def _listed(_given: dict[str, Any], extras: dict[str, Any], _out: Path) -> bool:
+    if extras["list_names"]:
+        print_names(console())
+    return bool(extras["list_names"])
+
+
 app.command()(explain.explain)
 
-app.command()(benchmark.benchmark)
+app.command()(study_command(BENCHMARK, [_LIST], _listed))
 
 app.command()(debug.debug)
 

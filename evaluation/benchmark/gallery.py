@@ -1,4 +1,4 @@
-"""Thumbnails of a report: the same images under all methods, and the best, median and worst image of each method."""
+"""The gallery of a report: the same images under all methods, and the best, median and worst image of each method."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import matplotlib
 import numpy as np
+from PIL import Image
 
 from attribution.errors import UserError
 from attribution.explanation import Explanation
-from evaluation.benchmark.figures import metric_name, ordered_methods, photo_thumbnail, thumbnail
 from evaluation.benchmark.results import Explained
 from evaluation.benchmark.summary import Summary, score_matrix
 from evaluation.benchmark.wording import ARROWS
-from evaluation.metrics.registry import METRICS
+from evaluation.metrics.registry import METRICS, metric_title
 from evaluation.study.page import picture
+from evaluation.study.style import THUMBNAIL
 
 GALLERY_IMAGES = 8
 
@@ -25,7 +27,7 @@ class Gallery:
 
     def __init__(self, summary: Summary, model: str) -> None:
         results = summary.results
-        self.model, self.methods, self.results = model, ordered_methods(summary, model), results
+        self.model, self.methods, self.results = model, summary.methods(model), results
         self.explained = {(e.method, e.sample): e for e in results.explained if e.model == model and e.seed == results.settings.seed}
         measure = summary.first_of_images(model)
         assert measure is not None, f"{model} has no scores of images"
@@ -42,8 +44,8 @@ class Gallery:
         return {
             "model": self.model,
             "leader": self.methods[0],
-            "measure": metric_name(self.measure.metric) + (f" ({self.measure.protocol})" if self.measure.protocol else ""),
-            "captions": " / ".join(f"{metric_name(m.metric)} {ARROWS[m.direction]}" for m, _ in self.captioned),
+            "measure": metric_title(self.measure.metric) + (f" ({self.measure.protocol})" if self.measure.protocol else ""),
+            "captions": " / ".join(f"{metric_title(m.metric)} {ARROWS[m.direction]}" for m, _ in self.captioned),
             "methods": self.methods,
             "rows": [self._row(samples[index]) for index in chosen_images(self.scores, self.methods[0], self.measure.direction)],
             "cards": [card for card in map(self._card, self.methods) if card["places"]],
@@ -94,7 +96,7 @@ class Gallery:
 
 
 def chosen_images(scores: Mapping[str, np.ndarray], leader: str, direction: str, count: int = GALLERY_IMAGES) -> list[int]:
-    """Which images the gallery shows: the leader's best, median and worst, then evenly spaced ones by the mean over all methods.
+    """Choose the images of the gallery: the leader's best, median and worst, then evenly spaced ones by the mean over all methods.
 
     Args:
         scores: float [N] by method, NaN where there is none.
@@ -114,7 +116,7 @@ def chosen_images(scores: Mapping[str, np.ndarray], leader: str, direction: str,
     overall = _ranking(means, direction)
     first = [own[0], own[len(own) // 2], own[-1]] if len(own) else []
     spread = [overall[at] for at in np.linspace(0, len(overall) - 1, min(count, len(overall))).round().astype(int)]
-    # where an evenly spaced image is taken already, others of the ranking fill the row up
+    # an evenly spaced image may be among the first three; others of the ranking then fill the row
     kept = list(dict.fromkeys([*first, *spread, *overall]))[:count]
     place = {index: at for at, index in enumerate([*own, *overall]) if index in kept}
     place.update({index: at for at, index in enumerate(own)})
@@ -134,3 +136,33 @@ def _loaded(explained: Explained) -> Explanation | None:
         return Explanation.load(explained.path)
     except UserError:
         return None
+
+
+def thumbnail(explanation: Explanation) -> Image.Image:
+    """Draw the map over the gray photo, its longer side at most ``THUMBNAIL`` pixels, in the colours of ``draw_heatmap``.
+
+    The colours of a map without negative values run from its least to its largest value. Maps such as RISE's, whose least value is
+    far above 0, would otherwise be bright everywhere.
+    """
+    signed = explanation.pixel_map if explanation.order is None else None
+    values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
+    values = np.where(np.isfinite(values), values, 0.0)
+    gray = explanation.image.detach().cpu().numpy().clip(0, 1).mean(axis=0)
+    pixels = (0.25 + 0.75 * gray)[:, :, None].repeat(3, axis=2)
+    top = float(np.abs(values).max())
+    if top > 0 and np.ptp(values) > 0:
+        name, low, alpha = ("RdBu_r", -top, 0.65) if values.min() < 0 else ("inferno", float(values.min()), 0.6)
+        colours = matplotlib.colormaps[name]((values - low) / (top - low))[:, :, :3]
+        pixels = (1 - alpha) * pixels + alpha * colours
+    return _small(pixels)
+
+
+def photo_thumbnail(explanation: Explanation) -> Image.Image:
+    """Draw the photo, its longer side at most ``THUMBNAIL`` pixels."""
+    return _small(explanation.image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1))
+
+
+def _small(pixels: np.ndarray) -> Image.Image:
+    image = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return image

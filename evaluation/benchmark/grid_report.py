@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from attribution.files import slug
-from evaluation.benchmark.figures import metric_name
 from evaluation.benchmark.grid_figures import plot_aggregate, plot_examples, plot_localization, plot_sweep
 from evaluation.benchmark.grid_summary import aggregates, first_maps, grid_images, head_scores, sweep
 from evaluation.benchmark.summary import Summary
 from evaluation.grids.aggregate import Aggregate, aggregate
-from evaluation.metrics.registry import Measure
+from evaluation.metrics.registry import Measure, metric_title
 from evaluation.study.report import Planned
 from evaluation.study.tables import counted
 
@@ -27,27 +26,28 @@ def grid_figures(summary: Summary, model: str, name: str) -> Iterator[Planned]:
         if summary.column(model, measure):
             by_setting.setdefault(measure.metric, {})[layer] = measure
     for setting, by_layer in by_setting.items():
-        caption = f"{metric_name(setting)}, {settings.cells} x {settings.cells} cells"
+        caption = f"{metric_title(setting)}, {settings.cells} x {settings.cells} cells"
         panels = {layer: head_scores(results, model, measure) for layer, measure in by_layer.items()}
         draw = partial(plot_localization, panels, families, settings.cells, f"{model}: {caption}")
-        yield Planned("boxes", model, f"{name}-{setting}-boxes", f"Localisation of all methods on {model}: {caption}", caption, draw)
+        alt = f"Localisation of all methods on {model}: {caption}"
+        yield Planned(f"boxes {model}", f"{name}-{setting}-boxes", alt, draw, caption)
     for setting, by_layer in by_setting.items():
         for layer, measure in by_layer.items():
-            caption = f"{metric_name(setting)} at layer {layer}"
+            caption = f"{metric_title(setting)} at layer {layer}"
             found = aggregates(results, model, measure)
             file = f"{name}-{setting}-{slug(layer)}"
             if found:
                 alt = f"Aggregated maps on {model}: {caption}"
                 draw = partial(plot_aggregate, found, settings.cells, 0, f"{model}: {caption}, first cell")
-                yield Planned("aggregates", model, f"{file}-aggregates", alt, caption, draw, len(found) <= _MOST_AGGREGATES)
+                yield Planned(f"aggregates {model}", f"{file}-aggregates", alt, draw, caption, len(found) <= _MOST_AGGREGATES)
                 if len(found) > _MOST_AGGREGATES:
                     leading = _leading(found, families)
                     draw = partial(plot_aggregate, leading, settings.cells, 0, f"{model}: {caption}, first cell")
-                    yield Planned("aggregates", model, f"{file}-aggregates-leading", alt, caption, draw)
+                    yield Planned(f"aggregates {model}", f"{file}-aggregates-leading", alt, draw, caption)
             swept = sweep(results, model, measure)
             if swept:
                 draw = partial(plot_sweep, swept, settings.cells, f"{model}: {caption}")
-                yield Planned("sweep", model, f"{file}-smoothing", f"Localisation against smoothing on {model}: {caption}", caption, draw)
+                yield Planned(f"sweep {model}", f"{file}-smoothing", f"Localisation against smoothing on {model}: {caption}", draw, caption)
     yield from _grid_examples(summary, model, name, by_setting)
 
 
@@ -71,10 +71,10 @@ def _grid_examples(summary: Summary, model: str, name: str, by_setting: Mapping[
             if maps is not None and images is not None:
                 height, width = results.models[model]["size"]
                 found = aggregate(maps, 0, settings.cells, (settings.cells * height, settings.cells * width))
-                caption = f"{method}, {metric_name(setting)} at layer {layer}"
+                caption = f"{method}, {metric_title(setting)} at layer {layer}"
                 draw = partial(plot_examples, found, maps, images, settings.cells, 0, 3, f"{model}: {caption}")
                 file = f"{name}-{setting}-{slug(layer)}-examples-{slug(method)}"
-                yield Planned("examples", model, file, f"Examples of each bin on {model}: {caption}", caption, draw, on_page=False)
+                yield Planned(f"examples {model}", file, f"Examples of each bin on {model}: {caption}", draw, caption, on_page=False)
 
 
 def grid_rows(summary: Summary) -> list[tuple[str, list[str]]]:

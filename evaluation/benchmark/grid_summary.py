@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from evaluation.benchmark.results import Results
 from evaluation.grids.aggregate import Aggregate, aggregate
 from evaluation.metrics.registry import Measure
 from evaluation.statistics.intervals import bootstrap_interval
-from evaluation.study.opening import named_data
+from evaluation.study.opening import named_data, named_model
 
 Sweep = dict[str, tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]
 
@@ -35,7 +36,7 @@ def first_maps(results: Results, model: str, measure: Measure, method: str) -> T
     """The maps of the first head of every grid, float32 [grids, h', w']; None where there are none or their files are gone."""
     kept = results.grid_maps_of.get((model, method, results.settings.seed, measure), {})
     try:
-        return torch.stack([load_map(each.path, measure.metric) for each in kept.values()]) if kept else None
+        return torch.stack([load_map(each.path) for each in kept.values()]) if kept else None
     except UserError:
         return None
 
@@ -77,13 +78,10 @@ def kernel_of(spec: MethodSpec) -> int:
 
 def grid_images(results: Results, model: str) -> Callable[[int], Tensor] | None:
     """The images of grids by number, float32 [3, n h, n w], read again from the data; None where they are gone."""
-    from attribution.model.loading import load_classifier
-
     settings, grid_set = results.settings, results.grid_set
     assert grid_set is not None
-    classifier = next(m for m, name in zip(settings.models, settings.model_names, strict=True) if name == model)
-    if isinstance(classifier, str):
-        classifier = load_classifier(classifier, device="cpu", checkpoint=settings.checkpoint)
+    named = next(m for m, name in zip(settings.models, settings.model_names, strict=True) if name == model)
+    classifier = named_model(replace(settings, device="cpu"), named)
     try:
         dataset = named_data(settings, classifier.class_names)
         grid_set.image(dataset, 0, classifier)

@@ -87,15 +87,20 @@ class MethodSpec:
         return {name: plain_option(value) for name, value in sorted(self.options.items())}
 
     @classmethod
-    def parse(cls, value: str | Mapping[str, Any]) -> MethodSpec:
-        """ "rise", "rise@lima" (with a preset), or a table with method, label, preset and options."""
+    def parse(cls, value: MethodSpec | str | Mapping[str, Any]) -> MethodSpec:
+        """Read a method from a name ("rise"), a name with a preset ("rise@lima"), or a table with method, label, preset and options.
+
+        Raises:
+            UserError: an unknown method, preset or key, or something else.
+        """
+        if isinstance(value, MethodSpec):
+            return value
         if isinstance(value, str):
             method, _, preset = value.partition("@")
             return cls(value, method, preset or None)
-        table = dict(value)
-        unknown = set(table) - {"method", "label", "preset", "options"}
-        if unknown or not isinstance(table.get("method"), str):
-            raise UserError(f"a method {table!r}: expected a name, or a table with method, label, preset and options")
+        table = dict(value) if isinstance(value, Mapping) else {}
+        if set(table) - {"method", "label", "preset", "options"} or not isinstance(table.get("method"), str):
+            raise UserError(f"a method is {value!r}: expected a name, or a table with method, label, preset and options")
         options = dict(table.get("options", {}))
         if isinstance(options.get("weights"), dict):
             named = {f.name: options["weights"].get(f.name, 0.0) for f in fields(ScoreWeights)}

@@ -1,11 +1,10 @@
-"""The part of a benchmark that judges attribution methods on grids: same records, same resume, same failures as for single images."""
+"""Attribution methods on grids of images: the maps of each method at each layer, judged under every setting of grids."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from attribution.baselines.smoothing import Smoothing
 from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
 from attribution.model.classifier import Classifier
-from attribution.provenance import digest_of
+from attribution.provenance import digest_of, pixels_digest
 from evaluation.benchmark.methods import MethodSpec
-from evaluation.benchmark.results import Failure, GridMap, Score, grid_id
+from evaluation.benchmark.results import Asked, GridMap, Refusals, Score, grid_id
 from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.data.dataset import ImageDataset
 from evaluation.grids.confidences import label_confidences
@@ -28,127 +27,133 @@ from evaluation.grids.draw import make_grids
 from evaluation.grids.localize import GridMethod, head_map
 from evaluation.grids.model import GridModel, heads_of
 from evaluation.grids.scores import localization_scores
-from evaluation.grids.sets import GridSet
+from evaluation.grids.sets import GridSet, load_cell
 from evaluation.grids.view import GridView
 from evaluation.metrics.registry import Measure
 from evaluation.study.attempts import Broken, attempted
-from evaluation.study.opening import named_data
-from evaluation.study.records import RecordLog, open_log
+from evaluation.study.identity import identity_of, record_key
+from evaluation.study.opening import named_data, named_model
+from evaluation.study.records import Record
+from evaluation.study.run import Run, Unit, batches
 
 
-@dataclass
-class GridRunner:
-    """Judges all methods on all grids, one model after another.
+def draw_grids(run: Run[BenchmarkSettings]) -> GridSet:
+    """Draw the grids. Every model is right about every image, with confidence.
 
-    Args:
-        settings: what is measured.
-        out: folder of the benchmark.
-        log: its records.
-        fail: keeps a failure.
-        step: called before each (model, grid, layer, method) with what it is.
+    Raises:
+        UserError: models with other classes than the first, or too few images for the grids.
+    """
+    settings = run.settings
+    confidences: list[np.ndarray] = []
+    failures: list[tuple[str, str]] = []
+    models: list[dict[str, Any]] = []
+    for model, name in zip(settings.models, settings.model_names, strict=True):
+        classifier = named_model(settings, model)
+        if not models:
+            names = classifier.class_names
+            dataset = named_data(settings, names)
+            indices = sorted(dataset.choose(None, settings.seed, labels_only=True))
+            run.expect(len(settings.models) * len(batches(indices, classifier.batch_size)))
+        elif classifier.class_names != names:
+            raise UserError(f"{classifier.name} has other classes than {models[0]['name']}: models share grids of the same classes")
+        before = len(run.failures)
+        confidences.append(_confidences(run, classifier, name, dataset, indices))
+        for failed in run.failures[before:]:
+            failures += [(dataset.ids[index], failed.reason) for index in (failed.item if failed.part is None else [failed.part])]
+        models.append({"name": classifier.name, "weights_digest": classifier.weights_digest})
+    return make_grids(
+        dataset,
+        confidences,
+        indices,
+        count=settings.grids,
+        n=settings.cells,
+        threshold=settings.confidence,
+        seed=settings.seed,
+        repeat_corners=settings.repeat_corners,
+        models=models,
+        split=settings.split,
+        failures=failures,
+    )
+
+
+def _confidences(
+    run: Run[BenchmarkSettings], classifier: Classifier, name: str, dataset: ImageDataset, indices: Sequence[int]
+) -> np.ndarray:
+    """The confidence of a model in the label of each image, float64 [len(indices)], NaN where it is not known; a record for each image."""
+    identity = identity_of(classifier, name)
+
+    def unit_of(batch: tuple[int, ...]) -> Unit:
+        return Unit({index: record_key(identity, _pixels(dataset, index), dataset.labels[index], "confidence") for index in batch}, measure)
+
+    def measure(missing: Sequence[int]) -> Iterator[tuple[int, Record | Exception]]:
+        found = label_confidences(classifier, dataset, missing)
+        reasons = dict(found.failures)
+        for index, value in zip(missing, found.values.tolist(), strict=True):
+            sample = dataset.ids[index]
+            record = {"model": name, "sample": sample, "confidence": value}
+            yield index, Broken(reasons[sample]) if sample in reasons else record
+
+    stage = run.stage(batches(indices, classifier.batch_size), unit_of, lambda _batch: f"{name} confidence of images")
+    known = {index: record["confidence"] for records in stage.values() for index, record in records.items()}
+    return np.array([known.get(index, np.nan) for index in indices], dtype=np.float64)
+
+
+def _pixels(dataset: ImageDataset, index: int) -> str:
+    """Digest of an image's pixels, or why it cannot be read: no record is kept under that."""
+    try:
+        return pixels_digest(load_cell(dataset, index))
+    except UserError as error:
+        return str(error)
+
+
+class OnGrids:
+    """Judges all methods on all grids under one model.
 
     Attributes:
-        grid_set: the grids, once chosen.
-        scores, maps: what was found.
-        models: what was found out about each model.
+        facts: what tables say of the model: the module of each layer, and whether position embeddings are interpolated.
     """
 
-    settings: BenchmarkSettings
-    out: Path
-    log: RecordLog
-    fail: Callable[[Failure], None]
-    step: Callable[[str], None]
-    grid_set: GridSet | None = None
-    scores: list[Score] = field(default_factory=list)
-    maps: list[GridMap] = field(default_factory=list)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _refused: set[tuple[str, str]] = field(default_factory=set)
+    def __init__(
+        self, run: Run[BenchmarkSettings], classifier: Classifier, dataset: ImageDataset, grid_set: GridSet, refusals: Refusals
+    ) -> None:
+        self.run, self.settings, self.refusals, self.model = run, run.settings, refusals, refusals.model
+        self.classifier, self.dataset, self.grid_set = classifier, dataset, grid_set
+        self.identity = identity_of(classifier, self.model)
+        self.left_out: set[tuple[str, Measure]] = set()
+        self.layers = self._layers()
+        self.image = lru_cache(maxsize=1)(self._image)
+        self.prepared = lru_cache(maxsize=1)(self._prepared)
+        whole = [model for model, defined in self.layers.values() if set(defined) - {"difull"}]
+        modules = {layer: "the model input" if model.layer is None else model.layer.name for layer, (model, _) in self.layers.items()}
+        self.facts = {"layers": modules, "interpolated": bool(whole) and whole[0].interpolated}
 
-    def choose(self, classifiers: Iterable[Classifier], progress: Callable[[int, int], None] | None = None) -> None:
-        """Draw the grids: every image is right and confident under every model.
+    def judge(self) -> tuple[list[Score], list[GridMap]]:
+        """Explain and judge every grid at every layer with every method."""
+        items = {
+            Asked(self.model, grid_id(index), spec.label, seed, layer): (index, spec)
+            for index in range(len(self.grid_set))
+            for layer in self.settings.layers
+            for spec in self.settings.methods
+            for seed in self.settings.seeds_of(spec)
+        }
+        found = self.run.stage(list(items), lambda item: self._unit(item, *items[item]))
+        scores: list[Score] = []
+        maps: list[GridMap] = []
+        for item, records in found.items():
+            for measure, record in records.items():
+                scores.append(Score(**item.names(), measure=measure, value=record["value"], area=None, heads=tuple(record["heads"])))
+                found_map = (measure, self._file(record["key"], item), record["evaluations"], record["constant"])
+                maps.append(GridMap(item.model, item.sample, item.method, item.seed, *found_map))
+        return scores, maps
 
-        Raises:
-            UserError: models with other classes than the first, or too few images for a single grid.
-        """
-        settings = self.settings
-        confidences: list[np.ndarray] = []
-        failures: list[tuple[str, str]] = []
-        models: list[dict[str, Any]] = []
-        dataset: ImageDataset | None = None
-        names: tuple[str, ...] = ()
-        indices: list[int] = []
-        with open_log(self.out / "confidences.jsonl") as log:
-            for classifier in classifiers:
-                if dataset is None:
-                    names = classifier.class_names
-                    dataset = self._dataset(names)
-                    indices = sorted(dataset.choose(None, settings.seed, labels_only=True))
-                elif classifier.class_names != names:
-                    raise UserError(f"{classifier.name} has other classes than {models[0]['name']}: models share grids of the same classes")
-                found = label_confidences(classifier, dataset, indices, log=log, progress=progress)
-                confidences.append(found.values)
-                failures += found.failures
-                models.append({"name": classifier.name, "weights_digest": classifier.weights_digest})
-        assert dataset is not None
-        self.grid_set = make_grids(
-            dataset,
-            confidences,
-            indices,
-            count=settings.grids,
-            n=settings.cells,
-            threshold=settings.confidence,
-            seed=settings.seed,
-            repeat_corners=settings.repeat_corners,
-            models=models,
-            split=settings.split,
-            failures=failures,
-        )
-        self.grid_set.save(self.out / "grids.json")
-
-    def judge(self, classifier: Classifier, identity: str, name: str, every: int = 1, first: int = 0) -> None:
-        """All grids (or every so manieth, from a first one) under one model; what fails or is refused is kept, and the others go on."""
-        grid_set, settings = self.grid_set, self.settings
-        assert grid_set is not None
-        dataset = self._dataset(classifier.class_names)
-        models = self._grid_models(classifier, name)
-        for index in range(first, len(grid_set), every):
-            grid: Tensor | None = None
-            reason = ""
-            try:
-                grid = attempted(partial(grid_set.image, dataset, index, classifier))
-            except Broken as error:
-                reason = str(error)
-            for layer in settings.layers:
-                case: _Grid | None = None
-                if grid is not None and layer in models:
-                    model, defined = models[layer]
-                    case = _Grid(self, name, identity, index, grid, layer, model, defined)
-                for spec in settings.methods:
-                    for seed in settings.seeds_of(spec):
-                        self.step(f"{name} {grid_id(index)} {layer} {spec.label}")
-                        if grid is None:
-                            self.fail(Failure(name, grid_id(index), spec.label, seed, reason))
-                        elif case is not None:
-                            case.judge(spec, seed)
-
-    def refuse(self, model: str, what: str, reason: str) -> None:
-        """Keep the reason why something is not defined for a model, once."""
-        if (what, reason) not in self._refused:
-            self._refused.add((what, reason))
-            self.fail(Failure(model, "", what, self.settings.seed, reason, refused=True))
-
-    def _dataset(self, class_names: tuple[str, ...]) -> ImageDataset:
-        return named_data(self.settings, class_names)
-
-    def _grid_models(self, classifier: Classifier, name: str) -> dict[str, tuple[GridModel, tuple[str, ...]]]:
+    def _layers(self) -> dict[str, tuple[GridModel, tuple[str, ...]]]:
         """The layers that can be explained, each with the settings that are defined there."""
         found: dict[str, tuple[GridModel, tuple[str, ...]]] = {}
-        layers: dict[str, str] = {}
         for layer in self.settings.layers:
             try:
-                model = GridModel(classifier, self.settings.cells, layer)
+                model = GridModel(self.classifier, self.settings.cells, layer)
             except NotApplicable as error:
-                self.refuse(name, f"layer {layer}", str(error))
+                self.refusals.keep(f"layer {layer}", error)
                 continue
             defined = []
             for setting in self.settings.grid_settings:
@@ -156,12 +161,51 @@ class GridRunner:
                     model.require(setting)
                     defined.append(setting)
                 except NotApplicable as error:
-                    self.refuse(name, f"all methods under {setting}", str(error))
+                    self.refusals.keep(f"all methods under {setting}", error)
             found[layer] = (model, tuple(defined))
-            layers[layer] = "the model input" if model.layer is None else model.layer.name
-        whole = [model for model, defined in found.values() if set(defined) - {"difull"}]
-        self.models[name] = {"layers": layers, "interpolated": bool(whole) and whole[0].interpolated}
         return found
+
+    def _image(self, index: int) -> Tensor:
+        return self.grid_set.image(self.dataset, index, self.classifier)
+
+    def _prepared(self, index: int, layer: str) -> _Grid:
+        model, defined = self.layers[layer]
+        return _Grid(model, self.image(index), [int(label) for label in self.grid_set.labels[index]], defined)
+
+    def _unit(self, item: Asked, index: int, spec: MethodSpec) -> Unit | None:
+        """The maps and scores of a method under every setting that is defined; None at a layer that cannot be explained."""
+        if item.layer not in self.layers:
+            return None
+        prepared, settings = self.prepared(index, item.layer), self.settings
+        drawn = int(digest_of([item.seed, index, item.layer]), 16) % 2**31 if spec.stochastic else 0
+        cut = [settings.regions, dict(settings.region_options)] if spec.cuts else None
+        own = [*prepared.plain(), spec.method, spec.preset, spec.plain_options(), cut, drawn]
+        parts = {
+            measure: record_key(self.identity, prepared.pixels, *own, measure.metric)
+            for measure, layer in settings.measured_on_grids()
+            if layer == item.layer and measure.metric in prepared.defined and (spec.label, measure) not in self.left_out
+        }
+        files = {measure: self._file(key, item) for measure, key in parts.items()}
+        return Unit(parts, partial(self._measure, prepared, item, spec, drawn, files), files)
+
+    def _measure(
+        self, prepared: _Grid, item: Asked, spec: MethodSpec, drawn: int, files: Mapping[Measure, Path], missing: Sequence[Measure]
+    ) -> Iterator[tuple[Measure, Record | Exception]]:
+        method = grid_method(spec, self.settings)
+        for measure in missing:
+            try:
+                record, first = prepared.judge(measure.metric, method, drawn)
+            except NotApplicable as error:
+                self.left_out.add((spec.label, measure))
+                self.refusals.keep(spec.label, error)
+            except Broken as error:
+                yield measure, Broken(f"{measure.label}: {error}")
+            else:
+                _save_map(first, files[measure])
+                yield measure, {**item.names(), "metric": measure.metric, "protocol": measure.protocol, **record}
+
+    def _file(self, key: str, item: Asked) -> Path:
+        return self.run.file("grids", key, slug(self.model), slug(item.method))
 
 
 def grid_method(spec: MethodSpec, settings: BenchmarkSettings) -> GridMethod:
@@ -173,106 +217,63 @@ def grid_method(spec: MethodSpec, settings: BenchmarkSettings) -> GridMethod:
     return GridMethod(spec.method, own, not preset, smoothing, settings.regions, settings.region_options)
 
 
+@dataclass(frozen=True)
 class _Grid:
     """One grid at one layer of one model."""
 
-    def __init__(
-        self, run: GridRunner, name: str, identity: str, index: int, grid: Tensor, layer: str, model: GridModel, defined: tuple[str, ...]
-    ) -> None:
-        assert run.grid_set is not None
-        self.run, self.name, self.index, self.layer, self.model, self.defined = run, name, index, layer, model, defined
-        self.classes = [int(label) for label in run.grid_set.labels[index]]
-        self.view = GridView(model, grid, defined)
-        cut = "" if model.layer is None else model.layer.name
-        self.key = digest_of([identity, hashlib.sha256(grid.numpy().tobytes()).hexdigest(), self.classes, model.n, cut])
+    model: GridModel
+    image: Tensor
+    classes: list[int]
+    defined: tuple[str, ...]
 
-    def judge(self, spec: MethodSpec, seed: int) -> None:
-        """One method under every setting that is defined."""
-        run, settings = self.run, self.run.settings
-        key = digest_of([self.key, spec.method, spec.preset, spec.plain_options(), self._cut(spec), self._drawn(spec, seed)])
-        path = run.out / "grids" / slug(self.name) / slug(spec.label) / f"{key}.npz"
-        known = _load_maps(path)
-        for measure, layer in settings.measured_on_grids():
-            setting = measure.metric
-            if layer != self.layer or setting not in self.defined:
-                continue
-            score_key = digest_of([key, setting])
-            if score_key not in run.log or setting not in known:
-                try:
-                    record, known[setting] = self._measure(spec, seed, setting)
-                except NotApplicable as error:
-                    run.refuse(self.name, spec.label, str(error))
-                    continue
-                except Broken as error:
-                    reason = f"{measure.label}: {error}"
-                    run.fail(Failure(self.name, grid_id(self.index), spec.label, seed, reason))
-                    continue
-                _save_maps(known, path)
-                names = {"model": self.name, "sample": grid_id(self.index), "method": spec.label, "seed": seed}
-                run.log.append(score_key, {**names, "metric": setting, "protocol": measure.protocol, **record})
-            self._keep(run.log.records[score_key], spec, seed, measure, path)
+    @cached_property
+    def view(self) -> GridView:
+        return GridView(self.model, self.image, self.defined)
 
-    def _measure(self, spec: MethodSpec, seed: int, setting: str) -> tuple[dict[str, Any], Tensor]:
-        """The record of a setting, and the map of its first head."""
-        method, heads, n = grid_method(spec, self.run.settings), heads_of(setting, self.model.n), self.model.n
-        drawn = self._drawn(spec, seed)
-        found = attempted(lambda: [head_map(self.view, setting, cell, self.classes, method, drawn) for cell in heads])
+    @cached_property
+    def pixels(self) -> str:
+        return pixels_digest(self.image)
+
+    def plain(self) -> list[Any]:
+        """What the maps depend on beside the model, the pixels and the method."""
+        return [self.classes, self.model.n, "" if self.model.layer is None else self.model.layer.name]
+
+    def judge(self, setting: str, method: GridMethod, seed: int) -> tuple[Record, Tensor]:
+        """Explain the heads of a setting and score their maps: the record, and the map of the first head, float32 [h', w'].
+
+        Raises:
+            Broken: a map failed, or is not finite.
+            NotApplicable: the method is not defined for the model.
+        """
+        heads = heads_of(setting, self.model.n)
+        found = attempted(lambda: [head_map(self.view, setting, cell, self.classes, method, seed) for cell in heads])
         maps = torch.stack([each.values for each in found])
         if not bool(maps.isfinite().all()):
             raise Broken(f"{int((~maps.isfinite()).sum())} values of the maps are not finite")
-        scores = localization_scores(maps, heads, n, self.model.size)
-        constant = bool((maps.amax(dim=(1, 2)) == maps.amin(dim=(1, 2))).any())
+        scores = localization_scores(maps, heads, self.model.n, self.model.size)
         record = {
             "value": float(scores.double().mean()),
             "heads": [round(float(score), 7) for score in scores],
             "evaluations": sum(each.evaluations for each in found) / len(found),
-            "constant": constant,
+            "constant": bool((maps.amax(dim=(1, 2)) == maps.amin(dim=(1, 2))).any()),
         }
         return record, maps[0]
 
-    def _keep(self, record: dict[str, Any], spec: MethodSpec, seed: int, measure: Measure, path: Path) -> None:
-        names = (self.name, grid_id(self.index), spec.label, seed)
-        self.run.scores.append(Score(*names, measure, float(record["value"]), None, tuple(record["heads"])))
-        self.run.maps.append(GridMap(*names, measure, path, record["evaluations"], record["constant"]))
 
-    def _drawn(self, spec: MethodSpec, seed: int) -> int:
-        return int(digest_of([seed, self.index, self.layer]), 16) % 2**31 if spec.stochastic else 0
-
-    def _cut(self, spec: MethodSpec) -> Any:
-        settings = self.run.settings
-        return [settings.regions, dict(settings.region_options)] if spec.cuts else None
-
-
-def _save_maps(maps: dict[str, Tensor], path: Path) -> None:
-    """Half precision at the scale of each map: they are kept to be looked at, after their scores."""
-    arrays: dict[str, np.ndarray] = {}
-    for setting, values in maps.items():
-        scale = float(values.abs().max()) or 1.0
-        arrays[setting], arrays[f"{setting}_scale"] = (values / scale).half().numpy(), np.float64(scale)  # type: ignore[assignment]
+def _save_map(values: Tensor, path: Path) -> None:
+    """Half precision at the scale of the map: it is kept to be looked at, after its score."""
+    scale = float(values.abs().max()) or 1.0
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, values=(values / scale).half().numpy(), scale=np.float64(scale))
 
 
-def _load_maps(path: Path) -> dict[str, Tensor]:
-    """The maps of a file by setting; none where it is missing."""
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: _scaled_map(arrays, name) for name in arrays.files if not name.endswith("_scale")}
-
-
-def load_map(path: Path, setting: str) -> Tensor:
+def load_map(path: Path) -> Tensor:
     """The stored map of the first head, float32 [h', w'].
 
     Raises:
         UserError: the file is gone, as after moving a report alone.
     """
-    if path.exists():
-        with np.load(path, allow_pickle=False) as arrays:
-            if setting in arrays.files:
-                return _scaled_map(arrays, setting)
-    raise UserError(f"{path} holds no map of {setting}: run the benchmark again in its folder")
-
-
-def _scaled_map(arrays: Any, setting: str) -> Tensor:
-    return torch.from_numpy(arrays[setting].astype(np.float32)) * float(arrays[f"{setting}_scale"])
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the benchmark again in its folder")
+    with np.load(path, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["values"].astype(np.float32)) * float(arrays["scale"])

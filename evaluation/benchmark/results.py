@@ -7,16 +7,52 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from attribution.errors import NotApplicable
 from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.grids.sets import GridSet
 from evaluation.metrics.registry import METRICS, Measure
+from evaluation.study.run import Run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is explained at once: an image, or a grid at a layer, by a method with a seed."""
+
+    model: str
+    sample: str
+    method: str
+    seed: int
+    layer: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.model, self.sample, self.layer, self.method)))
+
+    def names(self) -> dict[str, Any]:
+        """What scores, maps and records are named by."""
+        return {"model": self.model, "sample": self.sample, "method": self.method, "seed": self.seed}
+
+
+class Refusals:
+    """What is not defined for a model: each with its reason once."""
+
+    def __init__(self, run: Run[BenchmarkSettings], model: str) -> None:
+        self.model, self._run = model, run
+        self._kept: set[tuple[str, str]] = set()
+
+    def keep(self, what: str, error: NotApplicable) -> None:
+        """Keep that a method, a measure or a layer is left out, and why."""
+        if (what, str(error)) not in self._kept:
+            self._kept.add((what, str(error)))
+            self._run.fail(Asked(self.model, "", what, self._run.settings.seed), None, str(error), refused=True)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number: how one explanation does under one measure; NaN where the metric has no value.
+    """The number of one explanation under one measure.
 
-    On a grid the value is the mean over its ``heads``, whose scores are kept too.
+    Attributes:
+        value: NaN where the metric has no value. On a grid it is the mean over ``heads``, the scores of the heads.
+        area: share of the image at which the value is reached, for measures that have one.
     """
 
     model: str
@@ -31,7 +67,13 @@ class Score:
 
 @dataclass(frozen=True)
 class GridMap:
-    """The maps of a method for the heads of one grid at one layer: the file of the first head's, the cost of one, and doubts."""
+    """The maps of a method for the heads of one grid at one layer.
+
+    Attributes:
+        path: file of the first head's map.
+        evaluations: masked maps or images forwarded for one head, on average.
+        constant: whether the map of some head has the same value everywhere.
+    """
 
     model: str
     grid: str
@@ -45,7 +87,17 @@ class GridMap:
 
 @dataclass(frozen=True)
 class Explained:
-    """One explanation: its file, its cost, and what makes its scores doubtful."""
+    """One explanation of an image.
+
+    Attributes:
+        path: its file.
+        curves: files of its curves by protocol.
+        evaluations: images forwarded for it.
+        confidence: probability of the class explained, ``target``.
+        constant: whether its map has the same value everywhere.
+        saturated: whether the confidence is so high that gradients vanish.
+        label: of the image; None where it is not known.
+    """
 
     model: str
     sample: str
@@ -79,7 +131,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a benchmark found, in the order of its settings.
+    """What a benchmark found, in the order of its settings.
 
     Attributes:
         settings: what was asked.

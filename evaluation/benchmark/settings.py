@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from attribution.errors import UserError
@@ -14,100 +12,86 @@ from attribution.fills import DEFAULT_FILL, DROP, LINEAR, drops, is_named
 from attribution.image import MAX_SIDE
 from attribution.model.classifier import Classifier
 from attribution.network.stages import LAYERS
-from attribution.provenance import plain_settings
 from attribution.regions import REGIONS
 from evaluation.benchmark.methods import DEFAULT_METHODS, MethodSpec
 from evaluation.metrics.protocol import PROTOCOLS, Protocol
 from evaluation.metrics.registry import METRICS, Measure, expand_metrics, measures_of
+from evaluation.study.settings import StudySettings, plain_option, setting
 
 
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """What is measured; every field may stand in a TOML file under its name.
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(StudySettings):
+    """Settings of ``run_benchmark``; every field is an option of ``attribution benchmark`` and may stand in a TOML file."""
 
-    Attributes:
-        data: recipe name, image folder, or list of paths and labels (see ``open_dataset``).
-        models: names that ``load_classifier`` takes, or classifiers.
-        methods: names, "name@preset", or tables (see ``MethodSpec.parse``).
-        metrics: keys of ``METRICS``.
-        fills, steps: each curve metric is measured for every fill under every step rule ("regions", "pixels").
-        pixel_steps: number of pixel steps.
-        output: "probability" or "logit" of the target.
-        protocol: a key of ``PROTOCOLS`` instead of fills, steps and output.
-        regions, region_options: the partition of region steps, shared by all methods and by the search; where "drop" is among the
-            fills it follows the patches of models that have some (see ``follow_patches``).
-        method_fill: what hides pixels while methods and searches work; by default the first fill that is neither imputed nor "drop".
-        samples: so many images, the first of a seeded permutation; all by default.
-        only: "all", "correct" or "wrong": which images by the model's own prediction.
-        target: "predicted" or "label".
-        seed: of the choice of images, the methods and the metrics.
-        seeds: stochastic methods run with so many seeds; tables take the first, the others give the spread.
-        layers: where the settings of grids explain: "input", "middle", "final", or names of modules.
-        grids: so many grids of images, at most.
-        cells: n, cells a side of a grid.
-        confidence: least confidence of every model in the label of every image of a grid.
-        repeat_corners: whether the last cell of a grid shows the class of the first.
-        root, split: of a recipe.
-        workers: so many processes judge grids side by side, on a CPU with many small maps.
-        checkpoint, device, batch_size, max_side: see ``load_classifier`` and ``explain``.
-    """
-
-    data: str
-    models: tuple[str | Classifier, ...] = ("zoo:cnn",)
-    methods: tuple[MethodSpec, ...] = tuple(MethodSpec.parse(name) for name in DEFAULT_METHODS)
-    metrics: tuple[str, ...] = tuple(name for name, metric in METRICS.items() if metric.default)
-    fills: tuple[str, ...] = (DEFAULT_FILL,)
-    steps: tuple[str, ...] = ("regions",)
-    pixel_steps: int = 50
-    output: Literal["probability", "logit"] = "probability"
-    protocol: str | None = None
-    regions: str = "slico"
-    region_options: Mapping[str, Any] = field(default_factory=dict)
-    method_fill: str | None = None
-    samples: int | None = None
-    only: Literal["all", "correct", "wrong"] = "all"
-    target: Literal["predicted", "label"] = "predicted"
-    seed: int = 0
-    seeds: int = 1
-    layers: tuple[str, ...] = LAYERS
-    grids: int = 100
-    cells: int = 2
-    confidence: float = 0.99
-    repeat_corners: bool = False
-    workers: int = 1
-    root: str | None = None
-    split: str = "test"
-    checkpoint: str | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    max_side: int = MAX_SIDE
+    data: str = setting(
+        "photos",
+        short="-d",
+        help="A recipe name (with --root), a folder of images (one folder a class, or flat without labels), or a CSV or text list of "
+        "path and label (also mask or x0, y0, x1, y1, and group). photos are eight that installed packages bring along.",
+    )
+    models: tuple[str | Classifier, ...] = setting(
+        ("zoo:cnn",), option="--model", short="-m", help="As for explain; repeat it, or separate names by commas, to compare models."
+    )
+    methods: tuple[MethodSpec, ...] = setting(
+        tuple(map(MethodSpec.parse, DEFAULT_METHODS)),
+        help="Comma-separated: region searches (bidirectional, greedy and others) and attribution methods (grad_cam, rise, rise@lima with "
+        "a preset, and others). --list shows them. In a TOML file also tables with method, label, preset and options.",
+    )
+    metrics: tuple[str, ...] = setting(
+        tuple(name for name, metric in METRICS.items() if metric.default),
+        help="Comma-separated; --list shows them. Those of the default need no mask.",
+    )
+    fills: tuple[str, ...] = setting(
+        (DEFAULT_FILL,),
+        option="--fill",
+        short="-f",
+        help="Comma-separated fills of the curves: black, mean, blur, linear (imputed), model_mean, drop (tokens of a vision transformer), "
+        "'#rrggbb', an image file. Each curve metric is measured for every fill under every step rule; several fills give the "
+        "sensitivity panel.",
+    )
+    steps: tuple[str, ...] = setting(("regions",), choices=("regions", "pixels"), help="regions, pixels, or both.")
+    pixel_steps: int = setting(50, least=1, help="Number of pixel steps.")
+    output: Literal["probability", "logit"] = setting("probability", help="probability or logit of the class explained.")
+    protocol: str | None = setting(
+        None, choices=lambda: PROTOCOLS, help=f"A published protocol instead of fills, steps and output: {', '.join(PROTOCOLS)}."
+    )
+    regions: str = setting("slico", short="-r", choices=lambda: REGIONS, help="How images are cut, for all methods and for region steps.")
+    region_options: Mapping[str, Any] = setting(
+        factory=dict, keys={"count": (int, "About how many regions.")}, help="Further options of the cut, such as rows and columns."
+    )
+    method_fill: str | None = setting(
+        None, help="What hides pixels while methods and searches work. By default the first fill other than linear and drop."
+    )
+    only: Literal["all", "correct", "wrong"] = setting("all", help="all, correct or wrong: images by the model's own prediction.")
+    target: Literal["predicted", "label"] = setting(
+        "predicted", short="-t", help="Which class is explained: predicted or label (the predicted one where an image has no label)."
+    )
+    seeds: int = setting(
+        1, least=1, help="Runs of each stochastic method. Tables show the first seed; the others give the spread between seeds."
+    )
+    layers: tuple[str, ...] = setting(LAYERS, help="Of gridpg, difull, dipart: comma-separated input, middle, final, or modules.")
+    grids: int = setting(100, least=1, help="So many grids of images for gridpg, difull and dipart.")
+    cells: int = setting(2, least=2, help="Images along each side of a grid.")
+    confidence: float = setting(0.99, least=0, most=1, help="Least confidence of every model in the label of an image of a grid, above 0.")
+    repeat_corners: bool = setting(False, help="The last cell of a grid shows the class of the first.")
+    max_side: int = setting(MAX_SIDE, least=8, help="Larger images are shrunk until their longer side has so many pixels.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "methods", tuple(map(MethodSpec.parse, self.methods)))
+        object.__setattr__(self, "metrics", expand_metrics(self.metrics))
         for name in ("models", "methods", "fills", "steps", "layers"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: name at least one")
-        object.__setattr__(self, "metrics", expand_metrics(self.metrics))
-        labels = [spec.label for spec in self.methods]
-        repeated = {label for label in labels if labels.count(label) > 1}
-        if repeated:
-            raise UserError(f"method {sorted(repeated)[0]!r} was named twice: give each a label of its own")
-        if len(set(self.model_names)) < len(self.models):
-            raise UserError(f"a model was named twice among {', '.join(self.model_names)}: give each once, under a name of its own")
-        for name, allowed in (("only", ("all", "correct", "wrong")), ("target", ("predicted", "label"))):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.protocol is not None and self.protocol not in PROTOCOLS:
-            raise UserError(f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-        if self.regions not in REGIONS:
-            raise UserError(f"unknown regions {self.regions!r}: expected one of {', '.join(REGIONS)}")
-        if len(set(self.layers)) < len(self.layers):
-            raise UserError(f"a layer was named twice among {', '.join(self.layers)}: give each once")
-        if not 0 < self.confidence <= 1:
-            raise UserError(f"confidence is {self.confidence!r}: expected a probability above 0, at most 1")
-        for name, least in (("samples", 1), ("seeds", 1), ("seed", 0), ("max_side", 8), ("grids", 1), ("cells", 2), ("workers", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise UserError(f"{name} is {value!r}: expected a whole number of at least {least}")
+        for what, names, mend in (
+            ("method", [spec.label for spec in self.methods], "give each a label of its own"),
+            ("model", self.model_names, "give each once, under a name of its own"),
+            ("layer", self.layers, "give each once"),
+        ):
+            if repeated := [name for name in names if list(names).count(name) > 1]:
+                raise UserError(f"the {what} {repeated[0]!r} was named twice among {', '.join(names)}: {mend}")
+        if not self.confidence:
+            raise UserError("confidence is 0: expected a probability above 0, at most 1")
         self.protocols  # noqa: B018  a wrong fill or step rule fails here
 
     @property
@@ -124,7 +108,7 @@ class BenchmarkSettings:
 
     @property
     def drops(self) -> bool:
-        """Whether anything is explained or measured with tokens taken away."""
+        """Whether anything is explained or measured with tokens dropped."""
         own = [spec.options.get("fill") for spec in self.methods]
         return any(map(drops, [self.explained_fill, *own, *(protocol.fill for protocol in self.protocols)]))
 
@@ -160,13 +144,9 @@ class BenchmarkSettings:
         return tuple(name for name in self.metrics if METRICS[name].grid)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON, without what changes no number (device, batch size) and without the place of the data."""
-        left_out = ("device", "batch_size", "workers", "root", "methods", "models", "data", "checkpoint")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        """The settings that numbers depend on, as JSON; the methods as tables, the data by their name, without their place."""
         methods = [{"label": m.label, "method": m.method, "preset": m.preset, "options": m.plain_options()} for m in self.methods]
-        return plain_settings(
-            {**values, "models": self.model_names, "data": Path(self.data).name, "methods": methods, "method_fill": self.explained_fill}
-        )
+        return super().plain() | {"methods": methods, "method_fill": plain_option(self.explained_fill)}
 
     @cached_property
     def explained_fill_settings(self) -> Any:
@@ -178,35 +158,9 @@ class BenchmarkSettings:
         return range(self.seed, self.seed + (self.seeds if spec.stochastic else 1))
 
     def run_count(self) -> int:
-        """Explanations of one image under one model."""
+        """Number of explanations of one image under one model."""
         return sum(len(self.seeds_of(spec)) for spec in self.methods)
 
 
-def read_settings(path: Path, overrides: Mapping[str, Any]) -> BenchmarkSettings:
-    """Settings from a TOML file; overrides win.
-
-    Raises:
-        UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} cannot be read as TOML ({error})") from None
-    return make_settings({**table, **overrides}, str(path))
-
-
-def make_settings(values: Mapping[str, Any], source: str = "the benchmark") -> BenchmarkSettings:
-    """Settings from plain values: lists, and methods by name or as tables."""
-    known = {f.name for f in fields(BenchmarkSettings)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UserError(f"{source} has unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
-    if "data" not in values:
-        raise UserError(f"{source} names no data: give a recipe name, an image folder, or a list of paths and labels")
-    made = dict(values)
-    for name in ("models", "metrics", "fills", "steps", "methods", "layers"):
-        if name in made:
-            made[name] = tuple([made[name]] if isinstance(made[name], str) else made[name])
-    if "methods" in made:
-        made["methods"] = tuple(m if isinstance(m, MethodSpec) else MethodSpec.parse(m) for m in made["methods"])
-    return BenchmarkSettings(**made)
+make_settings = BenchmarkSettings.make
+read_settings = BenchmarkSettings.read

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from evaluation.statistics.comparisons import Comparison, holm, pairwise_tests, 
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.statistics.ranking import rank_agreement, ranks, significance_groups
 from evaluation.statistics.validity import STABLE, SeedSpread, Validity, count_validity, seed_spread
+from evaluation.study.tables import csv_interval, csv_number, csv_text
 
 SIGNIFICANCE = 0.05
 AXIS = np.linspace(0, 1, 101)  # share of the image on which curves of different steps are averaged
@@ -121,7 +121,7 @@ class Summary:
         return tuple(e for e in self.entries if e.model == model and e.measure == measure)
 
     def methods(self, model: str) -> tuple[str, ...]:
-        """The methods that ran on a model, best first by the first measure, then those without a value there."""
+        """The methods that ran on a model: best first by the first measure, then those without a value under it."""
         ranked = [e.method for e in self.column(model, self.measures_of(model)[0])]
         return tuple(dict.fromkeys([*ranked, *(cost.method for cost in self.costs if cost.model == model)]))
 
@@ -190,50 +190,35 @@ def summarise(results: Results) -> Summary:
 
 def summary_csv(summary: Summary) -> str:
     """The leaderboards as CSV text; the columns say which protocol a number belongs to."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
     costs = {(cost.model, cost.method): cost.evaluations for cost in summary.costs}
-    for e in summary.entries:
-        spread: list[object] = ["", "", "", ""]
-        if e.spread is not None:
-            spread = [e.spread.seeds, *map(_number, (e.spread.seed_sd, e.spread.image_sd, e.spread.rank_correlation))]
-        v = e.validity
-        writer.writerow(
-            [
-                e.model, e.measure.metric, e.measure.protocol, e.measure.direction, _number(e.rank), e.method,
-                *_interval_fields(e.interval),
-                " ".join(e.group), v.finite, v.total - v.finite, v.failed, v.constant_maps, v.saturated,
-                "" if e.area is None else _number(e.area), _number(costs[e.model, e.method]), *spread,
-            ]
-        )  # fmt: skip
-    return buffer.getvalue()
+    return csv_text(_CSV_COLUMNS, (_csv_row(entry, costs[entry.model, entry.method]) for entry in summary.entries))
+
+
+def _csv_row(e: Entry, evaluations: float) -> list[Any]:
+    """A cell of a leaderboard as a row; no mean stands without its interval."""
+    v, shown = e.validity, math.isfinite(e.interval.low)
+    seeds: list[Any] = [""] * 4
+    if e.spread is not None:
+        seeds = [e.spread.seeds, *map(csv_number, (e.spread.seed_sd, e.spread.image_sd, e.spread.rank_correlation))]
+    return [
+        *(e.model, e.measure.metric, e.measure.protocol, e.measure.direction, csv_number(e.rank), e.method),
+        *csv_interval(e.interval if shown else None),
+        *((e.interval.level, e.interval.method) if shown else ("", "")),
+        *(" ".join(e.group), v.finite, v.total - v.finite, v.failed, v.constant_maps, v.saturated),
+        *(csv_number(e.area), csv_number(evaluations), *seeds),
+    ]
 
 
 def comparisons_csv(summary: Summary) -> str:
     """Every paired test as CSV text: mean difference with its interval, sign-flip and Wilcoxon p, raw and Holm-corrected."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COMPARISON_COLUMNS)
+    rows = []
     for (model, measure), tests in summary.comparisons.items():
         scores = score_matrix(summary.results, model, measure)
         signed_ranks = [wilcoxon(scores[a], scores[b]) for a, b in tests]
         for ((a, b), test), p, adjusted in zip(tests.items(), signed_ranks, holm(np.array(signed_ranks)), strict=True):
             numbers = (test.difference, test.low, test.high, test.p, test.adjusted_p, p, adjusted)
-            fields = [_number(value) if np.isfinite(value) else "" for value in numbers]
-            writer.writerow([model, measure.metric, measure.protocol, a, b, test.count, *fields])
-    return buffer.getvalue()
-
-
-def _interval_fields(interval: Interval) -> list[object]:
-    """Mean, ends, level and method; all empty where there is no interval, for no score stands without one."""
-    if not np.isfinite(interval.low):
-        return [""] * 5
-    return [*map(_number, (interval.estimate, interval.low, interval.high)), interval.level, interval.method]
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"
+            rows.append([model, measure.metric, measure.protocol, a, b, test.count, *map(csv_number, numbers)])
+    return csv_text(_COMPARISON_COLUMNS, rows)
 
 
 def _column(

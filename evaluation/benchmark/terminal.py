@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.benchmark.figures import metric_name, ordered_methods
+from attribution.baselines import METHOD_PRESETS
+from attribution.baselines.attribute import METHODS
+from attribution.search import SEARCHES
 from evaluation.benchmark.summary import Summary
 from evaluation.benchmark.wording import ARROWS, LETTERS, by_protocol, conclusions, explained_class, refusals, writer
-from evaluation.metrics.registry import Measure
+from evaluation.metrics.protocol import PROTOCOLS
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.study.style import has_interval
 from evaluation.study.tables import counted, written
 
@@ -46,6 +49,22 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(Text(f"grids: the label of each head's cell is explained, hidden is zero at the layer; {chance}", style="dim"))
 
 
+def print_names(console: Console) -> None:
+    """Print what ``BenchmarkSettings`` takes by name: searches, methods with their presets, metrics and protocols."""
+    console.print("[bold]region searches[/bold]: " + ", ".join(SEARCHES))
+    console.print("[bold]methods[/bold]")
+    for name, method in METHODS.items():
+        presets = [preset for preset, settings in METHOD_PRESETS.items() if name in settings]
+        extra = f" (presets {', '.join(presets)})" if presets else ""
+        console.print(f"  {name} [dim]{method.family}[/dim]: {method.summary.split('(')[0].strip().rstrip('.')}{extra}")
+    console.print("[bold]metrics[/bold]")
+    for name, metric in METRICS.items():
+        console.print(f"  {name} [dim]{metric.direction} is better[/dim]: {metric.summary}")
+    console.print("[bold]protocols[/bold]")
+    for name, protocol in PROTOCOLS.items():
+        console.print(f"  {name}: {protocol.label()}", markup=False)
+
+
 def _terminal_tables(
     summary: Summary, model: str, measures: Sequence[Measure], heading: str, arrows: Mapping[str, str], console: Console
 ) -> Iterator[Table]:
@@ -68,10 +87,10 @@ def _terminal_table(summary: Summary, model: str, measures: Sequence[Measure], h
     table.add_column("images", justify="right", width=max(6, *(len(f"{cost.evaluations:,.0f}") for cost in costs.values())))
     cells = [_terminal_cells(summary, model, measure) for measure in measures]
     for measure, column in zip(measures, cells, strict=True):
-        heading = f"{metric_name(measure.metric)} {arrows[measure.direction]}"
+        heading = f"{metric_title(measure.metric)} {arrows[measure.direction]}"
         lines = [line for text in column.values() for line in text.plain.split("\n")]
         table.add_column(heading, width=max(map(len, [*lines, *heading.split()])))
-    for method in ordered_methods(summary, model):
+    for method in summary.methods(model):
         family = costs[method].family
         style = "bold" if family == "region search" else "dim" if family == "control" else ""
         forwarded = f"{costs[method].evaluations:,.0f}"

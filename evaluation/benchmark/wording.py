@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.benchmark.figures import metric_name
 from evaluation.benchmark.summary import SIGNIFICANCE, Entry, Summary
-from evaluation.metrics.registry import METRICS, Measure
+from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.statistics.comparisons import EXACT_COUNT
 from evaluation.study.tables import counted, listed
 
@@ -37,9 +36,9 @@ def conclusions(summary: Summary, model: str) -> list[str]:
         name = f"{leader} (a control)" if families[leader] == "control" else leader
         clauses = {clause for _, clause in led}
         if len(clauses) == 1:
-            sentence = f"{name} leads {listed(metric_name(m.metric) for m, _ in led)}, {clauses.pop()}."
+            sentence = f"{name} leads {listed(metric_title(m.metric) for m, _ in led)}, {clauses.pop()}."
         else:
-            sentence = f"{name} leads {listed(f'{metric_name(m.metric)} ({clause})' for m, clause in led)}."
+            sentence = f"{name} leads {listed(f'{metric_title(m.metric)} ({clause})' for m, clause in led)}."
         found.append(under + sentence)
     firsts = _firsts(summary, model)
     columns = sum(firsts.values())
@@ -75,7 +74,7 @@ def dependence(summary: Summary, model: str) -> list[str]:
         that = "these are" if " and " in change else "that is"
         found.append(
             f"The ranking {depends} on the {change}: where only {that} changed, Kendall's tau has median {median:.2f} and "
-            f"least {worst.tau:.2f} ({metric_name(worst.metric)}; {worst.first} against {worst.second})."
+            f"least {worst.tau:.2f} ({metric_title(worst.metric)}; {worst.first} against {worst.second})."
         )
     return found
 

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from toys import SIDE, SometimesNaN, image_folder, linear_classifier
 
 import attribution as at
 import evaluation as ev
-from evaluation.benchmark import measure as benchmark
+from evaluation.benchmark import on_images as benchmark
 from evaluation.benchmark.summary import score_matrix
 from evaluation.study.records import RecordLog, read_log
 
@@ -156,6 +157,66 @@ def test_changed_pixels_under_the_same_name_are_measured_anew(tmp_path: Path) ->
     second = ev.run_benchmark(settings(data), tmp_path / "out")
     assert numbers(second) == numbers(ev.run_benchmark(settings(data), tmp_path / "fresh"))
     assert numbers(second) != numbers(first)
+
+
+def test_unchanged_images_are_predicted_and_nothing_else(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "data", 3)
+    forwarded = 0
+
+    def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal forwarded
+        forwarded += len(args[0])
+
+    def run() -> ev.Results:
+        classifier = linear_classifier()
+        classifier.logits(classifier.inputs(data / "0.png"))  # the first call finds out about the module
+        classifier.module.register_forward_pre_hook(count)  # type: ignore[union-attr]
+        return ev.run_benchmark(settings(data, models=[classifier]), tmp_path / "out")
+
+    first = run()
+    assert forwarded > 100
+    forwarded = 0
+    assert numbers(run()) == numbers(first)
+    assert forwarded == 3
+    Image.fromarray(np.full((SIDE, SIDE, 3), 90, np.uint8)).save(data / "1.png")
+    forwarded = 0
+    run()
+    assert forwarded > 100 / 3
+
+
+def explained(out: Path) -> int:
+    """How many explanations the folder holds."""
+    return sum("evaluations" in record for record in read_log(out / "records.jsonl").values())
+
+
+def test_corrected_labels_are_explained_anew(tmp_path: Path) -> None:
+    data, table = image_folder(tmp_path / "data", 2), tmp_path / "list.csv"
+
+    def judged(first: str, out: str) -> ev.Results:
+        table.write_text(f"path,label\n{data.name}/0.png,{first}\n{data.name}/1.png,yes\n")
+        return ev.run_benchmark(settings(table, methods=["saliency"], metrics=["insertion"], target="label"), tmp_path / out)
+
+    wrong = judged("no", "out")
+    mended = judged("yes", "out")
+    assert explained(tmp_path / "out") == 3
+    assert [(e.target, e.label) for e in mended.explained] == [(0, 0)] * 2
+    assert numbers(mended) == numbers(judged("yes", "fresh")) != numbers(wrong)
+
+
+def test_another_model_and_another_version_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = image_folder(tmp_path / "data", 2)
+
+    def judged(seed: int, out: str) -> ev.Results:
+        return ev.run_benchmark(
+            settings(data, models=[linear_classifier(seed)], methods=["saliency"], metrics=["insertion"]), tmp_path / out
+        )
+
+    first, other = judged(0, "out"), judged(1, "out")
+    assert numbers(other) == numbers(judged(1, "fresh")) != numbers(first)
+    assert explained(tmp_path / "out") == 4
+    monkeypatch.setattr("evaluation.study.identity.__version__", "99.0")
+    assert numbers(judged(0, "out")) == numbers(first)
+    assert explained(tmp_path / "out") == 6
 
 
 class Killed(BaseException):
@@ -390,11 +451,11 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
         ({"metrics": ["accuracy"]}, "unknown metric 'accuracy'"),
         ({"fills": ["blak"]}, "blak"),
         ({"steps": ["patches"]}, "steps"),
-        ({"protocol": "lime"}, "unknown protocol 'lime'"),
+        ({"protocol": "lime"}, "protocol is 'lime': expected one of lima"),
         ({"only": "some"}, "only is 'some'"),
         ({"samples": 0}, "samples is 0"),
         ({"seeds": True}, "seeds is True"),
-        ({"regions": "squares"}, "unknown regions 'squares'"),
+        ({"regions": "squares"}, "regions is 'squares': expected one of"),
         ({"colour": "red"}, "unknown settings colour"),
     ],
 )

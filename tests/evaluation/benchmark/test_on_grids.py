@@ -124,14 +124,14 @@ def test_stored_maps_are_those_of_the_first_head(data: Path, tmp_path: Path) -> 
         expected = ev.grid_maps(colours(), grids, results.grid_set.labels, 2, measure.metric, layer, "saliency")[:, 0]
         kept = [each for each in results.grid_maps if each.measure == measure]
         for each, values in zip(kept, expected, strict=True):
-            np.testing.assert_allclose(load_map(each.path, measure.metric), values, atol=1e-3 * float(values.abs().max()))
+            np.testing.assert_allclose(load_map(each.path), values, atol=1e-3 * float(values.abs().max()))
         judged = aggregates(results, "colours", measure)["saliency"]
         np.testing.assert_allclose(judged.scores, ev.localization_scores(expected, [0, 0], 2, (2 * SIDE, 2 * SIDE)), atol=2e-3)
 
 
 def test_nothing_is_measured_twice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ev.run_benchmark(settings(data), tmp_path / "out")
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("records.jsonl", "confidences.jsonl", "grids.json")}
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("records.jsonl", "grids.json")}
     monkeypatch.setattr(runner, "head_map", lambda *_a, **_k: pytest.fail("explained again"))
     again = ev.run_benchmark(settings(data), tmp_path / "out")
     assert again.scores == first.scores
@@ -163,12 +163,17 @@ def test_an_interrupted_run_ends_with_the_same_tables(data: Path, tmp_path: Path
     assert not list((tmp_path / "out").rglob("*.tmp*"))
 
 
+def scored(out: Path) -> int:
+    """How many scores of grids the folder holds."""
+    return sum("heads" in record for record in read_log(out / "records.jsonl").values())
+
+
 def test_more_grids_keep_the_first(data: Path, tmp_path: Path) -> None:
     few = ev.run_benchmark(settings(data, grids=2, methods=["saliency"]), tmp_path / "out")
-    records = len(read_log(tmp_path / "out" / "records.jsonl"))
+    records = scored(tmp_path / "out")
     more = ev.run_benchmark(settings(data, grids=3, methods=["saliency"]), tmp_path / "out")
     assert {(s.sample, s.measure, s.value) for s in few.scores} < {(s.sample, s.measure, s.value) for s in more.scores}
-    assert len(read_log(tmp_path / "out" / "records.jsonl")) == records * 3 // 2
+    assert scored(tmp_path / "out") == records * 3 // 2
 
 
 def test_images_and_grids_in_one_run(data: Path, tmp_path: Path) -> None:
@@ -242,16 +247,65 @@ def test_a_method_that_breaks_costs_its_own_scores_only(data: Path, tmp_path: Pa
     assert entry.validity.finite == 3
 
 
-def test_a_lost_image_costs_its_grid_only(data: Path, tmp_path: Path) -> None:
+def test_an_image_lost_after_the_draw_costs_its_grid_only(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = ev.GridSet.image
+
+    def lost(grid_set: ev.GridSet, dataset: Any, index: int, classifier: Any) -> Tensor:
+        if index == 1:
+            raise at.UserError("not an image")
+        return image(grid_set, dataset, index, classifier)
+
+    monkeypatch.setattr(ev.GridSet, "image", lost)
+    results = ev.run_benchmark(settings(data, methods=["random"], layers=["final"], metrics=["difull"]), tmp_path / "out")
+    assert [score.sample for score in results.scores] == ["grid 0001", "grid 0003"]
+    assert [(failure.sample, failure.reason) for failure in results.failed] == [("grid 0002", "not an image")]
+
+
+def test_an_image_that_cannot_be_read_any_more_is_in_no_grid(data: Path, tmp_path: Path) -> None:
     chosen = settings(data, methods=["random"], layers=["final"], metrics=["difull"])
-    first = ev.run_benchmark(chosen, tmp_path / "out")
-    assert first.grid_set is not None
-    (data / first.grid_set.ids[1][2]).write_bytes(b"no image")
-    for path in (tmp_path / "out").rglob("*.npz"):
-        path.unlink()
+    first = ev.run_benchmark(chosen, tmp_path / "out").grid_set
+    assert first is not None
+    lost = first.ids[1][2]
+    (data / lost).write_bytes(b"no image")
     again = ev.run_benchmark(chosen, tmp_path / "out")
-    assert [score.sample for score in again.scores] == ["grid 0001", "grid 0003"]
-    assert [failure.sample for failure in again.failed] == ["grid 0002"]
+    assert again.grid_set is not None and len(again.grid_set) == 3
+    assert lost not in {name for row in again.grid_set.ids for name in row}
+    assert [name for name, _ in again.grid_set.failures] == [lost] and again.failures == ()
+
+
+def test_other_pixels_are_judged_and_drawn_anew_and_the_same_are_not(data: Path, tmp_path: Path) -> None:
+    forwarded = 0
+
+    def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal forwarded
+        forwarded += len(args[0])
+
+    def run(out: str) -> ev.Results:
+        classifier = colours()
+        classifier.module.register_forward_pre_hook(count)  # type: ignore[union-attr]
+        return ev.run_benchmark(settings(data, models=[classifier], methods=["saliency"]), tmp_path / out)
+
+    first = run("out")
+    forwarded, before = 0, forwarded
+    again = run("out")
+    assert again.scores == first.scores
+    probes = colours()
+    probes.module.register_forward_pre_hook(count)  # type: ignore[union-attr]
+    forwarded, resumed = 0, forwarded
+    for layer in ("input", "final"):
+        model = ev.GridModel(probes, 2, layer)
+        for setting in ("gridpg", "difull", "dipart"):
+            model.require(setting)
+    assert resumed == forwarded < before - 20  # what GridModel tries out is no image of the data
+    assert first.grid_set is not None
+    for number in range(5):  # what was green is red, under the same names
+        Image.open(data / "red" / f"{number}.png").save(data / "green" / f"{number}.png")
+    with pytest.raises(at.UserError, match="green 0"):
+        run("out")
+    for number in range(5):
+        Image.fromarray(np.full((SIDE, SIDE, 3), (20 * number, 255, 0), np.uint8)).save(data / "green" / f"{number}.png")
+    second = run("out")
+    assert second.scores == run("fresh").scores and second.scores != first.scores
 
 
 def test_report_of_grids_alone(data: Path, tmp_path: Path) -> None:
@@ -281,7 +335,7 @@ def test_report_of_grids_alone(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": ["final", "final"]}, "a layer was named twice among final, final"),
+        ({"layers": ["final", "final"]}, "the layer 'final' was named twice among final, final"),
         ({"layers": []}, "layers is empty"),
         ({"cells": 1}, "cells is 1: expected a whole number of at least 2"),
         ({"grids": 0}, "grids is 0: expected a whole number of at least 1"),
@@ -321,22 +375,28 @@ def guessed(tmp_path: Path, cnn: at.Classifier) -> Path:
 
 @pytest.mark.slow
 def test_workers_change_no_number(guessed: Path, tmp_path: Path) -> None:
-    """Two processes, one of them stopped halfway in an earlier run, make the records of one."""
-    plain = {"models": ["zoo:cnn"], "methods": ["saliency", "random", "lrp"], "metrics": ["gridpg", "difull"], "layers": ["final"]}
-    chosen = {"data": str(guessed), "confidence": 0.05, "grids": 3, "device": "cpu", **plain}
+    """Two processes, one of them stopped halfway in an earlier run, end with the tables and pages of one."""
+    plain = {"models": ["zoo:cnn"], "methods": ["saliency", "random", "lrp"], "metrics": ["gridpg", "difull", "insertion"]}
+    chosen = {"data": str(guessed), "confidence": 0.05, "grids": 3, "samples": 4, "layers": ["final"], "device": "cpu", **plain}
     one = ev.run_benchmark(ev.make_settings(chosen), tmp_path / "one")
     (tmp_path / "two").mkdir()
     lines = (tmp_path / "one" / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "two" / "records-1.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
     seen: list[tuple[int, int]] = []
     two = ev.run_benchmark(ev.make_settings({**chosen, "workers": 2}), tmp_path / "two", lambda done, total, _: seen.append((done, total)))
-    assert two.scores == one.scores
+    assert two.scores == one.scores and two.failures == one.failures
     assert set(read_log(tmp_path / "two" / "records.jsonl")) == set(read_log(tmp_path / "one" / "records.jsonl"))
     assert not list((tmp_path / "two").glob("records-*.jsonl"))
     assert seen[-1][0] == seen[-1][1]
     assert all(done <= total for done, total in seen if total)
+    for results in (one, two):
+        write_report(ev.summarise(results), results.out)
+    for name in ("summary.csv", "comparisons.csv", "summary.json", "report.html", "grids.json"):
+        assert (one.out / name).read_bytes() == (two.out / name).read_bytes(), name
 
 
-def test_workers_need_models_by_name(data: Path, tmp_path: Path) -> None:
+def test_workers_need_models_that_other_processes_can_have(data: Path, tmp_path: Path) -> None:
+    classifier = colours()
+    classifier.module.here = lambda: None  # type: ignore[union-attr,assignment]
     with pytest.raises(at.UserError, match="give models by name, or workers = 1"):
-        ev.run_benchmark(settings(data, workers=2), tmp_path / "out")
+        ev.run_benchmark(settings(data, models=[classifier], workers=2), tmp_path / "out")

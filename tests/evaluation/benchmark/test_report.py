@@ -21,8 +21,8 @@ from rich.console import Console
 
 import evaluation as ev
 from attribution.explanation import Explanation
-from evaluation.benchmark.figures import MOST_CURVES, plot_agreement, plot_cost, plot_curves, plot_ranks, plot_scores, thumbnail
-from evaluation.benchmark.gallery import chosen_images
+from evaluation.benchmark.figures import MOST_CURVES, plot_agreement, plot_cost, plot_curves, plot_ranks, plot_scores
+from evaluation.benchmark.gallery import chosen_images, thumbnail
 from evaluation.benchmark.report import write_report
 from evaluation.benchmark.results import Explained, Failure, Results, Score
 from evaluation.benchmark.summary import AXIS, Summary, score_matrix
