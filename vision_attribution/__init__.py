@@ -9,8 +9,10 @@ import typer
 
 from attribution import __version__
 from attribution.errors import UserError
+from evaluation.failures.study import FAILURES
 from evaluation.pareto.study import PARETO
-from vision_attribution import benchmark, debug, explain, neurons
+from vision_attribution import benchmark, explain, neurons
+from vision_attribution.one_failure import ONLY, one_failure
 from vision_attribution.studies import study_command
 
 app = typer.Typer(
@@ -39,7 +41,7 @@ app.command()(explain.explain)
 
 app.command()(benchmark.benchmark)
 
-app.command()(debug.debug)
+app.command()(study_command(FAILURES, [ONLY], one_failure))
 
 app.command()(neurons.neurons)
 app.command()(study_command(PARETO))
