@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AREAS = (0.25, 0.5, 0.75, 1.0)
-_PRUNED = 4  # smallest sets found that are looked into for regions too many
-_NEAR_PEAK = 0.005  # prefixes whose probability is that close to the highest count as the highest
+_PRUNED = 4  # smallest sets found that are searched for regions that they do not need
+_NEAR_PEAK = 0.005  # prefixes whose probability is this close to the highest one count as the highest
 
 
 @dataclass(frozen=True, eq=False)
 class Along:
-    """Both classes along the prefixes of an order, float32 [R+1] each, k = 0...R.
+    """Both classes along the prefixes of an order, float32 [R+1] each, k = 0 to R.
 
     Attributes:
         true, predicted: probability of the true and of the wrongly predicted class.
@@ -99,13 +99,13 @@ class FailureExplanation:
         return self.mistake.target_name
 
     def plot(self) -> Figure:
-        """The figure of ``attribution.failure_plotting.plot_failure``."""
+        """The figure of ``attribution.figures.failure.plot_failure``."""
         from attribution.figures.failure import plot_failure
 
         return plot_failure(self)
 
     def plain(self) -> dict[str, Any]:
-        """Orders, curves, repairs and text as JSON can hold them; the image and the regions are those of ``truth``."""
+        """Orders, curves, smallest sets and text as JSON; the image and the regions are stored with ``truth``."""
         curves = {name: getattr(self, name) for name in ("shown", "hidden", "mistake_shown", "mistake_hidden")}
         return {
             "true": self.truth.target,
@@ -145,7 +145,7 @@ class FailureExplanation:
 
     @property
     def causes(self) -> Tensor:
-        """float32 [R], by region id: from 1, the first support of the truth, over 0 at the peak to -1, the deepest cause of the mistake."""
+        """By region id, float32 [R] from 1 (first support of the truth) to -1 (strongest cause of the mistake); 0 is at the peak."""
         order, peak = self.truth.order, self.peak
         assert order is not None
         size = len(order)
@@ -157,7 +157,7 @@ class FailureExplanation:
 
     @property
     def text(self) -> str:
-        """What happened, in plain words with the numbers."""
+        """What happened, in sentences with the numbers."""
         probabilities = self.truth.probabilities
         wrong, right = float(probabilities[self.mistake.target]), float(probabilities[self.truth.target])
         sentences = [f"The model says {self.predicted_name} ({wrong:.2f}), the image shows {self.true_name} ({right:.2f})."]
@@ -232,7 +232,7 @@ def explain_failure(
 
 
 def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Tensor) -> FailureExplanation:
-    """Both orders with their curves and the smallest sets that make the model right."""
+    """Measure both classes along both orders, and search for the smallest sets that make the model right."""
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
     prefixes = {name: prefix_rows(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
     along = {(name, kept): judge.along(rows if kept else ~rows) for name, rows in prefixes.items() for kept in (True, False)}
@@ -258,14 +258,14 @@ def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Ten
 
 
 class _Judge:
-    """Whether the model is right about subsets of regions, and how sure."""
+    """Tells whether the model is right about subsets of regions, and how sure it is."""
 
     def __init__(self, classifier: Classifier, masked: RegionInputs, true: int, predicted: int, area: Tensor) -> None:
         self.classifier, self.masked, self.true, self.predicted, self.area = classifier, masked, true, predicted, area
         self.evaluations = 0
 
     def probabilities(self, shown: Tensor) -> Tensor:
-        """float32 [n, C] of subsets bool [n, R]."""
+        """Probabilities float32 [n, C] of subsets bool [n, R]."""
         self.evaluations += len(shown)
         return torch.cat([self.classifier.probabilities(inputs).cpu() for inputs in self.masked.parts(shown)])
 
@@ -274,13 +274,13 @@ class _Judge:
         return Along(found[:, self.true], found[:, self.predicted], found.argmax(dim=1) == self.true)
 
     def right_rows(self, shown: Tensor, along: Along, last: bool = False) -> list[Tensor]:
-        """The first (or last) prefix that shows some but not all, and about which the model is right: a list of one or none."""
+        """The first (or last) prefix that makes the model right and shows neither no region nor all: a list of one or none."""
         partial = shown.any(dim=1) & ~shown.all(dim=1)
         found = (along.right & partial).nonzero()[:, 0]
         return [shown[found[-1 if last else 0]]] if len(found) else []
 
     def climbed(self, size: int) -> list[Tensor]:
-        """Regions to hide, each the one that helps the true class against the predicted one most, until the model is right."""
+        """Hide regions one by one, each time the one that helps the true class against the predicted one most, until the model is right."""
         hidden = torch.zeros(size, dtype=torch.bool)
         for _ in range(size - 1):
             left = (~hidden).nonzero()[:, 0]
@@ -294,7 +294,7 @@ class _Judge:
         return []
 
     def smallest(self, candidates: list[Tensor], shown: bool) -> Tensor | None:
-        """The candidate of the least area after pruning: what is not needed leaves it, largest regions first."""
+        """The candidate of the least area after regions that it does not need have left it, largest first."""
         by_area = sorted(candidates, key=lambda rows: float(self.area[rows].sum()))[:_PRUNED]
         pruned = [self._pruned(candidate.clone(), shown) for candidate in by_area]
         return min(pruned, key=lambda rows: float(self.area[rows].sum()), default=None)

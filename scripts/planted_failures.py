@@ -1,4 +1,4 @@
-"""Planted failures: how well the causing regions find a pasted patch that flips the prediction, beside gradient methods; prints a table.
+"""Print how well the causing regions and gradient methods find a pasted patch that flips the prediction.
 
     python scripts/planted_failures.py --root DATA
 
@@ -7,8 +7,8 @@ DATA holds CIFAR-10 in a layout of datasets/cifar10.toml. Every map is judged by
 
 from __future__ import annotations
 
-import csv
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import attribution as at
 import evaluation as ev
-from attribution.files import whole_file
 from evaluation.failures.planted import OURS, chance, judge_planted, plant_failures
 from evaluation.statistics.comparisons import holm, sign_flip
+from evaluation.study.page import write_text
+from evaluation.study.tables import csv_text, estimated
 
 
 def main(
@@ -39,43 +40,38 @@ def main(
     """Print the table: mean, 95 % bootstrap interval, and the test against the causing regions."""
     classifier = at.load_classifier(model)
     dataset = ev.open_dataset("cifar10", root=root, class_names=classifier.class_names)
+    names = classifier.class_names
     scores: dict[str, list[tuple[float, float]]] = {}
     rows, shares = [], []
-    planted = plant_failures(classifier, dataset, count, seed=seed)
-    for each in tqdm(planted, total=count, file=sys.stderr, disable=None):
+    for each in tqdm(plant_failures(classifier, dataset, count, seed=seed), total=count, file=sys.stderr, disable=None):
         found = judge_planted(classifier, each, regions=regions, region_options={"count": region_count}, fill=fill)
         shares.append(chance(each))
         for name, values in found.items():
             scores.setdefault(name, []).append(values)
-            rows.append(
-                [each.sample, each.donor, classifier.class_names[each.label], classifier.class_names[each.predicted], name, *values]
-            )
+            rows.append([each.sample, each.donor, names[each.label], names[each.predicted], name, *values])
     if out is not None:
-        with whole_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([["sample", "donor", "label", "predicted", "map", "energy", "hit"], *rows])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{classifier.name}, {len(shares)} planted failures, patch {np.mean(shares):.1%} of the image, fill {fill}",
-        title_justify="left",
-    )
+        write_text(out, csv_text(["sample", "donor", "label", "predicted", "map", "energy", "hit"], rows))
+    title = f"{classifier.name}, {len(shares)} planted failures, patch {np.mean(shares):.1%} of the image, fill {fill}"
+    Console(width=140).print(table_of({name: np.array(found) for name, found in scores.items()}, title))
+
+
+def table_of(scores: Mapping[str, np.ndarray], title: str) -> Table:
+    """A row for each map: both scores with their intervals, and p of the difference from the causing regions (Holm)."""
+    others = [name for name in scores if name not in OURS]
+    p = {(name, k): value for k in range(2) for name, value in zip(others, _compared(scores, others, k), strict=True)}
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for heading in ("map", "energy inside", "p", "first pixel inside", "p", "without a value"):
         table.add_column(heading, justify="left" if heading == "map" else "right")
-    values = {name: np.array(found) for name, found in scores.items()}
-    first = values[OURS[0]]
-    tested = {name: [sign_flip(first[:, k], found[:, k]) for k in range(2)] for name, found in values.items() if name not in OURS}
-    adjusted = {
-        name: p for name, p in zip(tested, zip(*(holm([tested[n][k] for n in tested]) for k in range(2)), strict=True), strict=True)
-    }
-    for name, found in values.items():
+    for name, found in scores.items():
         cells = []
         for k in range(2):
-            interval = ev.bootstrap_interval(found[:, k])
-            cells += [
-                f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
-                f"{adjusted[name][k]:.4f}" if name in adjusted else "",
-            ]
+            cells += [estimated(ev.bootstrap_interval(found[:, k]), "{:.3f}".format), f"{p[name, k]:.4f}" if (name, k) in p else ""]
         table.add_row(name, *cells, str(int(np.isnan(found[:, 0]).sum())))
-    Console(width=140).print(table)
+    return table
+
+
+def _compared(scores: Mapping[str, np.ndarray], others: Sequence[str], k: int) -> np.ndarray:
+    return holm([sign_flip(scores[OURS[0]][:, k], scores[name][:, k]) for name in others])
 
 
 if __name__ == "__main__":

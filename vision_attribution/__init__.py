@@ -12,8 +12,10 @@ from attribution import __version__
 from attribution.errors import UserError
 from evaluation.benchmark.study import BENCHMARK
 from evaluation.benchmark.terminal import print_names
+from evaluation.failures.study import FAILURES
 from evaluation.pareto.study import PARETO
-from vision_attribution import debug, explain, neurons
+from vision_attribution import explain, neurons
+from vision_attribution.one_failure import ONLY, one_failure
 from vision_attribution.studies import console, extra, study_command
 
 app = typer.Typer(
@@ -51,7 +53,7 @@ app.command()(explain.explain)
 
 app.command()(study_command(BENCHMARK, [_LIST], _listed))
 
-app.command()(debug.debug)
+app.command()(study_command(FAILURES, [ONLY], one_failure))
 
 app.command()(neurons.neurons)
 app.command()(study_command(PARETO))

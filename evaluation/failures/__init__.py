@@ -1,1 +1,1 @@
-"""The misclassified samples of a data set: each explained, causes compared and clustered, and an atlas to look through."""
+"""The misclassified images of a data set: each is explained, causes are compared and clustered, and an atlas shows them all."""

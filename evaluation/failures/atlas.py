@@ -1,12 +1,10 @@
-"""The atlas of failures: one interactive page to look through the misclassified samples, which needs no other file."""
+"""The atlas of failures: one interactive page to look through the misclassified images, which needs no other file."""
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,36 +13,36 @@ from markupsafe import Markup
 
 from evaluation.failures.pictures import failure_pictures, rounded
 from evaluation.failures.results import Failed
-from evaluation.failures.settings import FailureSettings
 from evaluation.failures.summary import FailureSummary
 from evaluation.statistics.intervals import Interval
 from evaluation.study.page import page, write_text
 from evaluation.study.style import has_interval
+from evaluation.study.tables import counted, listed, mean, p_value, percent
 
 _MOST_THUMBNAILS = 10  # of a cluster
 _SHARES = {
-    "repaired": "made right by hiding or keeping some regions",
+    "repaired": "made right by hiding some regions or showing only some",
     "few regions": "caused by at most two regions",
     "border": "caused mostly by regions at the border of the image",
     "background": "caused mostly off the object",
 }
-_NOT_SAID = ("samples", "most", "clusters", "min_confidence", "device", "batch_size")  # of the whole run: they change no single sample
-_SAID_OF_REGIONS = ("count",)
+_OF_THE_RUN = ("samples", "most", "clusters", "min_confidence", "device", "batch_size", "workers")  # they matter for no single image
+_UNKNOWN = "–"  # noqa: RUF001
 
 
 def write_atlas(summary: FailureSummary, out: str | Path, title: str | None = None) -> Path:
     """Write atlas.html into a folder; the same summary gives the same bytes.
 
     Args:
-        summary: of the failures; the pictures are read from the stored explanations, one at a time.
+        summary: of the failures; pictures are drawn from the stored explanations, one at a time.
         out: folder, made where it is missing.
         title: of the page.
 
     Returns:
-        The file. A failure whose stored explanation is gone is shown without pictures.
+        The file. Where a stored explanation is gone, the failure has no pictures.
 
     Raises:
-        UserError: the folder cannot be written to, or the disk is full; the file is whole or not there.
+        CannotWrite: the folder cannot be written to, or the disk is full; the file is whole or not there.
     """
     path, results = Path(out) / "atlas.html", summary.results
     title = title or f"Failures of {results.classifier.name} on {results.dataset.name}"
@@ -53,45 +51,23 @@ def write_atlas(summary: FailureSummary, out: str | Path, title: str | None = No
 
 
 def conclusion(summary: FailureSummary) -> list[str]:
-    """What the failures say as a whole, in sentences."""
+    """What the failures say together, in sentences."""
     results, names = summary.results, summary.results.classifier.class_names
     wrong, explained = results.looked_at - results.right, len(results.failures)
     rate = f" ({wrong / results.looked_at:.1%})" if results.looked_at else ""
-    text = [f"The model is wrong about {wrong} of {_counted(results.looked_at, 'image')}{rate}; {explained} of them are explained here."]
+    text = [f"The model is wrong about {wrong} of {counted(results.looked_at, 'image')}{rate}; {explained} of them are explained here."]
     if summary.pairs:
         pair = summary.pairs[0]
         text.append(f"Most frequent: {names[pair.label]} taken for {names[pair.predicted]}, {max(pair.seen, pair.count)} of {wrong}.")
-    known = [f"{_percent(share)} are {_SHARES.get(name, name)}" for name, share in summary.shares.items() if has_interval(share)]
+    known = [f"{percent(share)} are {_SHARES.get(name, name)}" for name, share in summary.shares.items() if has_interval(share)]
     if known:
-        text.append(f"Of the failures explained, {_listed(known)} (in brackets, 95 % intervals).")
+        text.append(f"Of the failures explained, {listed(known)} (in brackets, 95 % intervals).")
     if summary.suspected or summary.shortcuts:
         text.append(
-            f"{_counted(len(summary.suspected), 'sample')} may be wrongly labelled; "
-            f"{_counted(len(summary.shortcuts), 'candidate')} for a shortcut {'was' if len(summary.shortcuts) == 1 else 'were'} found."
+            f"{counted(len(summary.suspected), 'image')} may be wrongly labelled; "
+            f"{counted(len(summary.shortcuts), 'candidate')} for a shortcut {'was' if len(summary.shortcuts) == 1 else 'were'} found."
         )
     return text
-
-
-def command(settings: FailureSettings, model: str, sample: str) -> str:
-    """The command line that explains one sample again under the same settings, quoted for a shell.
-
-    Args:
-        settings: of the run; defaults and what concerns other samples only are left out.
-        model: name of the classifier, said where the settings hold an object.
-        sample: id.
-    """
-    defaults = {f.name: f.default for f in fields(FailureSettings)}
-    given: list[tuple[str, Any]] = [("data", settings.data), ("model", settings.model if isinstance(settings.model, str) else model)]
-    for name, value in settings.plain().items():
-        if name == "region_options":
-            given += [(f"region_{option}", each) for option, each in value.items() if option in _SAID_OF_REGIONS]
-        elif name not in ("data", "model", *_NOT_SAID) and value is not None and value != defaults[name]:
-            given.append((name, value))
-    words = ["attribution", "debug"]
-    for name, value in [*given, ("only", sample)]:
-        option, text = f"--{name.replace('_', '-')}", str(value)
-        words += [f"{option}={text}"] if text.startswith("-") else [option, text]
-    return shlex.join(words)
 
 
 def _page(summary: FailureSummary) -> dict[str, Any]:
@@ -112,9 +88,9 @@ def _page(summary: FailureSummary) -> dict[str, Any]:
         "tiles": tiles,
         "place": place,
         "lists": [(key, text, len(members)) for key, text, members in lists],
-        "highest": [(f"{area:.0%}", _mean(interval)) for area, interval in sorted(summary.highest.items())],
+        "highest": [(f"{area:.0%}", _known(interval, mean)) for area, interval in sorted(summary.highest.items())],
         "shares": [
-            (_SHARES.get(name, name), _percent(share), _percent(summary.by_chance[name]) if name in summary.by_chance else "")
+            (_SHARES.get(name, name), percent(share), _known(summary.by_chance[name], percent) if name in summary.by_chance else "")
             for name, share in summary.shares.items()
             if has_interval(share)
         ],
@@ -126,15 +102,15 @@ def _page(summary: FailureSummary) -> dict[str, Any]:
             {**_confused(s.label, s.predicted, names), "sample": s.sample, "confidence": f"{s.confidence:.2f}", "reason": s.reason}
             for s in summary.suspected
         ],
-        "shortcuts": [{"kind": s.kind, "text": s.text, "count": len(s.samples), "p": _p(s.p)} for s in summary.shortcuts],
+        "shortcuts": [{"kind": s.kind, "text": s.text, "count": len(s.samples), "p": p_value(s.p) or _UNKNOWN} for s in summary.shortcuts],
         "groups": _groups(summary),
         "broken": results.broken,
-        "unsaid": _unsaid(results.settings),
+        "unsaid": listed(name.replace("_", " ") for name in unsaid) if (unsaid := results.settings.unsaid()) else "",
     }
 
 
 def _facts(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
-    """What the script needs to know of a failure, without its pictures."""
+    """What the script of the page needs to know of a failure, beside its pictures."""
     results, found = summary.results, failed.found
     curves = {
         name if name.startswith("mistake") else f"truth_{name}": {
@@ -156,12 +132,12 @@ def _facts(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
         "cluster": summary.cluster_of.get(failed.sample, -1),
         "confidence": rounded([found["probability_true"], found["probability_predicted"]]),
         "text": found["text"],
-        "command": command(results.settings, results.classifier.name, failed.sample),
+        "command": results.settings.command_line("debug", _OF_THE_RUN, only=failed.sample),
         "orders": {"truth": found["truth_order"], "mistake": found["mistake_order"]},
         "area": {"truth": rounded(found["truth_area"], 4), "mistake": rounded(found["mistake_area"], 4)},
         "curves": curves,
         "signed": rounded(found["causes"]),
-        "peak": sum(value > 0 for value in found["causes"]),  # the regions before the peak are those above 0
+        "peak": sum(value > 0 for value in found["causes"]),  # regions up to the peak have values above 0
         "sets": sets,
     }
 
@@ -186,10 +162,10 @@ def _pairs(summary: FailureSummary) -> list[dict[str, Any]]:
             **_confused(pair.label, pair.predicted, names),
             "images": max(pair.seen, pair.count),
             "count": pair.count,
-            "share": f"{pair.share:.1%}" if math.isfinite(pair.share) else "–",  # noqa: RUF001
+            "share": f"{pair.share:.1%}" if math.isfinite(pair.share) else _UNKNOWN,
             "repaired": f"{pair.repaired} of {pair.count}",
-            "cause_area": _percent(pair.cause_area),
-            "sufficient_area": _percent(pair.sufficient_area),
+            "cause_area": _known(pair.cause_area, percent),
+            "sufficient_area": _known(pair.sufficient_area, percent),
         }
         for pair in summary.pairs
     ]
@@ -202,7 +178,7 @@ def _clusters(summary: FailureSummary, tiles: Sequence[dict[str, Any]], place: d
             **_confused(*cluster.top_pair, names),
             "number": cluster.number,
             "count": len(cluster.members),
-            "p": _p(cluster.tightness_p),
+            "p": p_value(cluster.tightness_p) or _UNKNOWN,
             "tiles": [tiles[place[m]] for m in dict.fromkeys([cluster.medoid, *cluster.members]) if m in place][:_MOST_THUMBNAILS],
         }
         for cluster in summary.clusters
@@ -215,10 +191,10 @@ def _groups(summary: FailureSummary) -> list[dict[str, Any]]:
             "name": row.group,
             "link": quote(row.group, errors="replace"),
             "wrong": f"{row.wrong} of {row.images}",
-            "error_rate": _percent(row.error_rate),
-            "p_error": _p(row.p_error),
-            "cause_area": _percent(row.cause_area),
-            "p_area": _p(row.p_area),
+            "error_rate": _known(row.error_rate, percent),
+            "p_error": p_value(row.p_error) or _UNKNOWN,
+            "cause_area": _known(row.cause_area, percent),
+            "p_area": p_value(row.p_area) or _UNKNOWN,
         }
         for row in summary.groups
     ]
@@ -228,52 +204,17 @@ def _confused(label: int, predicted: int, names: Sequence[str]) -> dict[str, Any
     return {"label": names[label], "predicted": names[predicted], "pair": f"{label}-{predicted}"}
 
 
-def _unsaid(settings: FailureSettings) -> str:
-    """What the command lines cannot say, because it was given as an object."""
-    said = {
-        "model": isinstance(settings.model, str),
-        "fill": isinstance(settings.fill, str),
-        "region options": set(settings.region_options) <= set(_SAID_OF_REGIONS),
-    }
-    missing = [name for name, known in said.items() if not known]
-    return (
-        f"The command cannot say all of the {_listed(missing)} of this run, which came from Python or a file: complete it."
-        if missing
-        else ""
-    )
-
-
 def _used_names(failures: Sequence[Failed], names: Sequence[str]) -> dict[str, str]:
     return {str(each): names[each] for each in sorted({c for f in failures for c in (f.label, f.predicted)})}
 
 
 def _embedded(data: Any) -> Markup:
-    """JSON for a script element: nothing in it can end the element or begin a comment."""
+    """JSON for a script element, escaped so that no text can end the element or begin a comment."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 
 
-def _percent(interval: Interval) -> str:
-    if not has_interval(interval):
-        return "–"  # noqa: RUF001
-    return f"{100 * interval.estimate:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-
-
-def _mean(interval: Interval) -> str:
-    if not has_interval(interval):
-        return "–"  # noqa: RUF001
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def _p(value: float) -> str:
-    return "–" if not math.isfinite(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"  # noqa: RUF001
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _known(interval: Interval, write: Callable[[Interval], str]) -> str:
+    return write(interval) if has_interval(interval) else _UNKNOWN

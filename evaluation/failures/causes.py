@@ -1,4 +1,4 @@
-"""Where the causing regions of a failure lie, and where as many random regions of the same image would."""
+"""Where the causing regions of a failure lie, compared with as many random regions of the same image."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class CausePlace:
-    """Where a cause lies. "By chance" are probabilities over random sets of as many regions of the same image.
+    """Where a cause lies. What is "by chance" is a probability over random sets of as many regions of the same image.
 
     Attributes:
         regions: number of causing regions.
         border_share: share of the cause's area in regions that touch the border of the image.
-        border_by_chance: probability that most of the area touches it.
+        border_by_chance: probability that most of the area lies in such regions.
         cells: bool [64], cells of the 8x8 grid, row by row, of which the cause covers at least half.
         cells_by_chance: float64 [64]; NaN for cells without a pixel.
         background: whether less than half of the cause's area lies on the object; None without a mask.
-        background_by_chance: likewise.
+        background_by_chance: the probability of that; None without a mask.
     """
 
     regions: int
@@ -43,12 +43,12 @@ class CausePlace:
 
 
 def cause_place(regions: Regions, cause: Sequence[int], object_share: Sequence[float] | None, seed: int) -> CausePlace:
-    """The place of a cause.
+    """Find out where a cause lies.
 
     Args:
         regions: of the image.
         cause: ids of the causing regions, at least one.
-        object_share: of each region, the share of its pixels on the object; None without a mask.
+        object_share: for each region, the share of its pixels that lies on the object; None without a mask.
         seed: of the random sets.
     """
     labels, area, count = regions.labels.numpy(), regions.area.numpy(), regions.count
@@ -62,7 +62,7 @@ def cause_place(regions: Regions, cause: Sequence[int], object_share: Sequence[f
     touches = np.zeros(count)
     touches[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] = 1
     cover = _covers(labels, count)
-    by_chance = (1 + (draws @ cover >= 0.5 - _ROUNDING).sum(axis=0)) / (1 + _DRAWS)  # never 0, which no test could be made with
+    by_chance = (1 + (draws @ cover >= 0.5 - _ROUNDING).sum(axis=0)) / (1 + _DRAWS)  # never 0, which no test can work with
     on_object = None if object_share is None else np.asarray(object_share)
     return CausePlace(
         regions=len(cause),
@@ -92,7 +92,7 @@ def _span(values: np.ndarray, noun: str) -> str:
 
 
 def _covers(labels: np.ndarray, count: int) -> np.ndarray:
-    """float64 [R, 64], share of each cell's pixels in each region; zeros for cells without a pixel, as small images have."""
+    """The share of each cell's pixels in each region: float64 [R, 64]; zeros for cells without a pixel, as small images have."""
     height, width = labels.shape
     rows, columns = np.arange(height) * CELLS // height, np.arange(width) * CELLS // width
     cells = rows[:, None] * CELLS + columns

@@ -1,4 +1,4 @@
-"""Causes that look alike to the model: features of the causing regions alone, clustered, and whether the clusters are real."""
+"""Causes that look alike to the model: the features of causing regions are clustered, and the clusters are tested."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from attribution.errors import UserError
 from attribution.fills import picture_of_fill
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import MOST_CLUSTERS
+from evaluation.study.run import batches
 
 _TOGETHER = 64  # images in memory at once
-_AXES = 50  # principal axes kept: what lies beyond is noise, and the simulation pays for every one
+_AXES = 50  # principal axes kept: what lies beyond is noise, and each axis makes the simulation slower
 _STARTS = 4  # of each run of k-means, on the data and in the simulation alike
 _SIMULATIONS = 199
 _JUDGED = 2000  # samples from which the silhouette is estimated where there are more
 
 
 def cause_features(results: FailureResults, failures: Sequence[Failed]) -> np.ndarray:
-    """The classifier's features of each image with only its causing regions shown: float64 [N, D].
+    """Compute the classifier's features of each image with only its causing regions shown: float64 [N, D].
 
     Raises:
         UserError: a classifier without features, or features that are not finite.
     """
     classifier = results.classifier
     found = []
-    for start in range(0, len(failures), _TOGETHER):
-        shown = [classifier.inputs(_only_cause(results, failed)) for failed in failures[start : start + _TOGETHER]]
+    for some in batches(failures, _TOGETHER):
+        shown = [classifier.inputs(_only_cause(results, failed)) for failed in some]
         found.append(classifier.features(torch.cat(shown)).detach().double().cpu().numpy())
     features = np.concatenate(found)
     if not np.isfinite(features).all():
@@ -38,7 +39,7 @@ def cause_features(results: FailureResults, failures: Sequence[Failed]) -> np.nd
 
 
 def coordinates(features: np.ndarray) -> np.ndarray:
-    """Standardised features along their leading principal axes, float64 [N, at most 50]: distances are kept, noise is dropped."""
+    """Project standardised features on their leading principal axes, float64 [N, at most 50]; up to 50 axes all distances stay."""
     spread = features.std(axis=0)
     varied = spread > 1e-5 * np.abs(features).max(initial=0)
     standard = (features[:, varied] - features[:, varied].mean(axis=0)) / spread[varied]
@@ -50,12 +51,12 @@ def coordinates(features: np.ndarray) -> np.ndarray:
 
 
 def cluster_numbers(points: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """The cluster of each point by k-means, the largest cluster first: int64 [N].
+    """Number the cluster of each point by k-means, 0 for the largest cluster: int64 [N].
 
     Args:
         points: float64 [N, D].
-        count: number of clusters, at most the number of different points; None for the one of the best mean silhouette (Rousseeuw,
-            1987) between 2 and 8.
+        count: number of clusters, lowered to the number of different points where it is larger; None for the number between 2 and 8
+            with the best mean silhouette (Rousseeuw, 1987).
         seed: of k-means.
     """
     different = len(np.unique(points.round(6), axis=0))
@@ -72,12 +73,12 @@ def cluster_numbers(points: np.ndarray, count: int | None, seed: int) -> np.ndar
 
 
 def tightness_test(points: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Whether each cluster is tighter than k-means makes them where there are none: p, float64 [K].
+    """Test whether each cluster is tighter than those that k-means finds in points without clusters: p, float64 [K].
 
     K-means makes tight groups of any points, so that members are always closer to each other than random sets of points are. As in
     SigClust (Liu et al., "Statistical significance of clustering for high-dimension, low-sample size data", JASA 2008), clusters are
     therefore compared with those that the same k-means finds in draws of one Gaussian with the variances of the points. The
-    statistic is the mean squared distance to the centre of the cluster over that to the centre of all.
+    statistic is the mean squared distance of the members to their centre, divided by that of all points to the centre of all.
 
     Returns:
         p = (1 + draws that hold a cluster of at least as many members that is at least as tight) / (1 + draws); NaN for single
@@ -101,7 +102,7 @@ def tightness_test(points: np.ndarray, numbers: np.ndarray, seed: int) -> np.nda
 
 
 def medoid_of(points: np.ndarray) -> int:
-    """The point with the least sum of distances to the others."""
+    """The index of the point with the least sum of distances to the others."""
     from scipy.spatial.distance import cdist
 
     return int(cdist(points, points).sum(axis=1).argmin())
@@ -129,7 +130,7 @@ def _silhouette(points: np.ndarray, labels: np.ndarray, seed: int) -> float:
 
 
 def _spreads(points: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Members of each cluster, and their mean squared distance to its centre over that of all points to theirs."""
+    """The size of each cluster, and the statistic of ``tightness_test``."""
     total = float(((points - points.mean(axis=0)) ** 2).sum(axis=1).mean())
     members = [points[numbers == number] for number in range(int(numbers.max()) + 1)]
     spreads = [float(((each - each.mean(axis=0)) ** 2).sum(axis=1).mean()) / total if total > 0 else np.nan for each in members]

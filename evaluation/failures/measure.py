@@ -1,12 +1,12 @@
-"""The failures of a data set: every prediction and every explanation is kept the moment it is known, so that a run can continue."""
+"""Predict the images of a data set, and explain those that the model gets wrong."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,58 @@ from attribution.errors import NotMisclassified, UserError
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.image import limit_size
 from attribution.model.classifier import Classifier
-from attribution.provenance import digest_of
+from attribution.provenance import pixels_digest
 from attribution.regions import Regions
-from evaluation.data.dataset import ImageDataset, Sample
+from evaluation.data.dataset import Sample
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
 from evaluation.metrics.protocol import Protocol
-from evaluation.study.attempts import Broken, attempted
-from evaluation.study.identity import identity_of, sample_seed
+from evaluation.study.attempts import Broken, attempted, together
+from evaluation.study.identity import identity_of, record_key, sample_seed
 from evaluation.study.opening import named_data, named_model
-from evaluation.study.records import RecordLog, open_log
+from evaluation.study.records import Record
+from evaluation.study.run import Run, Unit, batches, problems
 
-Progress = Callable[[int, int, str], None]
 TOGETHER = 64  # images predicted in one batch
+_EXPLAINED = "explanation"  # the only part of an image's unit
 
 
-def run_failures(settings: FailureSettings, out: str | Path, progress: Progress | None = None) -> FailureResults:
-    """Predict all samples, explain those that the model gets wrong, keep what is new, and return everything.
-
-    Args:
-        settings: what is explained, and how.
-        out: folder of ``records.jsonl`` and ``explanations``; one process at a time.
-        progress: called with (images done, all of them, what is done now): first those predicted, then those explained.
+def measure_failures(run: Run[FailureSettings]) -> FailureResults:
+    """Predict all images, and explain the first of those that the model gets wrong.
 
     Raises:
-        UserError: settings that cannot be run, no labels, no image that can be read, or a full disk. Samples that fail are
-            returned instead, and tried again by the next run.
+        UserError: no labels, or no image that can be predicted; in reading, no prediction that was asked for.
     """
-    with open_log(Path(out) / "records.jsonl") as log:
-        return _Run(settings, Path(out), log, progress).run()
+    images = _Images(run)
+    dataset, label, group = images.dataset, images.label, images.group
+    chosen = dataset.choose(run.settings.samples, run.settings.seed, labels_only=True)
+    predicted = images.predictions(chosen)
+    if not predicted:
+        raise images.nothing(len(chosen))
+    wrong = [index for index, found in predicted.items() if found != label(index)]
+    failures, right = images.failures(wrong[: run.settings.most or None])
+    wrong = [index for index in wrong if index not in right]
+    looked_at, wrong_of = (Counter(group(index) for index in each) for each in (predicted, wrong))
+    return FailureResults(
+        settings=run.settings,
+        classifier=images.classifier,
+        dataset=dataset,
+        looked_at=len(predicted),
+        right=len(predicted) - len(wrong),
+        by_class=dict(sorted(Counter(map(label, predicted)).items())),
+        by_group={name: (looked_at[name], wrong_of[name]) for name in sorted(each for each in looked_at if each is not None)},
+        failures=tuple(failures),
+        broken=tuple(images.broken()),
+        out=run.out,
+        confusions=dict(sorted(Counter((label(index), predicted[index]) for index in wrong).items())),
+    )
 
 
 def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation:
-    """The explanation of one sample as ``run_failures`` finds it, without writing anything.
+    """Explain one image as ``run_failures`` does, without writing anything.
 
     Raises:
-        UserError: no such sample, one without a label, or one that the model gets right.
+        UserError: no such image, one without a label, or one that the model gets right.
     """
     classifier = named_model(settings)
     dataset = named_data(settings, classifier.class_names)
@@ -81,138 +97,114 @@ def _explained(settings: FailureSettings, classifier: Classifier, sample: Sample
     )
 
 
-@dataclass(eq=False)
-class _Run:
-    settings: FailureSettings
-    out: Path
-    log: RecordLog
-    progress: Progress | None
-    broken: dict[str, str] = field(default_factory=dict)
+class _Images:
+    """The images of a data set under one model."""
 
-    def run(self) -> FailureResults:
-        settings, dataset = self.settings, self.dataset
-        chosen = dataset.choose(settings.samples, settings.seed, labels_only=True)
-        predicted = self._predictions(chosen)
-        if not predicted:
-            sample, reason = next(iter(self.broken.items()))
-            raise UserError(f"none of {len(chosen)} images could be predicted, such as {sample}: {reason}")
-        wrong = [index for index, found in predicted.items() if found != dataset.labels[index]]
-        failures: list[Failed] = []
-        for index in wrong[: settings.most]:
-            self._report(len(failures), len(wrong[: settings.most]), dataset.ids[index])
-            try:
-                failures.append(self._failed(index))
-            except Broken as error:
-                self.broken[dataset.ids[index]] = str(error)
-            except NotMisclassified:  # two classes so close that the other images of its batch decided between them
-                predicted[index] = self._label(index)
-        wrong = [index for index in wrong if predicted[index] != self._label(index)]
-        self._report(len(wrong[: settings.most]), len(wrong[: settings.most]), "done")
-        looked_at = Counter(self._group(index) for index in predicted)
-        wrong_of = Counter(self._group(index) for index in wrong)
-        return FailureResults(
-            settings=settings,
-            classifier=self.classifier,
-            dataset=dataset,
-            looked_at=len(predicted),
-            right=len(predicted) - len(wrong),
-            by_class=dict(sorted(Counter(self._label(index) for index in predicted).items())),
-            by_group={group: (looked_at[group], wrong_of[group]) for group in sorted(g for g in looked_at if g is not None)},
-            failures=tuple(failures),
-            broken=tuple(self.broken.items()),
-            out=self.out,
-            confusions=dict(sorted(Counter((self._label(index), predicted[index]) for index in wrong).items())),
-        )
+    def __init__(self, run: Run[FailureSettings]) -> None:
+        self.run, self.settings = run, run.settings
+        self.classifier = named_model(run.settings)
+        self.dataset = named_data(run.settings, self.classifier.class_names)
+        self.identity = identity_of(self.classifier)
+        fill = Protocol(fill=run.settings.fill).settings()["fill"]
+        self.ways = [fill, *(run.settings.plain()[name] for name in ("regions", "region_options", "search", "pending"))]
+        self.pixels: dict[int, str] = {}  # digests, known from the predictions on
 
-    @cached_property
-    def classifier(self) -> Classifier:
-        return named_model(self.settings)
-
-    @cached_property
-    def dataset(self) -> ImageDataset:
-        return named_data(self.settings, self.classifier.class_names)
-
-    @cached_property
-    def identity(self) -> list[Any]:
-        """What every prediction depends on beside the image."""
-        return [identity_of(self.classifier, self.classifier.name), self.settings.data, self.settings.split]
-
-    @cached_property
-    def way(self) -> list[Any]:
-        """What every explanation depends on beside that."""
-        settings = self.settings
-        fill = Protocol(fill=settings.fill).settings()["fill"]
-        return [fill, settings.regions, settings.plain()["region_options"], settings.search, settings.pending]
-
-    def _predictions(self, chosen: Sequence[int]) -> dict[int, int]:
+    def predictions(self, chosen: Sequence[int]) -> dict[int, int]:
         """The predicted class of every image that can be read, in the order given."""
-        found: dict[int, int] = {}
-        for start in range(0, len(chosen), TOGETHER):
-            batch = chosen[start : start + TOGETHER]
-            # a batch is predicted whole or not at all: other batches would change the last digits of what a resumed run writes
-            if any(self._prediction_key(index) not in self.log for index in batch):
-                self._predict(self._read(batch))
-            for index in batch:
-                if self._prediction_key(index) in self.log:
-                    found[index] = self.log.records[self._prediction_key(index)]["predicted"]
-            self._report(start + len(batch), len(chosen), "predictions")
-        return found
+        found = self.run.stage(batches(chosen, TOGETHER), self._batch, lambda batch: f"{len(batch)} predictions")
+        return {index: record["predicted"] for records in found.values() for index, record in records.items()}
 
-    def _read(self, batch: Sequence[int]) -> list[tuple[int, Tensor]]:
-        found = []
+    def failures(self, wrong: Sequence[int]) -> tuple[list[Failed], set[int]]:
+        """The failures explained, and the images that the model gets right when they are not in a batch."""
+        found = self.run.stage(wrong, self._failure, lambda index: self.dataset.ids[index])
+        records = {index: record for index, parts in found.items() for record in parts.values()}
+        failures = []
+        for index, record in records.items():
+            if "found" in record:
+                try:
+                    failures.append(attempted(partial(self._failed, index, record["found"])))
+                except Broken as error:
+                    self.run.fail(index, None, str(error))
+        return failures, {index for index, record in records.items() if "found" not in record}
+
+    def broken(self) -> Iterator[tuple[str, str]]:
+        """(sample, reason) of what failed."""
+        return problems(self.run, lambda index: self.dataset.ids[index])
+
+    def nothing(self, count: int) -> UserError:
+        """The error of a run without a prediction."""
+        if self.run.reading:
+            return UserError(
+                f"{self.run.log.path} holds no prediction that is asked for: expected the model and the data of an earlier run"
+            )
+        sample, reason = next(self.broken())
+        return UserError(f"none of {count} images could be predicted, such as {sample}: {reason}")
+
+    def label(self, index: int) -> int:
+        label = self.dataset.labels[index]
+        assert label is not None
+        return int(label)
+
+    def group(self, index: int) -> str | None:
+        return None if self.dataset.groups is None else self.dataset.groups[index]
+
+    def _batch(self, batch: tuple[int, ...]) -> Unit:
+        """A batch of images: predicted whole, since other batches would change the last digits of what a resumed run writes."""
+        keys: dict[int, str] = {}
+        inputs: dict[int, Tensor] = {}
+        unread: dict[int, Broken] = {}
         for index in batch:
             try:
-                found.append((index, attempted(partial(self._inputs, index))))
+                image = attempted(partial(self._image, index))
+                self.pixels[index] = pixels_digest(image)
+                keys[index] = self._key(index)
+                if keys[index] not in self.run.log:
+                    inputs[index] = attempted(partial(self._inputs, image))
             except Broken as error:
-                self.broken[self.dataset.ids[index]] = str(error)
-        return found
+                keys[index], unread[index] = f"unread {index}", error  # under this key there is never a record
 
-    def _inputs(self, index: int) -> Tensor:
-        """Model inputs of the image as large as the searches see it: the prediction of a shrunk image may differ."""
-        return self.classifier.inputs(limit_size(self.dataset[index].image))
+        def predicted(indices: Sequence[int]) -> list[Record]:
+            stacked = torch.cat([inputs[index] if index in inputs else self._inputs(self._image(index)) for index in indices])
+            most = self.classifier.probabilities(stacked).cpu().max(dim=1)
+            found = zip(indices, most.indices.tolist(), most.values.tolist(), strict=True)
+            return [{"sample": self.dataset.ids[index], "predicted": first, "confidence": p} for index, first, p in found]
 
-    def _predict(self, read: Sequence[tuple[int, Tensor]]) -> None:
-        if not read:
-            return
-        inputs = torch.cat([each for _, each in read])
-        try:
-            probabilities = attempted(lambda: self.classifier.probabilities(inputs).cpu())
-        except Broken as error:
-            if len(read) == 1:
-                self.broken[self.dataset.ids[read[0][0]]] = str(error)
+        def measure(missing: Sequence[int]) -> Iterator[tuple[int, Record | Broken]]:
+            yield from unread.items()
+            if set(missing) - set(unread):
+                yield from together([index for index in batch if index not in unread], predicted)
+
+        return Unit(keys, measure)
+
+    def _failure(self, index: int) -> Unit:
+        """A misclassified image."""
+        sample, key, path = self.dataset.ids[index], self._explanation_key(index), self._path(index)
+        known = self.run.log.records.get(key)
+        files = {_EXPLAINED: path} if known is None or "found" in known else {}
+
+        def measure(_: Sequence[str]) -> Iterator[tuple[str, Record]]:
+            record: Record = {"sample": sample, "label": self.label(index)}
+            try:
+                failure = _explained(self.settings, self.classifier, self.dataset[index])
+            except NotMisclassified:  # two classes so close that the other images of its batch decided between them
+                files.clear()
+                yield _EXPLAINED, {**record, "right": True}
             else:
-                for each in read:  # one image may spoil its batch
-                    self._predict([each])
-            return
-        for (index, _), row in zip(read, probabilities, strict=True):
-            key = self._prediction_key(index)
-            if key not in self.log:
-                first = int(row.argmax())
-                self.log.append(key, {"sample": self.dataset.ids[index], "predicted": first, "confidence": float(row[first])})
+                failure.truth.save(path)
+                yield _EXPLAINED, {**record, "found": failure.plain()}
 
-    def _failed(self, index: int) -> Failed:
-        """A misclassified sample, explained now or before."""
-        dataset, settings = self.dataset, self.settings
-        sample, label = dataset.ids[index], self._label(index)
-        key = digest_of([*self.identity, sample, label, *self.way, sample_seed(settings.seed, sample)])
-        path = self.out / "explanations" / f"{key}.npz"
-        if key not in self.log or not path.exists():
-            failure = attempted(lambda: _explained(settings, self.classifier, dataset[index]))
-            failure.truth.save(path)
-            self.log.append(key, {"sample": sample, "label": label, "found": failure.plain()})
-        found = self.log.records[key]["found"]
-        failed = Failed(sample, index, label, found["predicted"], self._group(index), found, path)
-        return failed if dataset.read_mask is None else self._on_object(failed)
+        return Unit({_EXPLAINED: key}, measure, files)
 
-    def _on_object(self, failed: Failed) -> Failed:
-        """With what the sample's mask says about the causing regions; read anew, since masks may be added later."""
-        mask = attempted(lambda: self.dataset[failed.index]).mask
+    def _failed(self, index: int, found: dict[str, Any]) -> Failed:
+        """A failure, with what its mask says about the causing regions; masks are read anew, since they may be added later."""
+        sample, label = self.dataset.ids[index], self.label(index)
+        failed = Failed(sample, index, label, found["predicted"], self.group(index), found, self._path(index))
+        mask = None if self.dataset.read_mask is None else self.dataset[index].mask
         if mask is None or not mask.any():
             return failed
-        regions = failed.explanation().regions
+        regions, cause = failed.explanation().regions, found["cause"]
         assert regions is not None
         shares = object_shares(mask, regions)
-        cause = failed.found["cause"]
         on_mask = None
         if cause is not None:
             area = regions.area[cause["regions"]]
@@ -220,26 +212,35 @@ class _Run:
         chance = float((regions.area * shares).sum())
         return replace(failed, on_mask=on_mask, chance_on_mask=chance, object_share=tuple(shares.tolist()))
 
-    def _prediction_key(self, index: int) -> str:
-        return digest_of([*self.identity, self.dataset.ids[index]])
+    def _explanation_key(self, index: int) -> str:
+        return self._key(index, self.label(index), *self.ways, sample_seed(self.settings.seed, self.dataset.ids[index]))
 
-    def _label(self, index: int) -> int:
-        label = self.dataset.labels[index]
-        assert label is not None
-        return int(label)
+    def _path(self, index: int) -> Path:
+        return self.run.file("explanations", self._explanation_key(index))
 
-    def _group(self, index: int) -> str | None:
-        return None if self.dataset.groups is None else self.dataset.groups[index]
+    def _key(self, index: int, *further: Any) -> str:
+        return record_key(self.identity, self.pixels[index], self.dataset.ids[index], *further)
 
-    def _report(self, done: int, total: int, what: str) -> None:
-        if self.progress is not None:
-            self.progress(done, total, what)
+    def _image(self, index: int) -> Tensor:
+        return self.dataset[index].image
+
+    def _inputs(self, image: Tensor) -> Tensor:
+        """Model inputs of the image as large as the searches see it: the prediction of a shrunk image may differ."""
+        return self.classifier.inputs(limit_size(image))
 
 
 def object_shares(mask: Tensor, regions: Regions) -> Tensor:
-    """Share of each region's pixels on the object: float64 [R] of a mask bool [H, W], resized to the regions' size."""
-    if mask.shape != regions.labels.shape:
-        mask = F.interpolate(mask[None, None].float(), size=tuple(regions.labels.shape), mode="nearest-exact")[0, 0] > 0.5
+    """The share of each region's pixels that lies on the object.
+
+    Args:
+        mask: bool [H, W], True on the object; resized to the regions' size where it has another one.
+        regions: of the image.
+
+    Returns:
+        float64 [R].
+    """
     labels = regions.labels
+    if mask.shape != labels.shape:
+        mask = F.interpolate(mask[None, None].float(), size=tuple(labels.shape), mode="nearest-exact")[0, 0] > 0.5
     inside = torch.bincount(labels[mask], minlength=regions.count).double()
     return inside / torch.bincount(labels.flatten(), minlength=regions.count)

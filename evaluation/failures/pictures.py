@@ -27,7 +27,10 @@ _LOSSLESS = 64  # images up to this side are stored without loss
 
 
 def failure_pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The photo and the signed map of the tile, and what the script draws from; nothing where the stored explanation is gone."""
+    """Draw the photo and the signed map of the tile, and gather what the script of the page draws from.
+
+    Where the stored explanation is gone there are no pictures, and the script gets no regions.
+    """
     try:
         explanation = failed.explanation()
     except UserError:  # moved or removed since
@@ -39,7 +42,7 @@ def failure_pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict
     drawn = {
         "width": shown.width,
         "height": shown.height,
-        "image": None if max(photo.size) <= THUMBNAIL else _uri(shown, lossless),  # None: that of the tile
+        "image": None if max(photo.size) <= THUMBNAIL else _uri(shown, lossless),  # None: the script takes the photo of the tile
         "labels": base64.b64encode(zlib.compress(_nearest(labels, shown.size).astype("<u2").tobytes(), 9)).decode("ascii"),
         "fill": _fill(picture_of_fill(explanation.image, settings.fill, summary.results.classifier), lossless),
         "heat": {name: rounded(_heat(explanation, failed.found, name)) for name in ("truth", "mistake")},
@@ -48,7 +51,7 @@ def failure_pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict
 
 
 def _heat(explanation: Explanation, found: Any, towards: str) -> list[float]:
-    """float [R] by region id: ``Explanation.to_pixels("gain")`` towards the true class or towards the predicted one."""
+    """The value of ``Explanation.to_pixels("gain")`` by region id, towards "truth" or "mistake": float [R]."""
     whose, prefix = ("true", "") if towards == "truth" else ("predicted", "mistake_")
     order = torch.tensor(found[f"{towards}_order"])
     one_pixel_each = replace(
@@ -63,7 +66,7 @@ def _heat(explanation: Explanation, found: Any, towards: str) -> list[float]:
 
 
 def _signed(photo: Image.Image, values: np.ndarray) -> Image.Image:
-    """float [H, W] in [-1, 1] over the gray photo: the mistake's causes in orange, the truth's support in blue."""
+    """Draw values float [H, W] in [-1, 1] over the gray photo: causes of the mistake in orange, support of the truth in blue."""
     gray = 0.25 + 0.75 * np.asarray(photo.convert("L"), dtype=float) / 255
     colours = np.where(values[..., None] > 0, _rgb(TRUTH), _rgb(MISTAKE))
     alpha = 0.8 * np.abs(values)[..., None]
@@ -105,7 +108,7 @@ def _uri(image: Image.Image, lossless: bool) -> str:
 
 
 def _fill(fill: torch.Tensor, lossless: bool) -> str:
-    """A colour "#rrggbb" where the fill is one, else its picture."""
+    """The fill as "#rrggbb" where it is one colour, else as a picture."""
     image = _image(fill)
     colours = image.getcolors(1)
     if colours is None:

@@ -1,4 +1,4 @@
-"""Failures with a known cause: a patch of another image, pasted where it flips the prediction; do explanations find it?"""
+"""Failures with a known cause: a patch of another image flips the prediction, and explanations are judged by whether they find it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from attribution.baselines.attribute import attribute
+from attribution.checks import check_whole, is_number
 from attribution.errors import NotApplicable, UserError
 from attribution.failure import FailureExplanation, explain_failure
 from attribution.model.classifier import Classifier
-from evaluation.data.dataset import ImageDataset
+from evaluation.data.dataset import ImageDataset, Sample
 from evaluation.metrics.localization import energy_pointing_game, pointing_game
 
 OURS = ("causing regions", "first region of the mistake", "map towards the mistake")
@@ -23,12 +24,12 @@ GRADIENT_METHODS = ("saliency", "input_x_gradient", "integrated_gradients", "smo
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """An image that a patch makes a failure of.
+    """An image that a pasted patch makes the model get wrong.
 
     Attributes:
         sample: id of the image.
         image: float32 [3, H, W] with the patch.
-        label, predicted: class of the image, and what the model makes of it with the patch.
+        label, predicted: class of the image, and the class that the model predicts with the patch: that of the donor.
         mask: bool [H, W], the patch.
         donor: id of the image that the patch is from.
     """
@@ -44,7 +45,7 @@ class Planted:
 def plant_failures(
     classifier: Classifier, dataset: ImageDataset, count: int, *, side: float = 1 / 3, tries: int = 30, seed: int = 0
 ) -> Iterator[Planted]:
-    """Images that the model gets right and a pasted patch makes it get wrong, as the class of the patch's image.
+    """Find images that the model gets right, and patches that make it predict the class of the image that they are from.
 
     Args:
         classifier: of the images.
@@ -53,44 +54,48 @@ def plant_failures(
         side: of the patch, as a share of the image's short side.
         tries: patches and places tried for one image.
         seed: of the images, patches and places.
+
+    Raises:
+        UserError: a number out of range, or images without labels.
     """
-    if count < 1 or not 0 < side < 1 or tries < 1:
-        raise UserError(f"count={count}, side={side}, tries={tries}: expected at least 1, a share below 1, at least 1")
+    check_whole("count", count, 1)
+    check_whole("tries", tries, 1)
+    if not is_number(side) or not 0 < side < 1:
+        raise UserError(f"side is {side!r}: expected a number between 0 and 1, both excluded")
     generator = np.random.default_rng(seed)
     order = dataset.choose(None, seed, labels_only=True)
-    donors = list(order[::-1])
     made = 0
     for index in order:
         if made == count:
             return
         sample = dataset[index]
-        assert sample.label is not None
         if int(classifier.probabilities(classifier.inputs(sample.image))[0].argmax()) != sample.label:
             continue
-        height, width = sample.image.shape[1:]
-        size = max(1, round(side * min(height, width)))
-        patched, places, given = [], [], []
-        for _ in range(tries):
-            donor = dataset[donors[int(generator.integers(len(donors)))]]
-            if donor.label == sample.label or donor.image.shape != sample.image.shape:
-                continue
-            y, x, v, u = (int(generator.integers(limit - size + 1)) for limit in (height, width, height, width))
-            image = sample.image.clone()
-            image[:, y : y + size, x : x + size] = donor.image[:, v : v + size, u : u + size]
-            patched.append(image)
-            places.append((y, x))
-            given.append(donor)
+        donors = (dataset[order[-1 - int(generator.integers(len(order)))]] for _ in range(tries))
+        patched = [_patched(sample, donor, side, generator) for donor in donors if _fits(sample, donor)]
         if not patched:
             continue
-        found = classifier.probabilities(torch.cat([classifier.inputs(image) for image in patched])).argmax(dim=1).tolist()
-        flipped = [n for n, predicted in enumerate(found) if predicted == given[n].label]
+        found = classifier.probabilities(torch.cat([classifier.inputs(each.image) for each in patched])).argmax(dim=1).tolist()
+        flipped = [each for each, predicted in zip(patched, found, strict=True) if predicted == each.predicted]
         if flipped:
-            first = flipped[0]
-            y, x = places[first]
-            mask = torch.zeros(height, width, dtype=torch.bool)
-            mask[y : y + size, x : x + size] = True
             made += 1
-            yield Planted(sample.id, patched[first], sample.label, found[first], mask, given[first].id)
+            yield flipped[0]
+
+
+def _fits(sample: Sample, donor: Sample) -> bool:
+    return donor.label != sample.label and donor.image.shape == sample.image.shape
+
+
+def _patched(sample: Sample, donor: Sample, side: float, generator: np.random.Generator) -> Planted:
+    """The image with a square of the donor, both at random places."""
+    assert sample.label is not None and donor.label is not None
+    height, width = sample.image.shape[1:]
+    size = max(1, round(side * min(height, width)))
+    y, x, v, u = (int(generator.integers(limit - size + 1)) for limit in (height, width, height, width))
+    image, mask = sample.image.clone(), torch.zeros(height, width, dtype=torch.bool)
+    image[:, y : y + size, x : x + size] = donor.image[:, v : v + size, u : u + size]
+    mask[y : y + size, x : x + size] = True
+    return Planted(sample.id, image, sample.label, donor.label, mask, donor.id)
 
 
 def judge_planted(
@@ -100,11 +105,10 @@ def judge_planted(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **failure_options: Any,
 ) -> dict[str, tuple[float, float]]:
-    """(share of the positive energy inside the patch, whether the highest value lies in it) of our maps and of baselines.
+    """Judge maps by whether they find the patch, with ``energy_pointing_game`` and ``pointing_game``.
 
-    Every map is judged by ``energy_pointing_game`` and ``pointing_game`` against the patch. Ours: the regions whose removal makes the
-    model right (1 there, 0 elsewhere, the first of them 2), the first region of the order towards the mistake, and the heatmap of
-    that order. Baselines explain the predicted, wrong class.
+    Our maps are three: the regions whose removal makes the model right (2 in the first of them, 1 in the others, 0 elsewhere), the
+    first region of the order towards the mistake, and the heatmap of that order. Baselines explain the predicted, wrong class.
 
     Args:
         classifier: of the images.
@@ -114,7 +118,8 @@ def judge_planted(
         failure_options: of ``explain_failure``.
 
     Returns:
-        by name; a method that the model does not allow is left out.
+        By name: the share of the map's positive energy inside the patch, and whether its highest value lies inside (1 or 0). A method
+        that is not defined for the model is left out.
     """
     found: dict[str, tuple[float, float]] = {}
     failure = explain_failure(planted.image, classifier, planted.label, **failure_options)
@@ -146,5 +151,5 @@ def _judged(values: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def chance(planted: Planted) -> float:
-    """Share of the image that the patch covers: what a map that knows nothing has of its energy inside."""
+    """The share of the image that the patch covers: the energy that a uniform map has inside."""
     return float(planted.mask.float().mean())

@@ -1,4 +1,4 @@
-"""What is known of the misclassified samples of a data set."""
+"""What is known of the misclassified images of a data set."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from evaluation.failures.settings import FailureSettings
 
 @dataclass(frozen=True, eq=False)
 class Failed:
-    """One misclassified sample, explained.
+    """A misclassified image and its explanation.
 
     Attributes:
         sample, index: id and place in the data set.
         label, predicted: class indices.
         group: of the data list, or None.
-        found: ``FailureExplanation.plain()``: orders, curves, repairs, highest confidence, text.
+        found: ``FailureExplanation.plain()``: orders, curves, smallest sets, highest probabilities, text.
         truth: file of the ``Explanation`` of the true class, with image and regions.
-        on_mask, chance_on_mask: share of the causing regions' area on the object, and of the image; None without a mask.
-        object_share: of each region, the share of its pixels on the object; None without a mask.
+        on_mask: share of the causing regions' area that lies on the object; None without a mask or a cause.
+        chance_on_mask: share of the image's area that lies on the object; None without a mask.
+        object_share: for each region, the share of its pixels that lies on the object; None without a mask.
     """
 
     sample: str
@@ -42,6 +43,11 @@ class Failed:
         """The stored explanation of the true class."""
         return Explanation.load(self.truth)
 
+    @property
+    def is_repaired(self) -> bool:
+        """Whether hiding some regions, or showing only some, makes the model right."""
+        return self.found["cause"] is not None or self.found["sufficient"] is not None
+
 
 @dataclass(frozen=True, eq=False)
 class FailureResults:
@@ -49,14 +55,14 @@ class FailureResults:
 
     Attributes:
         settings: as given.
-        classifier, dataset: the model and the samples.
-        looked_at, right: images that the model saw, and those that it gets right.
+        classifier, dataset: the model and the images.
+        looked_at, right: number of images that the model predicted, and of those that it got right.
         by_class: images looked at by label.
         by_group: (images looked at, wrong) by group, where the data have groups.
-        failures: explained, in the order of the samples.
+        failures: the misclassified images that were explained, in the order drawn.
         broken: (sample, reason) of what could not be read or explained.
         out: folder.
-        confusions: images by (label, predicted) among all that were looked at, explained or not.
+        confusions: number of images by (label, predicted) among all that were looked at, explained or not.
     """
 
     settings: FailureSettings

@@ -1,59 +1,43 @@
-"""What the failures of a data set have in common: pairs, causes, clusters, suspected labels, shortcuts, groups."""
+"""What the failures of a data set have in common: pairs of classes, clusters, suspected labels, shortcuts, groups."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage, stats
 
 from attribution.errors import UserError
 from attribution.failure import AREAS
-from attribution.provenance import versions
 from evaluation.failures.causes import CELLS, CausePlace, cause_place, cell_words
 from evaluation.failures.clusters import cause_features, cluster_numbers, coordinates, medoid_of, tightness_test
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.statistics.comparisons import holm
 from evaluation.statistics.intervals import Interval, bootstrap_interval, share_interval
 from evaluation.study.identity import sample_seed
-from evaluation.study.tables import csv_number, csv_text, plain_values
 
 SIGNIFICANCE = 0.05
 _FEW = 2  # regions
-_LEAST_CLUSTERED = 3  # failures with a cause
-_LEAST_SHORTCUT = 5  # failures that one must cause
-_LEAST_PAIRS = 3  # of classes that one appearance must mislead between
+_LEAST_CLUSTERED = 3  # failures with a cause that clusters need
+_LEAST_SHORTCUT = 5  # failures that a shortcut must cause
+_LEAST_PAIRS = 3  # pairs of classes that one appearance must confuse
 _SHUFFLES = 1999
-_FAILURE_COLUMNS = (
-    *("model", "sample", "group", "label", "predicted", "probability_true", "probability_predicted"),
-    *("cause_regions", "cause_area", "cause_true", "cause_predicted"),
-    *("sufficient_regions", "sufficient_area", "sufficient_true", "sufficient_predicted"),
-    *(f"highest_{limit:g}" for limit in AREAS),
-    *("border_share", "on_object", "on_object_by_chance", "cluster", "suspected_label", "explanation", "text"),
-)
-_PAIR_COLUMNS = (
-    *("model", "label", "predicted", "images", "share_of_label", "explained", "repaired"),
-    *("cause_area", "cause_area_low", "cause_area_high", "sufficient_area", "sufficient_area_low", "sufficient_area_high"),
-)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One confusion: images of a label that are taken for another class.
+    """One confusion: images of a label that the model takes for another class.
 
     Attributes:
         label, predicted: class indices.
         count: explained failures of the pair.
         share: of the label's images that were looked at, those taken for the other class, explained or not; NaN where not known.
-        repaired: of count, those that hiding or keeping some regions makes right.
-        cause_area: mean share of the image of the smallest removal that makes the model right, over failures that have one.
-        sufficient_area: likewise of the smallest set that makes the model right on its own.
+        repaired: of count, those that hiding or showing some regions makes right.
+        cause_area: mean share of the image that the smallest removal hides, over failures that have one.
+        sufficient_area: mean share of the image that the smallest sufficient set shows, over failures that have one.
         seen: all images of the pair that were looked at, explained or not; pairs are ranked by it.
     """
 
@@ -72,12 +56,11 @@ class Cluster:
     """Failures whose causing regions look alike to the model.
 
     Attributes:
-        number: 0, 1 ... from the largest.
+        number: 0, 1, 2 and so on from the largest.
         members: sample ids, nearest to the centre first.
         medoid: the member with the least sum of distances to the others.
         top_pair: (label, predicted), the most frequent among the members.
-        tightness_p: of ``tightness_test``, whether it is tighter than k-means makes clusters where there are none, adjusted by Holm
-            over the clusters; NaN where it cannot be tested.
+        tightness_p: p of ``tightness_test``, adjusted by Holm over the clusters; NaN where it cannot be tested.
     """
 
     number: int
@@ -89,7 +72,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A sample that may be wrongly labelled: the model is sure, and no set of regions shows it the label.
+    """An image that may be wrongly labelled: the model is sure of its prediction, and no set of regions makes it say the label.
 
     Attributes:
         sample: id.
@@ -107,10 +90,10 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Something that the model may rely on where it should not.
+    """Something that the model may rely on although it says nothing about the class.
 
     Attributes:
-        kind: "area", the same place of the image, or "appearance", causes that look alike in different pairs of classes.
+        kind: "area", causes at the same place of many images; or "appearance", causes that look alike in different pairs of classes.
         text: one sentence with the numbers.
         samples: ids of the failures that it causes.
         p: of the test, adjusted by Holm.
@@ -124,15 +107,15 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One group of the data list against all others.
+    """One group of the data list, compared with all other images.
 
     Attributes:
         group: its name.
-        images, wrong: looked at, and misclassified.
+        images, wrong: number of images looked at, and of those misclassified.
         error_rate: wrong / images, with Wilson's interval.
-        cause_area: mean share of the image of the smallest removal, over its explained failures that have one.
-        p_error: of its error rate against the rest, adjusted by Holm over the groups.
-        p_area: likewise of its cause area; NaN where there is nothing to compare.
+        cause_area: mean share of the image that the smallest removal hides, over its explained failures that have one.
+        p_error: of Fisher's exact test of its error rate, adjusted by Holm over the groups.
+        p_area: of the permutation test of its cause area, adjusted likewise; NaN where there is nothing to compare.
     """
 
     group: str
@@ -150,20 +133,22 @@ class FailureSummary:
 
     Attributes:
         results: what was explained.
-        pairs: of which a failure was explained, most frequent first.
+        pairs: those with an explained failure, most frequent first.
         clusters: largest first; empty where fewer than three failures have a cause, or the model has no features.
         cluster_of: number of the cluster by sample; -1 for none.
         suspected: most confident first.
         shortcuts: least p first.
         groups: of the data list, highest error rate first; empty without groups.
-        highest: mean highest probability of the true class among the first regions that cover at most this share of the image.
-        shares: of the explained failures: those "repaired" by hiding or keeping some regions; those whose smallest removal takes
-            "few regions" (at most two), has most of its area in regions at the "border" of the image, or most of it off the object
-            ("background", of the failures with a mask). A failure that no removal repairs counts as none of these.
-        by_chance: "border" and "background" if the causing regions were as many random ones of the same image.
-        fill_right: share of the explained failures whose true class the model sees in the fill alone: what is sufficient then says
+        highest: by share of the image: mean over failures of the highest probability of the true class that the first regions reach
+            while they cover at most this share.
+        shares: shares of the explained failures. "repaired": hiding or showing some regions makes the model right. "few regions": the
+            smallest removal takes at most two regions. "border": most of its area lies in regions at the border of the image.
+            "background": most of its area lies off the object, among failures with a mask. A failure without a removal counts as
+            none of the last three.
+        by_chance: "border" and "background" for as many random regions of the same images.
+        fill_right: share of the explained failures where the fill alone is the true class to the model: their sufficient sets say
             little.
-        border_share: by sample, share of the cause's area in regions at the border.
+        border_share: by sample, share of the cause's area that lies in regions at the border.
         unclustered: why there are no clusters, or "".
     """
 
@@ -183,7 +168,7 @@ class FailureSummary:
 
 
 def summarise_failures(results: FailureResults) -> FailureSummary:
-    """What the failures of ``run_failures`` have in common; intervals, tests and clusters draw with the seed of the settings."""
+    """Sum up what the failures of ``run_failures`` have in common; intervals, tests and clusters draw with the seed of the settings."""
     places = {failed.sample: _place(results, failed) for failed in results.failures if failed.found["cause"] is not None}
     clusters, unclustered = _clusters(results)
     found = [*_areas(results, places), *_appearances(results, clusters)]
@@ -199,7 +184,7 @@ def summarise_failures(results: FailureResults) -> FailureSummary:
         suspected=_suspected(results),
         shortcuts=tuple(sorted(found, key=lambda shortcut: shortcut.p)),
         groups=_groups(results),
-        highest={limit: _interval(results, [_highest(failed, limit) for failed in results.failures]) for limit in AREAS},
+        highest={limit: _interval(results, [highest_within(failed, limit) for failed in results.failures]) for limit in AREAS},
         shares=shares,
         by_chance=by_chance,
         fill_right=share_interval(fill_right),
@@ -209,18 +194,19 @@ def summarise_failures(results: FailureResults) -> FailureSummary:
 
 
 def repair_area(failed: Failed, kind: str) -> float:
-    """Share of the image of the smallest "cause" or "sufficient" set; NaN where none was found."""
+    """The share of the image that the smallest "cause" or "sufficient" set covers; NaN where none was found."""
     found = failed.found[kind]
     return math.nan if found is None else float(found["area"])
 
 
-def _interval(results: FailureResults, values: Sequence[float]) -> Interval:
-    return bootstrap_interval(values, seed=results.settings.seed)
-
-
-def _highest(failed: Failed, limit: float) -> float:
+def highest_within(failed: Failed, limit: float) -> float:
+    """The highest probability of the true class among the first regions that cover at most this share of the image; NaN without any."""
     value = failed.found["highest_confidence"].get(f"{limit:g}")
     return math.nan if value is None else float(value)
+
+
+def _interval(results: FailureResults, values: Sequence[float]) -> Interval:
+    return bootstrap_interval(values, seed=results.settings.seed)
 
 
 def _place(results: FailureResults, failed: Failed) -> CausePlace:
@@ -237,7 +223,7 @@ def _pairs(results: FailureResults) -> tuple[Pair, ...]:
     for (label, predicted), members in by_pair.items():
         seen = max(len(members), results.confusions.get((label, predicted), 0))
         images = results.by_class.get(label, 0)
-        repaired = sum(failed.found["cause"] is not None or failed.found["sufficient"] is not None for failed in members)
+        repaired = sum(failed.is_repaired for failed in members)
         areas = [_interval(results, [repair_area(failed, kind) for failed in members]) for kind in ("cause", "sufficient")]
         share = seen / images if images else math.nan
         made.append(Pair(label, predicted, len(members), share, repaired, areas[0], areas[1], seen))
@@ -248,9 +234,8 @@ def _shares(results: FailureResults, places: Mapping[str, CausePlace]) -> tuple[
     """Observed shares and those by chance."""
     failures = results.failures
     found = [places.get(failed.sample) for failed in failures]
-    repaired = [failed.found["cause"] is not None or failed.found["sufficient"] is not None for failed in failures]
     shares = {
-        "repaired": share_interval(repaired),
+        "repaired": share_interval([failed.is_repaired for failed in failures]),
         "few regions": share_interval([place is not None and place.regions <= _FEW for place in found]),
         "border": share_interval([place is not None and place.at_border for place in found]),
     }
@@ -290,8 +275,7 @@ def _suspected(results: FailureResults) -> tuple[Suspect, ...]:
     names, made = results.classifier.class_names, []
     for failed in results.failures:
         confidence = float(failed.found["probability_predicted"])
-        hopeless = failed.found["cause"] is None and failed.found["sufficient"] is None
-        if hopeless and confidence >= results.settings.min_confidence:
+        if not failed.is_repaired and confidence >= results.settings.min_confidence:
             best = failed.found["highest_confidence"].get("1")
             shown = "" if best is None else f" (at most {best:.2f})"
             reason = (
@@ -303,7 +287,10 @@ def _suspected(results: FailureResults) -> tuple[Suspect, ...]:
 
 
 def _areas(results: FailureResults, places: Mapping[str, CausePlace]) -> list[Shortcut]:
-    """Places of the image that cause more failures than random regions would: neighbouring cells together, the strongest counts."""
+    """Find places of the image that cause more failures than random regions would.
+
+    Neighbouring cells of the grid with a significant count are one place; the numbers are those of its most significant cell.
+    """
     if not places:
         return []
     hit = np.array([place.cells for place in places.values()])
@@ -326,12 +313,12 @@ def _areas(results: FailureResults, places: Mapping[str, CausePlace]) -> list[Sh
 
 
 def _binomial(count: int, total: int, probability: float) -> float:
-    """One-sided. The images' probabilities differ; at their mean the tail above it is never too small (Hoeffding, 1956)."""
+    """One-sided p. Every image has a probability of its own; with their mean the p is never too small (Hoeffding, 1956)."""
     return float(stats.binomtest(int(count), total, float(probability), alternative="greater").pvalue)
 
 
 def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[Shortcut]:
-    """Tight clusters of causes that mislead the model in at least three different pairs of classes."""
+    """Find tight clusters of causes that confuse at least three different pairs of classes."""
     names = results.classifier.class_names
     pair_of = {failed.sample: (failed.label, failed.predicted) for failed in results.failures}
     made = []
@@ -349,7 +336,7 @@ def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[S
 
 
 def _groups(results: FailureResults) -> tuple[GroupRow, ...]:
-    """Every group against all others."""
+    """Compare every group with all other images."""
     groups = results.by_group
     areas = {group: [repair_area(failed, "cause") for failed in results.failures if failed.group == group] for group in groups}
     images, wrong = (sum(row[part] for row in groups.values()) for part in (0, 1))
@@ -359,7 +346,7 @@ def _groups(results: FailureResults) -> tuple[GroupRow, ...]:
         table = [[own_wrong, own - own_wrong], [wrong - own_wrong, images - own - (wrong - own_wrong)]]
         p_error.append(float(stats.fisher_exact(table).pvalue) if own < images else math.nan)
         p_area.append(_shuffle_test(areas[group], rest, results.settings.seed))
-    if len(groups) != 2:  # with two groups, both rows are one and the same test
+    if len(groups) != 2:  # two groups make one test, which both rows show
         p_error, p_area = list(holm(p_error)), list(holm(p_area))
     rows = [
         GroupRow(
@@ -388,91 +375,3 @@ def _shuffle_test(first: Sequence[float], second: Sequence[float], seed: int) ->
         shuffled = generator.permutation(pooled)
         extreme += abs(shuffled[: len(a)].mean() - shuffled[len(a) :].mean()) >= observed - 1e-12
     return (1 + int(extreme)) / (1 + _SHUFFLES)
-
-
-def failures_csv(summary: FailureSummary) -> str:
-    """One row a failure: what the model says, both smallest sets, the highest confidences, where the cause lies, its cluster."""
-    results, names = summary.results, summary.results.classifier.class_names
-    suspected = {suspect.sample for suspect in summary.suspected}
-    rows: list[list[Any]] = []
-    for failed in results.failures:
-        found = failed.found
-        row: list[Any] = [results.classifier.name, failed.sample, failed.group or "", names[failed.label], names[failed.predicted]]
-        row += [csv_number(found["probability_true"]), csv_number(found["probability_predicted"])]
-        for kind in ("cause", "sufficient"):
-            each = found[kind]
-            row += [""] * 4 if each is None else [len(each["regions"]), *(csv_number(each[name]) for name in ("area", "true", "predicted"))]
-        row += [csv_number(_highest(failed, limit)) for limit in AREAS]
-        row += [csv_number(summary.border_share.get(failed.sample)), csv_number(failed.on_mask), csv_number(failed.chance_on_mask)]
-        cluster = summary.cluster_of[failed.sample]
-        row += ["" if cluster < 0 else cluster, "yes" if failed.sample in suspected else "", _relative(results, failed.truth)]
-        rows.append([*row, found["text"]])
-    return csv_text(_FAILURE_COLUMNS, rows)
-
-
-def pairs_csv(summary: FailureSummary) -> str:
-    """One row a pair of classes."""
-    results, names = summary.results, summary.results.classifier.class_names
-    rows: list[list[Any]] = []
-    for pair in summary.pairs:
-        areas = [csv_number(getattr(i, end)) for i in (pair.cause_area, pair.sufficient_area) for end in ("estimate", "low", "high")]
-        row = [
-            results.classifier.name,
-            names[pair.label],
-            names[pair.predicted],
-            pair.seen,
-            csv_number(pair.share),
-            pair.count,
-            pair.repaired,
-        ]
-        rows.append([*row, *areas])
-    return csv_text(_PAIR_COLUMNS, rows)
-
-
-def plain_summary(summary: FailureSummary) -> dict[str, Any]:
-    """failures.json: settings, versions, everything summed up, and each failure without its curves (records.jsonl holds these)."""
-    results, names = summary.results, summary.results.classifier.class_names
-    left_out = ("curves", "truth_order", "mistake_order", "truth_area", "mistake_area", "causes", "true", "predicted")
-    return {
-        "settings": results.settings.plain(),
-        "versions": versions(),
-        "model": {
-            "name": results.classifier.name,
-            "weights_digest": results.classifier.weights_digest,
-            "precision": results.classifier.precision,
-        },
-        "looked_at": results.looked_at,
-        "right": results.right,
-        "explained": len(results.failures),
-        "confusions": [{"label": names[a], "predicted": names[b], "images": n} for (a, b), n in results.confusions.items()],
-        "pairs": [plain_values({**vars(pair), "label": names[pair.label], "predicted": names[pair.predicted]}) for pair in summary.pairs],
-        "shares": plain_values(summary.shares),
-        "shares_by_chance": plain_values(summary.by_chance),
-        "true_class_in_fill": plain_values(summary.fill_right),
-        "highest_confidence": {f"{limit:g}": plain_values(interval) for limit, interval in summary.highest.items()},
-        "clusters": [plain_values({**vars(c), "top_pair": [names[index] for index in c.top_pair]}) for c in summary.clusters],
-        "unclustered": summary.unclustered,
-        "suspected": [plain_values({**vars(s), "label": names[s.label], "predicted": names[s.predicted]}) for s in summary.suspected],
-        "shortcuts": [plain_values(vars(shortcut)) for shortcut in summary.shortcuts],
-        "groups": [plain_values(vars(row)) for row in summary.groups],
-        "failures": [
-            {
-                "sample": failed.sample,
-                "group": failed.group,
-                "label": names[failed.label],
-                "predicted": names[failed.predicted],
-                **{name: value for name, value in failed.found.items() if name not in left_out},
-                "border_share": plain_values(summary.border_share.get(failed.sample)),
-                "on_object": failed.on_mask,
-                "on_object_by_chance": failed.chance_on_mask,
-                "cluster": summary.cluster_of[failed.sample],
-                "explanation": _relative(results, failed.truth),
-            }
-            for failed in results.failures
-        ],
-        "broken": [{"sample": sample, "reason": reason} for sample, reason in results.broken],
-    }
-
-
-def _relative(results: FailureResults, path: Path) -> str:
-    return Path(os.path.relpath(path, results.out)).as_posix()

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 import attribution as at
 from attribution.failure import explain_failure
 from evaluation.data.dataset import ImageDataset
-from evaluation.failures.atlas import command, write_atlas
+from evaluation.failures.atlas import write_atlas
 from evaluation.failures.pictures import MISTAKE, TRUTH, _heat, _nearest, _signed
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
+from evaluation.failures.study import FAILURES
 from evaluation.failures.summary import Cluster, FailureSummary, GroupRow, Pair, Shortcut, Suspect
 from evaluation.statistics.intervals import Interval
-from vision_attribution.debug import debug
+from vision_attribution.one_failure import ONLY
+from vision_attribution.studies import study_command
 
 HOSTILE = "<script>alert(1)</script></script><!--&amp;\"'`${x}ü☃"
 NAMES = (f"red {HOSTILE}", "green", "blue")
@@ -264,24 +266,42 @@ def test_a_stored_explanation_that_is_gone_leaves_its_words(tmp_path: Path) -> N
     assert sample["labels"] is None and sample["text"] and len(page.named("li", "tile")) == 5
 
 
+def command_of(summary: FailureSummary, folder: Path) -> str:
+    """The command that the page shows for the first failure."""
+    return str(json.loads(Parsed(write_atlas(summary, folder)).data)["samples"][0]["command"])
+
+
 @pytest.mark.parametrize("sample", IDS)
-def test_the_command_names_the_sample(sample: str) -> None:
+def test_the_command_names_the_sample(summary: FailureSummary, tmp_path: Path, sample: str) -> None:
     settings = FailureSettings(
-        data="my photos/list.csv", model="zoo:vit", fill="blur", region_options={"count": 64}, seed=7, samples=50, clusters=3
-    )
-    words = [part for word in shlex.split(command(settings, "zoo:vit", sample)) for part in word.split("=", 1) if part]
+        data="my photos/list.csv", model="zoo:vit", fill="blur", region_options={"count": 64}, seed=7, samples=50, most=3, clusters=3,
+        min_confidence=0.5, device="cpu", batch_size=8, workers=2,
+    )  # fmt: skip
+    first = replace(summary.results.failures[0], sample=sample, truth=Path("gone.npz"))
+    shown = replace(summary, results=replace(summary.results, settings=settings, failures=(first,)), clusters=(), cluster_of={})
+    words = [part for word in shlex.split(command_of(shown, tmp_path)) for part in word.split("=", 1) if part]
     assert words[:2] == ["attribution", "debug"]
     given = dict(zip(words[2::2], words[3::2], strict=True))
-    assert {option[2:].replace("-", "_") for option in given} <= set(inspect.signature(debug).parameters)
+    assert {option[2:].replace("-", "_") for option in given} <= set(inspect.signature(study_command(FAILURES, [ONLY])).parameters)
     assert given == {
         "--data": "my photos/list.csv", "--model": "zoo:vit", "--seed": "7", "--fill": "blur", "--region-count": "64", "--only": sample
     }  # fmt: skip
+    assert "cannot say" not in Parsed(tmp_path / "atlas.html").text
 
 
 def test_what_a_command_cannot_say_is_said(atlas: Path, summary: FailureSummary) -> None:
     assert "The command cannot say all of the model of this run" in Parsed(atlas).text
-    assert shlex.split(json.loads(Parsed(atlas).data)["samples"][1]["command"])[-1] == IDS[1]
-    assert "--model colours" in command(summary.results.settings, "colours", "x")
+    samples = json.loads(Parsed(atlas).data)["samples"]
+    assert shlex.split(samples[1]["command"])[-1] == IDS[1] and "--model colours" in samples[0]["command"]
+
+
+@pytest.mark.parametrize("fill", [(0.5, 0.25, 0.75), np.zeros((SIDE, SIDE, 3), dtype=np.uint8)])
+def test_objects_of_python_are_left_out_of_the_command(summary: FailureSummary, tmp_path: Path, fill: Any) -> None:
+    settings = FailureSettings(data="photos", fill=fill, regions="grid", region_options={"count": 9, "rows": 3})
+    first = replace(summary.results.failures[0], truth=Path("gone.npz"))
+    shown = replace(summary, results=replace(summary.results, settings=settings, failures=(first,)), clusters=(), cluster_of={})
+    assert command_of(shown, tmp_path) == f"attribution debug --data photos --regions grid --region-count 9 --only {shlex.quote(IDS[0])}"
+    assert "cannot say all of the fill and region options of this run" in Parsed(tmp_path / "atlas.html").text
 
 
 # In a browser.

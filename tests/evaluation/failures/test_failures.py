@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ from evaluation.failures import clusters
 from evaluation.failures import measure as runner
 from evaluation.failures.causes import cause_place, cell_words
 from evaluation.failures.clusters import cluster_numbers, coordinates, medoid_of, tightness_test
-from evaluation.failures.measure import explain_sample, object_shares, run_failures
+from evaluation.failures.measure import explain_sample, object_shares
 from evaluation.failures.report import print_failures, write_failures
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
-from evaluation.failures.summary import FailureSummary, failures_csv, pairs_csv, plain_summary, summarise_failures
+from evaluation.failures.study import FAILURES, run_failures
+from evaluation.failures.summary import FailureSummary, summarise_failures
+from evaluation.failures.tables import failures_csv, pairs_csv, plain_summary
 from evaluation.statistics.comparisons import holm
 from evaluation.statistics.intervals import bootstrap_interval, share_interval
 from evaluation.study.identity import sample_seed
-from evaluation.study.records import read_log
+from evaluation.study.records import RecordLog, read_log
+from evaluation.study.run import held
 
 NAMES = ("cat", "dog", "ship")
 SIDE = 8
@@ -168,6 +172,116 @@ def test_a_run_resumes_and_ends_with_the_same_files(
     assert len(other.failures) == 1, "what changes no explanation makes none anew"
 
 
+WRITTEN = ("failures.csv", "pairs.csv", "failures.json", "atlas.html")
+
+
+def written(chosen: FailureSettings, out: Path) -> dict[str, bytes]:
+    """The files of a run that is finished now."""
+    write_failures(summarise_failures(run_failures(chosen, out)), out)
+    return {name: (out / name).read_bytes() for name in WRITTEN}
+
+
+@contextmanager
+def counted_images(classifier: at.Classifier) -> Iterator[list[int]]:
+    """The number of images in each forward pass."""
+    passes: list[int] = []
+    handle = classifier.module.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))  # type: ignore[union-attr]
+    yield passes
+    handle.remove()
+
+
+def test_a_run_killed_at_any_record_ends_with_the_same_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "TOGETHER", 3)
+    chosen = settings(folder, samples=5)
+    whole = written(chosen, tmp_path / "whole")
+    total = len(read_log(tmp_path / "whole" / "records.jsonl"))
+    assert total > 7
+    append = RecordLog.append
+    for kept in range(total):
+        left = kept
+
+        def killed(self: RecordLog, *arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            append(self, *arguments)
+
+        out = tmp_path / f"cut {kept}"
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordLog, "append", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_failures(chosen, out)
+        assert len(read_log(out / "records.jsonl")) == kept
+        assert written(chosen, out) == whole
+        assert (out / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+
+
+def test_what_is_unchanged_is_not_measured_again(folder: Path, tmp_path: Path) -> None:
+    classifier = linear()
+    with counted_images(classifier) as passes:
+        first = run_failures(settings(folder, model=classifier), tmp_path)
+        assert sum(passes) > 18
+        passes.clear()
+        again = run_failures(settings(folder, model=classifier), tmp_path)
+        assert passes == []
+        kept = held(FAILURES, settings(folder, model=classifier), tmp_path)
+        assert passes == []
+    assert [f.found for f in again.failures] == [f.found for f in kept.failures] == [f.found for f in first.failures]
+
+
+def test_replaced_images_are_measured_again(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data")
+    classifier = linear()
+    before = run_failures(settings(data, model=classifier), tmp_path / "out")
+    victim = before.failures[0].sample
+    Image.fromarray(np.random.default_rng(7).integers(0, 250, (SIDE, SIDE, 3), dtype=np.uint8)).save(data / victim)
+    with counted_images(classifier) as passes:
+        one = run_failures(settings(data, model=classifier), tmp_path / "out")
+    assert passes[0] == 18, "its batch, whole"
+    assert all(f.found == b.found for f in one.failures for b in before.failures if f.sample == b.sample != victim)
+    assert victim not in {f.sample for f in one.failures} or by_path(one, victim).found != before.failures[0].found  # type: ignore[union-attr]
+    for path in sorted(data.rglob("*.png")):
+        with Image.open(path) as picture:
+            turned = np.asarray(picture)[::-1, :, ::-1].copy()
+        Image.fromarray(turned).save(path)
+    all_new = written(settings(data), tmp_path / "out")
+    assert all_new == written(settings(data), tmp_path / "fresh")
+    assert not {f.truth.name for f in before.failures} & {f.truth.name for f in run_failures(settings(data), tmp_path / "fresh").failures}
+
+
+@pytest.mark.parametrize("changed", ["weights", "version"])
+def test_another_model_or_version_is_measured_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    run_failures(settings(folder), tmp_path / "out")
+    other = linear(seed=1 if changed == "weights" else 0)
+    if changed == "version":
+        monkeypatch.setattr("evaluation.study.identity.__version__", "0.0.0")
+    with counted_images(other) as passes:
+        run_failures(settings(folder, model=other), tmp_path / "out")
+    assert 18 in passes and sum(passes) > 18 + 100
+    found = read_log(tmp_path / "out" / "records.jsonl")
+    fresh = run_failures(settings(folder, model=other), tmp_path / "fresh")
+    assert len(fresh.failures) and read_log(tmp_path / "fresh" / "records.jsonl").items() <= found.items()
+
+
+def test_what_is_held_must_be_there(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(at.UserError, match="cannot be read"):
+        held(FAILURES, settings(folder), tmp_path / "nowhere")
+    run_failures(settings(folder, samples=3), tmp_path)
+    with pytest.raises(at.UserError, match="holds no prediction that is asked for"):
+        held(FAILURES, settings(folder, model=linear(seed=5)), tmp_path)
+    assert held(FAILURES, settings(folder), tmp_path).looked_at == 3
+
+
+@pytest.mark.slow
+def test_workers_change_no_number(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "animals", count=40, side=32, names=("cat", "dog"))
+    chosen = {"data": str(data), "model": "zoo:cnn", "regions": "grid", "region_options": {"count": 4}, "most": 5, "device": "cpu"}
+    whole = written(FailureSettings.make(chosen), tmp_path / "one")
+    assert written(FailureSettings.make({**chosen, "workers": 2}), tmp_path / "two") == whole
+    assert not list((tmp_path / "two").glob("records-*.jsonl"))
+
+
 def test_other_settings_or_labels_are_other_explanations(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "list.csv"
     paths = [f"{folder}/{name}/{index}.png" for name in NAMES for index in range(2)]
@@ -299,13 +413,15 @@ def test_searches_that_draw_get_the_seed_of_the_sample(folder: Path, tmp_path: P
         ({"search": "best"}, "search is 'best': expected one of"),
         ({"samples": 0}, "samples is 0"),
         ({"most": True}, "most is True"),
+        ({"most": -1}, "most is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": None}, "seed is None"),
         ({"pending": 0}, "pending is 0"),
         ({"clusters": 0}, "clusters is 0"),
-        ({"min_confidence": 1.5}, "min_confidence is 1.5: expected a probability"),
+        ({"min_confidence": 1.5}, "min_confidence is 1.5: expected a number from 0 to 1"),
         ({"region_options": {"cells": 3}}, "region_options cells are unknown: slico takes"),
-        ({"region_options": 9}, "region_options are 9"),
+        ({"region_options": 9}, "region_options is int: expected names with values"),
+        ({"region_options": {"count": 1}}, "region_options count is 1: expected a whole number of at least 2"),
         ({"fill": "linear"}, "fill is 'linear'"),
         ({"fill": "purple haze"}, "unknown fill 'purple haze'"),
         ({"colour": 1}, "unknown settings colour"),
@@ -316,6 +432,13 @@ def test_settings_that_do_not_fit(values: dict[str, object], message: str) -> No
         FailureSettings.make({"data": "photos", **values})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_most_of_0_explains_all(folder: Path, results: FailureResults, tmp_path: Path) -> None:
+    few = run_failures(settings(folder, most=0), tmp_path)
+    assert [f.sample for f in few.failures] == [f.sample for f in results.failures]
+    none = run_failures(settings(folder, most=None), tmp_path)
+    assert [f.sample for f in none.failures] == [f.sample for f in results.failures]
 
 
 def test_settings_without_data() -> None:
@@ -726,7 +849,7 @@ def test_the_command(run_command: Run, animals: Path, tmp_path: Path) -> None:
     arguments = ("debug", "--data", animals, "--model", "zoo:cnn", "--regions", "grid", "--region-count", 4, "--most", 2, "--out", tmp_path)
     code, out, err = run_command(*arguments)
     assert code == 0, err
-    assert "classes confused" in out and f"atlas: {tmp_path / 'atlas.html'}" in out
+    assert "classes confused" in out and f"report: {tmp_path / 'atlas.html'}" in out
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"records.jsonl", "explanations", "failures.csv", "pairs.csv", "failures.json", "atlas.html"}
     plain = json.loads((tmp_path / "failures.json").read_text(encoding="utf-8"))
@@ -743,6 +866,13 @@ def test_the_command(run_command: Run, animals: Path, tmp_path: Path) -> None:
     assert f"figure: {figure}" in out
     with Image.open(figure) as picture:
         assert min(picture.size) > 200 and np.asarray(picture.convert("L")).std() > 5
+    file = tmp_path / "study.toml"
+    file.write_text(f'data = "{animals}"\nregions = "grid"\nregion_options = {{ count = 4 }}\n', encoding="utf-8")
+    code, out, err = run_command("debug", file, "--only", failed["sample"], "--out", tmp_path)
+    assert code == 0 and f"{failed['sample']}: {failed['text']}" in out, err
+    code, out, err = run_command("debug", file, "--no-measure", "--most", 2, "--out", tmp_path)
+    assert code == 0 and "classes confused" in out, err
+    assert json.loads((tmp_path / "failures.json").read_text(encoding="utf-8"))["failures"] == plain["failures"]
 
 
 def test_the_command_says_what_failed(run_command: Run, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -753,8 +883,8 @@ def test_the_command_says_what_failed(run_command: Run, animals: Path, tmp_path:
     (data / "cat" / "1.png").write_bytes(b"no image")
     arguments = ("debug", "--data", data, "--regions", "grid", "--region-count", 4, "--most", 1, "--out", tmp_path / "out")
     code, out, err = run_command(*arguments)
-    assert code == 2 and "1 image failed, such as cat/1.png" in err and len(err.strip().splitlines()) == 1
-    assert "atlas:" in out, "the others count"
+    assert code == 2 and "1 measurement failed, such as cat/1.png" in err and len(err.strip().splitlines()) == 1
+    assert "report:" in out, "the others count"
 
     def stopped(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -807,3 +937,7 @@ def test_an_image_that_is_right_alone_but_wrong_in_its_batch_counts_as_right(fol
     assert near.sample not in {failed.sample for failed in found.failures} and not found.broken
     assert found.right == plain.right + 1 and len(found.failures) == len(plain.failures) - 1
     assert found.confusions.get((near.label, near.predicted), 0) == plain.confusions[near.label, near.predicted] - 1
+    with counted_images(model) as forwarded:
+        again = run_failures(settings(folder, model=model), tmp_path / "near")
+    assert forwarded == [] and (again.right, again.confusions) == (found.right, found.confusions), "what is known is not asked again"
+    assert held(FAILURES, settings(folder, model=model), tmp_path / "near").right == found.right

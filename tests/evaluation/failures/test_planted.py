@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,15 @@ def test_the_patch_is_found_and_maps_are_judged_alike() -> None:
     assert found["saliency"][0] == pytest.approx(float(saliency[mask].sum() / saliency.sum()), abs=1e-5)
 
 
-def test_settings_that_do_not_fit() -> None:
-    for values in ({"count": 0}, {"count": 1, "side": 1.5}, {"count": 1, "tries": 0}):
-        with pytest.raises(at.UserError, match="expected at least 1, a share below 1"):
-            next(plant_failures(model(), dataset(), **values))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count is 0: expected a whole number of at least 1"),
+        ({"count": 1, "side": 1.5}, "side is 1.5: expected a number between 0 and 1"),
+        ({"count": 1, "side": 0}, "side is 0: expected a number between 0 and 1"),
+        ({"count": 1, "tries": 0}, "tries is 0: expected a whole number of at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        next(plant_failures(model(), dataset(), **values))

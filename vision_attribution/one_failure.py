@@ -1,0 +1,30 @@
+"""``attribution debug --only``: one misclassified image, explained, printed and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from attribution.figures.failure import plot_failure
+from attribution.files import slug, whole_file
+from evaluation.failures.measure import explain_sample
+from evaluation.failures.settings import FailureSettings
+from vision_attribution.studies import extra
+
+ONLY = extra("only", str, "Explain this one sample instead, by its id, and print and draw what was found.", "--only")
+
+
+def one_failure(given: dict[str, Any], extras: dict[str, Any], out: Path) -> bool:
+    """Explain the sample of ``--only`` where it was given."""
+    sample = extras["only"]
+    if sample is None:
+        return False
+    failure = explain_sample(FailureSettings.make(given, "the command"), sample)
+    figure = out / f"{slug(sample.removesuffix(Path(sample).suffix))}.png"
+    with whole_file(figure) as temporary:
+        plot_failure(failure).savefig(temporary, format="png")
+    typer.echo(f"{sample}: {failure.text}")
+    typer.echo(f"figure: {figure}")
+    return True
