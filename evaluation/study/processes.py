@@ -45,7 +45,7 @@ class Processes:
         if len(missing) < 2:
             return
         try:
-            pickle.dumps((run.study, run.settings))
+            pickle.dumps((run.study.measure, run.settings))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise UserError(f"these settings cannot be handed to other processes ({error}): give models by name, or workers = 1") from None
         context = multiprocessing.get_context("spawn")
@@ -53,7 +53,7 @@ class Processes:
         for place in missing:
             waiting.put(place)
         count = min(self.count, len(missing))
-        job = (run.study, run.settings, run.out, stage, waiting, done, count)
+        job = (run.study.measure, run.settings, run.out, stage, waiting, done, count)
         workers = [context.Process(target=_work, args=(*job, number)) for number in range(count)]
         try:
             for worker in workers:
@@ -118,14 +118,14 @@ def _unmeasured(unit: Unit | None) -> Unit | None:
     return None if unit is None else Unit(unit.parts, lambda missing: (), unit.files)
 
 
-def _work(study: Any, settings: Any, out: Path, stage: int, waiting: Any, counter: Any, count: int, number: int) -> None:
+def _work(measure: Any, settings: Any, out: Path, stage: int, waiting: Any, counter: Any, count: int, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count if hasattr(os, "sched_getaffinity") else 1))
     known = read_log(out / "records.jsonl")
     with open_log(out / shard_name(number)) as log:
         log.records.update(known)
-        share = _Share(study, settings, out, log, own_stage=stage, waiting=waiting, counter=counter)
+        share = _Share(None, settings, out, log, own_stage=stage, waiting=waiting, counter=counter)  # type: ignore[arg-type]
         try:
-            study.measure(share)
+            measure(share)
         except _StageEnds:
             return
