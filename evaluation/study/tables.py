@@ -16,6 +16,31 @@ def written(interval: Interval, write: Callable[[float], str]) -> str:
     return f"[{write(interval.low)}, {write(interval.high)}]"
 
 
+def estimated(interval: Interval, write: Callable[[float], str], unit: str = "") -> str:
+    """An estimate with the ends of its interval, such as "0.42 [0.30, 0.55]"; without the ends where there are none, and empty without an
+    estimate.
+    """
+    if not math.isfinite(interval.estimate):
+        return ""
+    ends = f" {written(interval, write)}" if math.isfinite(interval.low) and math.isfinite(interval.high) else ""
+    return f"{write(interval.estimate)}{unit}{ends}"
+
+
+def percent(interval: Interval) -> str:
+    """A share, such as "42 % [30, 55]"; see ``estimated``."""
+    return estimated(interval, lambda share: f"{100 * share:.0f}", " %")
+
+
+def mean(interval: Interval) -> str:
+    """A mean with two digits, such as "0.42 [0.30, 0.55]"; see ``estimated``."""
+    return estimated(interval, "{:.2f}".format)
+
+
+def p_value(p: float) -> str:
+    """A p value with three digits; empty where there is none."""
+    return "" if not math.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
