@@ -17,7 +17,7 @@ from attribution.errors import UserError
 from attribution.model.classifier import Classifier
 from evaluation.study.processes import executor_of
 from evaluation.study.run import Study, held, run
-from evaluation.study.settings import Setting, StudySettings, hints_of, option_name, settings_of
+from evaluation.study.settings import Setting, StudySettings, hints_of, option_name, read_values, settings_of
 from vision_attribution.progress import Bar
 
 Given = dict[str, Any]
@@ -32,7 +32,8 @@ def study_command(
     Args:
         study: what it runs.
         extras: parameters of the command beside the settings.
-        instead: does something else where it returns True; called with the settings that were given, the extras, and the folder.
+        instead: does something else where it returns True; called with the settings that were given, on the command line or in the
+            file, the extras, and the folder.
     """
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_config(extras))
     out = _parameter("out", Path, "Folder of records, tables, figures and the page.", ["--out", "-o"], Path("out") / study.name, show=True)
@@ -41,12 +42,12 @@ def study_command(
     parameters = [*extras, config, *options, out, measure]
 
     def command(**values: Any) -> None:
-        given = _given(study.settings, values)
+        path = values["config"]
+        given = {**({} if path is None else read_values(path)), **_given(study.settings, values)}
         further = {each.name: values[each.name] for each in extras}
         try:
             if instead is None or not instead(given, further, values["out"]):
-                path = values["config"]
-                settings = study.settings.make(given, "the command") if path is None else study.settings.read(path, given)
+                settings = study.settings.make(given, "the command" if path is None else str(path))
                 run_study(study, settings, values["out"], measure=values["measure"])
         except KeyboardInterrupt:
             typer.echo("interrupted: what was measured is kept, the same command continues", err=True)

@@ -11,7 +11,7 @@ import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -109,7 +109,8 @@ class StudySettings:
             raise UserError(f"{source} has unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
         if missing := [name for name in needed if name not in values]:
-            raise UserError(f"{source} names no {missing[0]}: give a recipe name, an image folder, or a list of paths and labels")
+            option = option_name(missing[0], known[missing[0]])
+            raise UserError(f"{source} names no {missing[0]} ({option}): give a recipe name, an image folder, or a list of paths and labels")
         return cls(**values)
 
     @classmethod
@@ -119,22 +120,27 @@ class StudySettings:
         Raises:
             UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
         """
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UserError(f"{path} cannot be read as TOML ({error})") from None
-        return cls.make({**table, **overrides}, str(path))
+        return cls.make({**read_values(path), **overrides}, str(path))
 
-    def command_line(self, command: str, **further: str) -> str:
-        """The command that repeats these settings; values given beside them are added as options."""
+    def command_line(self, command: str, without: Collection[str] = (), **further: str) -> str:
+        """The command that repeats these settings; what is among ``unsaid`` is left out, or said by its name.
+
+        Args:
+            command: its name.
+            without: fields that are left out.
+            further: options that are added, by name.
+        """
         given: list[tuple[str, Any]] = []
+        kinds = hints_of(type(self))
         for each in fields(self):
-            about, value = settings_of(type(self))[each.name], getattr(self, each.name)
-            given += [(option_name(each.name, about, key), value[key]) for key in about.keys if key in (value or {})]
-            usual = each.default if each.default_factory is MISSING else each.default_factory()
-            if about.option == "" or about.keys or value == usual:
+            about, value = settings_of(type(self))[each.name], _named(getattr(self, each.name))
+            if each.name in without or value is None:
                 continue
-            given.append((option_name(each.name, about), _spelled(value)))
+            given += [(option_name(each.name, about, key), value[key]) for key in about.keys if key in value]
+            usual = each.default if each.default_factory is MISSING else each.default_factory()
+            if about.option == "" or about.keys or not _can_be_said(value, kinds[each.name], about) or value == usual:
+                continue
+            given.append((option_name(each.name, about), ",".join(map(str, value)) if isinstance(value, tuple) else value))
         words = ["attribution", command]
         for option, value in [*given, *((f"--{name}", text) for name, text in further.items())]:
             if value is True:
@@ -143,6 +149,24 @@ class StudySettings:
                 text = str(value)
                 words += [f"{option}={text}"] if text.startswith("-") else [option, text]
         return shlex.join(words)
+
+    def unsaid(self) -> list[str]:
+        """The options that a command line cannot repeat in full, since they were given as objects of Python."""
+        kinds = hints_of(type(self))
+        options = [(name, about) for name, about in settings_of(type(self)).items() if about.option != "" or about.keys]
+        return [name for name, about in options if not _can_be_said(getattr(self, name), kinds[name], about)]
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} cannot be read as TOML ({error})") from None
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
@@ -228,7 +252,18 @@ def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
     return value
 
 
-def _spelled(value: Any) -> Any:
+def _named(value: Any) -> Any:
+    """Classifiers by their names."""
     if isinstance(value, tuple):
-        return ",".join(str(_spelled(each)) for each in value)
+        return tuple(_named(each) for each in value)
     return value.name if isinstance(value, Classifier) else value
+
+
+def _can_be_said(value: Any, kind: Any, about: Setting) -> bool:
+    """Whether an option can have this value."""
+    if isinstance(value, Mapping):
+        return set(value) <= set(about.keys)
+    inner = [each for each in typing.get_args(kind) if each is not type(None)]
+    is_list = tuple in (typing.get_origin(kind), typing.get_origin(inner[0]) if len(inner) == 1 else None)
+    values = value if is_list and isinstance(value, tuple) else [value]
+    return all(each is None or isinstance(each, str | int | float) for each in values)
