@@ -9,6 +9,7 @@ import typer
 
 from attribution import __version__
 from attribution.errors import UserError
+from evaluation.neurons.study import NEURONS
 from evaluation.pareto.study import PARETO
 from vision_attribution import benchmark, debug, explain, neurons
 from vision_attribution.studies import study_command
@@ -41,7 +42,7 @@ app.command()(benchmark.benchmark)
 
 app.command()(debug.debug)
 
-app.command()(neurons.neurons)
+app.command()(study_command(NEURONS, neurons.EXTRAS, neurons.follow_images))
 app.command()(study_command(PARETO))
 
 

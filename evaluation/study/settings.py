@@ -110,7 +110,9 @@ class StudySettings:
         needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
         if missing := [name for name in needed if name not in values]:
             option = option_name(missing[0], known[missing[0]])
-            raise UserError(f"{source} names no {missing[0]} ({option}): give a recipe name, an image folder, or a list of paths and labels")
+            raise UserError(
+                f"{source} names no {missing[0]} ({option}): give a recipe name, an image folder, or a list of paths and labels"
+            )
         return cls(**values)
 
     @classmethod
