@@ -31,6 +31,7 @@ FLOORS = [
     ["evaluation.grids"],
     ["evaluation.study"],
     ["evaluation.benchmark", "evaluation.failures", "evaluation.neurons", "evaluation.pareto"],
+    ["evaluation.studies"],
     ["evaluation"],
     ["vision_attribution"],
 ]

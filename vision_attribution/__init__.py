@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +12,11 @@ import typer
 
 from attribution import __version__
 from attribution.errors import UserError
-from evaluation.benchmark.study import BENCHMARK
 from evaluation.benchmark.terminal import print_names
-from evaluation.failures.study import FAILURES
-from evaluation.pareto.study import PARETO
+from evaluation.studies import STUDIES
 from vision_attribution import explain, neurons
 from vision_attribution.one_failure import ONLY, one_failure
-from vision_attribution.studies import console, extra, study_command
+from vision_attribution.studies import Instead, console, extra, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,23 +40,23 @@ def _root(
     """Explain, judge and debug image classifiers by submodular region selection."""
 
 
-_LIST = extra("list_names", bool, "Show methods, presets, metrics and protocols, and stop.", "--list", default=False)
-
-
 def _listed(_given: dict[str, Any], extras: dict[str, Any], _out: Path) -> bool:
     if extras["list_names"]:
         print_names(console())
     return bool(extras["list_names"])
 
 
+_LIST = extra("list_names", bool, "Show methods, presets, metrics and protocols, and stop.", "--list", default=False)
+# What the command of a study does beside the study: further parameters, and what they do instead.
+BESIDE: dict[str, tuple[Sequence[inspect.Parameter], Instead]] = {
+    "benchmark": ([_LIST], _listed),
+    "debug": ([ONLY], one_failure),
+    "neurons": (neurons.EXTRAS, neurons.follow_images),
+}
+
 app.command()(explain.explain)
-
-app.command()(study_command(BENCHMARK, [_LIST], _listed))
-
-app.command()(study_command(FAILURES, [ONLY], one_failure))
-
-app.command()(neurons.neurons)
-app.command()(study_command(PARETO))
+for study in STUDIES.values():
+    app.command()(study_command(study, *BESIDE.get(study.name, ())))
 
 
 def main() -> None:

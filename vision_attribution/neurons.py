@@ -1,19 +1,17 @@
-"""The command ``attribution neurons``: the neuron path behind a prediction, or what paths do on a whole data set."""
+"""``attribution neurons IMAGES``: the neuron path behind the prediction of single images. With --data it is a study."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,7 +20,6 @@ from attribution.errors import NotApplicable, UserError
 from attribution.files import slug, whole_file
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier, read_class_names
 from attribution.neurons import (
     Decoded,
     NeuronDecoder,
@@ -35,153 +32,63 @@ from attribution.neurons import (
     neuron_path,
     plot_path,
 )
-from vision_attribution.inputs import distinct_stems, find_images, model_with_names
-from vision_attribution.progress import Bar
+from evaluation.data.recipes import open_dataset
+from evaluation.neurons.settings import NeuronSettings
+from evaluation.neurons.summary import speaks_for
+from evaluation.study.opening import named_model
+from vision_attribution.inputs import distinct_stems, find_images
+from vision_attribution.studies import Given, console, extra
 
-_AMONG = 500  # images looked at for exemplars
-_SIGNIFICANT = 0.05
-
-
-def neurons(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Image files and folders of images. None, and no --data: the demo, a photo of a cat.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A vision transformer: zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file.")
-    ] = "zoo:vit",
-    target: Annotated[
-        str | None,
-        typer.Option("--target", "-t", help="Class name or index; with --data: label or predicted.", show_default=False),
-    ] = None,
-    mode: Annotated[
+_AMONG = 500  # images in which exemplars are looked for
+EXTRAS = (
+    extra("images", list[Path], "Image files and folders of images. None, and no --data: the demo, a photo of a cat."),
+    extra(
+        "mode",
         str,
-        typer.Option(
-            help="For IMAGES: reference, the published search; exact, which reranks by the true joint score; removal, the neurons "
-            "without which the class is least probable."
-        ),
-    ] = "reference",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the Riemann sums.")] = 20,
-    output: Annotated[str, typer.Option(help="What is differentiated: probability or logit.")] = "probability",
-    among: Annotated[
-        str | None,
-        typer.Option(
-            help="For IMAGES: a data set (recipe with --root, folder, list) in which to look for the images that excite the path's "
-            "neurons most.",
-            show_default=False,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            "-d",
-            help="Instead of IMAGES, a labelled data set (as for benchmark): paths of all images against baselines, classes, pruning.",
-            show_default=False,
-        ),
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="Where the data of a recipe lie.", show_default=False)] = None,
-    split: Annotated[str, typer.Option(help="Split of a recipe.")] = "test",
-    samples: Annotated[int, typer.Option("--samples", "-n", min=4, help="With --data: so many images, drawn by the seed.")] = 500,
-    paths: Annotated[
-        str | None,
-        typer.Option(
-            help="With --data: comma-separated neuron_path, neuron_path_removal, neuron_path_exact, influence_pattern, "
-            "layer_integrated_gradients, activation, random; the first is compared with the others. Default: all but the exact one.",
-            show_default=False,
-        ),
-    ] = None,
-    kept: Annotated[
-        str | None, typer.Option(help="With --data: comma-separated K of the pruning. Default: 1,5,20.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --data: of samples, halves and random paths.")] = 0,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm or torchvision model.", show_default=False)] = None,
-    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and the report.")] = Path("out/neurons"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="For IMAGES: find again what --out already holds.")] = False,
-) -> None:
-    """Show which neurons of a vision transformer act together in a prediction, and what it becomes without them.
+        "For IMAGES: reference, the published search; exact, which reranks by the true joint score; removal, the neurons without "
+        "which the class is least probable. Default: reference.",
+        "--mode",
+        default="reference",
+    ),
+    extra(
+        "among",
+        str,
+        "For IMAGES: a data set (recipe with --root, folder, list) in which to look for the images that excite the path's neurons most.",
+        "--among",
+    ),
+    extra("overwrite", bool, "For IMAGES: find again what --out already holds.", "--overwrite", default=False),
+)
 
-    For IMAGES: the path, one neuron a layer, as a figure (.png) and numbers (.json), with the probability when its neurons are
-    removed or doubled, beside those of baseline paths. With --data: the same over a data set with intervals, how classes
-    differ, what neurons mean, and a report; run again it continues where it stopped.
 
-    Examples:
+def follow_images(given: Given, extras: Given, out: Path) -> bool:
+    """Follow single images, unless a data set was given: True where that is done.
 
-    - `attribution neurons`
-
-    - `attribution neurons photo.jpg --model timm:vit_base_patch16_224 --among photos/`
-
-    - `attribution neurons --data cifar10 --root data/cifar10 --samples 500`
+    Raises:
+        UserError: images beside a data set, a model or an option that does not fit, or images that could not be followed.
     """
-    if data is not None:
-        if images or among is not None:
+    images = extras["images"]
+    if "data" in given:
+        if images or extras["among"] is not None:
             raise UserError("images and --among do not go with --data: give images, or a data set")
-        given: dict[str, Any] = {
-            "data": data,
-            "root": root,
-            "split": split,
-            "model": model_with_names(model, classes, device=device, checkpoint=checkpoint, batch_size=batch_size),
-            "samples": samples,
-            "seed": seed,
-            "target": target or "label",
-            "steps": steps,
-            "output": output,
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "device": device,
-            "batch_size": batch_size,
-        }
-        if paths is not None:
-            given["paths"] = [part.strip() for part in paths.split(",") if part.strip()]
-        if kept is not None:
-            given["kept"] = _whole_numbers(kept, "--kept")
-        _on_data(given, out)
-        return
-    names = None if classes is None else read_class_names(classes)
-    classifier = load_classifier(model, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size)
-    found = [demo_image_path()] if not images else list(find_images(images, out))
-    options = {"target": target, "mode": mode, "steps": steps, "output": output}
-    job = _Job(classifier, find_neurons(classifier), options, out, overwrite, _Among.open(among, root, split, classifier))
+        return False
+    settings = NeuronSettings.make({**given, "data": "", "target": "label"})  # the target of an image is a class, which is no setting
+    classifier = named_model(settings)
+    found = list(find_images(images, out)) if images else [demo_image_path()]
+    options = {"target": given.get("target"), "mode": extras["mode"], "steps": settings.steps, "output": settings.output}
+    layers = find_neurons(classifier)
+    among = None if extras["among"] is None else _Among.open(extras["among"], settings.root, settings.split, classifier)
+    job = _Job(classifier, layers, options, out, extras["overwrite"], among)
     errors = []
     for number, (path, stem) in enumerate(zip(found, distinct_stems(found), strict=True), start=1):
         try:
             job.run(path, stem, f"[{number}/{len(found)}] " if len(found) > 1 else "")
-        except KeyboardInterrupt:
-            typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
-            raise typer.Exit(130) from None
         except UserError as error:
             errors.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             if len(found) > 1:
                 typer.echo(f"error: {errors[-1]}", err=True)
     if errors:
         raise UserError(errors[0] if len(found) == 1 else f"{len(errors)} of {len(found)} images could not be followed (see above)")
-
-
-def _on_data(given: dict[str, Any], out: Path) -> None:
-    from evaluation.neurons.measure import run_neurons
-    from evaluation.neurons.report import print_neuron_summary, write_neuron_report
-    from evaluation.neurons.settings import NeuronSettings
-    from evaluation.neurons.summary import summarise_neurons
-
-    settings = NeuronSettings.make(given)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    try:
-        with Bar(unit="path") as progress:
-            results = run_neurons(settings, out, progress)
-        summary = summarise_neurons(results)
-        files = write_neuron_report(summary, out)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what was found is kept, the same command continues", err=True)
-        raise typer.Exit(130) from None
-    print_neuron_summary(summary, console)
-    typer.echo(f"report: {files.html}")
-    if results.failures:
-        sample, reason = results.failures[0]
-        raise UserError(
-            f"{len(results.failures)} images failed, such as {sample}: {reason} (all are listed in {files.html}; the others count)"
-        )
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +100,7 @@ class _Among:
     inputs: torch.Tensor
 
     @classmethod
-    def open(cls, source: str | None, root: str | None, split: str, classifier: Classifier) -> _Among | None:
-        if source is None:
-            return None
-        from evaluation.data.recipes import open_dataset
-
+    def open(cls, source: str, root: str | None, split: str, classifier: Classifier) -> _Among:
         dataset = open_dataset(source, root=root, split=split)
         pictures = [dataset[index].image for index in dataset.choose(_AMONG)]
         return cls(f"{source} {split} {len(pictures)}", pictures, torch.cat([classifier.inputs(picture) for picture in pictures]))
@@ -205,6 +108,8 @@ class _Among:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
+    """What is the same for all images: the model, the options of ``neuron_path``, and where results go."""
+
     classifier: Classifier
     layers: NeuronLayers
     options: dict[str, Any]
@@ -213,7 +118,7 @@ class _Job:
     among: _Among | None
 
     def run(self, path: Path, stem: str, prefix: str) -> None:
-        """Find, or keep what the same settings wrote before; the figure is written last."""
+        """Follow an image, or keep what the same settings wrote before. The figure is written last: where it is, the result is whole."""
         base = self.out / f"{stem}-{slug(Path(self.classifier.name).name)}-path"
         figure, numbers = base.with_name(base.name + ".png"), base.with_name(base.name + ".json")
         key = self._key(path)
@@ -222,29 +127,26 @@ class _Job:
             return
         image = load_image(path)
         found = neuron_path(self.classifier, image, layers=self.layers.names, **self.options)
-        decoded = self._decoded(found)
-        table = self._edits(image, found)
+        units = [(layer, int(unit)) for layer, unit in enumerate(found.neurons)]
+        decoded = self._decoded(units)
+        edits = self._edits(image, found)
         figure.unlink(missing_ok=True)
         with whole_file(numbers) as temporary:
-            text = {"file": path.name, "key": key, **found.plain(), "speaks_for": _plain_decoded(decoded), "edits": table}
-            temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-        shown = []
-        if self.among is not None:
-            units = [(layer, int(unit)) for layer, unit in enumerate(found.neurons)]
-            shown = exemplars(self.classifier, [self.among.inputs], units, 3, layers=self.layers)
+            plain = {"file": path.name, "key": key, **found.plain(), "speaks_for": _plain_decoded(decoded), "edits": edits}
+            temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        shown = [] if self.among is None else exemplars(self.classifier, [self.among.inputs], units, 3, layers=self.layers)
         pictures = [] if self.among is None else self.among.pictures
         with whole_file(figure) as temporary:
             plot_path(found, image, decoded, shown, pictures, width=self.layers.width).savefig(temporary, format="png")
-        _print(path, found, decoded, table)
+        _print(path, found, decoded, edits)
         typer.echo(f"figure: {figure}")
 
-    def _decoded(self, found: NeuronPath) -> list[Decoded]:
+    def _decoded(self, units: list[tuple[int, int]]) -> list[Decoded]:
         try:
-            decoder = NeuronDecoder(self.classifier, layers=self.layers)
+            return NeuronDecoder(self.classifier, layers=self.layers).top_classes(units)
         except NotApplicable as error:
             typer.echo(f"note: {error}")
             return []
-        return decoder.top_classes([(layer, int(unit)) for layer, unit in enumerate(found.neurons)])
 
     def _edits(self, image: torch.Tensor, found: NeuronPath) -> dict[str, dict[str, float]]:
         """The target's probability when the neurons of this path and of baseline paths are removed or doubled."""
@@ -258,25 +160,24 @@ class _Job:
                 *finder.activation(),
                 *finder.random(found.neurons[None], [0]),
             ]
+            clean = float(self.classifier.probabilities(inputs)[0, found.target])
             table = {}
-            for path in (found, *others):
-                row = {"joint score": path.score, "clean": float(self.classifier.probabilities(inputs)[0, found.target])}
+            for name, path in [("neuron_path", found), *((other.method, other) for other in others)]:
+                table[name] = {"joint score": path.score, "clean": clean}
                 for edit in ("remove", "enhance"):
                     edited = edited_probabilities(self.classifier, inputs, path.neurons[None], edit, layers=self.layers)
-                    row[edit] = float(edited[0, found.target])
-                table["neuron_path" if path is found else path.method] = row
+                    table[name][edit] = float(edited[0, found.target])
         return table
 
     def _key(self, path: Path) -> str:
-        """What the result depends on: the file's bytes, the model and every option."""
+        """Digest of what the result depends on: the file's bytes, the model and every option."""
         try:
             digest = hashlib.sha256(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         among = None if self.among is None else (self.among.name, float(self.among.inputs.double().sum()))
-        digest.update(
-            f"{self.classifier.identity} {self.layers.names} {sorted(self.options.items(), key=str)} {among} {__version__}".encode()
-        )
+        options = sorted(self.options.items(), key=str)
+        digest.update(f"{self.classifier.identity} {self.layers.names} {options} {among} {__version__}".encode())
         return digest.hexdigest()
 
 
@@ -293,37 +194,28 @@ def _plain_decoded(decoded: list[Decoded]) -> list[list[dict[str, Any]]]:
 
 
 def _print(path: Path, found: NeuronPath, decoded: list[Decoded], edits: dict[str, dict[str, float]]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     what = f"{path.name}: {found.target_name}, p = {edits['neuron_path']['clean']:.3f}"
     title = escape(f"{what}; {found.method} path, joint score {found.score:.4f}")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    neurons = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
     for heading in ("layer", "neuron", "activation", "share"):
-        table.add_column(heading, justify="right")
-    table.add_column("speaks for")
+        neurons.add_column(heading, justify="right")
+    neurons.add_column("speaks for")
     shares = found.shares.numpy()
     for layer, unit in enumerate(found.neurons.tolist()):
-        speaks = ", ".join(effect.name for effect in decoded[layer].top if effect.p < _SIGNIFICANT) if decoded else ""
+        speaks = ", ".join(speaks_for(decoded[layer])) if decoded else ""
         share = f"{shares[layer]:.0%}" if np.isfinite(shares[layer]) else ""
-        table.add_row(str(layer + 1), str(unit), f"{float(found.activations[layer]):.3f}", share, escape(speaks))
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("path")
+        neurons.add_row(str(layer + 1), str(unit), f"{float(found.activations[layer]):.3f}", share, escape(speaks))
+    changes = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    changes.add_column("path")
     for heading in ("p, clean", "removed", "doubled", "joint score"):
-        table.add_column(heading, justify="right")
+        changes.add_column(heading, justify="right")
     for name, row in edits.items():
-        cells = (f"{row[key]:.3f}" for key in ("clean", "remove", "enhance", "joint score"))
-        table.add_row(name.replace("_", " "), *cells)
-    console.print(table)
-    console.print(
+        changes.add_row(name.replace("_", " "), *(f"{row[key]:.3f}" for key in ("clean", "remove", "enhance", "joint score")))
+    note = (
         "share: of the joint score. speaks for: classes that the neuron's direct effect favours beyond chance (random directions, "
-        "Benjamini and Hochberg, 5 %).",
-        style="dim",
-        markup=False,
+        "Benjamini and Hochberg, 5 %)."
     )
-
-
-def _whole_numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UserError(f"{option} is {text!r}: expected whole numbers, such as 1,5,20")
-    return [int(part) for part in parts]
+    screen = console()
+    screen.print(neurons)
+    screen.print(changes)
+    screen.print(note, style="dim", markup=False)

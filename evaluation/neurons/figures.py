@@ -1,4 +1,4 @@
-"""Figures of neuron paths on a data set; each returns a Figure and never shows or keeps it."""
+"""The figures of neuron paths on a data set; each function returns a Figure and never shows or keeps it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from attribution.figures.style import Figure
-from evaluation.neurons.measure import EDITED
+from evaluation.neurons.results import EDITED
 from evaluation.neurons.summary import NeuronSummary, Whose, changed
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, draw_matrix, figure_style, has_interval
@@ -21,7 +21,7 @@ _FIRST, _OTHER, _CONTROL = FAMILY_COLOURS["region search"], FAMILY_COLOURS["grad
 
 
 def plot_changes(summary: NeuronSummary, whose: Whose = "own") -> Figure:
-    """Mean change of the target's probability under every edit, with its interval; small marks are the means of single classes."""
+    """Draw the mean change of the target's probability under every edit, with its interval. Small marks are the means of single classes."""
     results = summary.results
     kinds = list(results.measured)
     with figure_style():
@@ -52,7 +52,7 @@ def plot_changes(summary: NeuronSummary, whose: Whose = "own") -> Figure:
 
 
 def plot_similarity(summary: NeuronSummary) -> Figure:
-    """Cosine similarity of the classes, alike ones beside each other."""
+    """Draw the cosine similarity of the classes as a matrix in which similar classes are neighbours."""
     names, order = summary.results.classifier.class_names, summary.similarity.order
     values = summary.similarity.matrix[np.ix_(order, order)]
     side = min(9.0, 2.2 + 0.36 * len(order))
@@ -72,7 +72,7 @@ def plot_similarity(summary: NeuronSummary) -> Figure:
 
 
 def plot_class_paths(summary: NeuronSummary) -> Figure:
-    """For each class (the first twelve) how often its images choose a unit, layer by layer, and the path of the class."""
+    """Draw, for each of the first twelve classes, how often its images choose a unit of each layer, and the path of the class."""
     results, width = summary.results, summary.results.layers.width
     shown = summary.known_classes[:_MOST_CLASSES]
     columns = min(5, max(1, len(shown)))
@@ -101,7 +101,7 @@ def plot_class_paths(summary: NeuronSummary) -> Figure:
 
 
 def plot_pruning(summary: NeuronSummary) -> Figure:
-    """Accuracy on the evaluation half against the number of layers pruned, a panel for each K, a line for each share."""
+    """Draw the accuracy on the evaluation half over the number of layers pruned: a panel for each K, a line for each share."""
     results = summary.results
     kept = sorted({row.kept for row in results.pruned})
     shares = sorted({row.share for row in results.pruned})
@@ -132,7 +132,7 @@ def plot_pruning(summary: NeuronSummary) -> Figure:
 
 
 def plot_agreement(summary: NeuronSummary) -> Figure:
-    """How well the direct effects of neurons describe what removing them does, layer by layer."""
+    """Draw, layer by layer, how well the direct effects of neurons agree with what removing them does."""
     values = np.array(summary.agreement)
     with figure_style():
         figure = Figure(figsize=(1.4 + 0.55 * len(values), 2.2), layout="constrained", dpi=130)
@@ -151,7 +151,7 @@ def plot_agreement(summary: NeuronSummary) -> Figure:
 
 
 def kind_colour(kind: str, kinds: list[str]) -> str:
-    """The first kind of path stands out, random ones are gray."""
+    """The colour of a kind of path: the first stands out, random ones are gray."""
     return _FIRST if kind == kinds[0] else _CONTROL if kind == "random" else _OTHER
 
 
@@ -159,7 +159,7 @@ _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def _bars(ax: Axes, places: np.ndarray, intervals: list[Interval], colour: str, number: int) -> None:
-    """Means joined by a line, with their intervals."""
+    """Draw means, joined by a line, with their intervals."""
     for place, interval in zip(places, intervals, strict=True):
         if has_interval(interval):
             ax.plot([place, place], [interval.low, interval.high], color=colour, linewidth=1.2, alpha=0.7)

@@ -1,12 +1,10 @@
-"""The neuron paths of a data set: every path is kept the moment it is known, so that a run that was killed continues."""
+"""The neuron paths of a data set, batch by batch, and then what edits of whole classes do: every result is a record of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,260 +12,165 @@ import torch
 from torch import Tensor
 
 from attribution.errors import UserError
-from attribution.model.classifier import Classifier
 from attribution.neurons.classes import class_paths, halves
 from attribution.neurons.edits import edited_probabilities, mean_activations, pruned_probabilities
 from attribution.neurons.finder import PathFinder
 from attribution.neurons.layers import NeuronLayers, find_neurons
 from attribution.neurons.path import NeuronPath
-from attribution.provenance import digest_of
-from evaluation.data.dataset import ImageDataset
+from attribution.provenance import pixels_digest
+from evaluation.neurons.results import EDITED, Measured, NeuronResults, Pruned
 from evaluation.neurons.settings import NeuronSettings
-from evaluation.study.attempts import Broken, attempted
-from evaluation.study.identity import sample_seed
+from evaluation.study.attempts import Broken, attempted, together
+from evaluation.study.identity import identity_of, record_key, sample_seed
 from evaluation.study.opening import named_data, named_model
-from evaluation.study.records import Record, RecordLog, open_log
+from evaluation.study.records import Record
+from evaluation.study.run import Found, Run, Unit, batches, problems
 
-Progress = Callable[[int, int, str], None]
-EDITED = ("remove", "enhance", "mean")
 TOGETHER = 8  # images whose paths are searched in one batch
-_LEAST_PROBABILITY = 1e-12  # below it a ratio says nothing
+_LEAST_IMAGES = 4
+_WAYS: dict[str, Callable[[PathFinder], list[NeuronPath]]] = {
+    "neuron_path": lambda finder: finder.search(),
+    "neuron_path_exact": lambda finder: finder.search("exact"),
+    "neuron_path_removal": lambda finder: finder.search("removal"),
+    "influence_pattern": lambda finder: finder.influence_pattern(),
+    "layer_integrated_gradients": lambda finder: finder.layer_integrated_gradients(),
+    "activation": lambda finder: finder.activation(),
+}
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One kind of path on all images, and what its edits do.
-
-    Attributes:
-        neurons: int64 [N, L], own paths.
-        scores: float64 [N], joint scores.
-        probabilities: by edit, float64 [N], of the target when the image's own path is edited.
-        correct: by edit, bool [N], whether the edited prediction is the label.
-        class_probabilities, class_correct: by edit, [E]: likewise on the evaluation half, with the path of the image's class, which
-            was taken from the other half.
-        forwards, backwards: rows for one image, mean.
-    """
-
-    neurons: np.ndarray
-    scores: np.ndarray
-    probabilities: Mapping[str, np.ndarray]
-    correct: Mapping[str, np.ndarray]
-    class_probabilities: Mapping[str, np.ndarray]
-    class_correct: Mapping[str, np.ndarray]
-    forwards: float
-    backwards: float
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """The model on the evaluation half when each class keeps K neurons of the first layers and others are removed.
-
-    Attributes:
-        kept, depth, share: K, layers, q.
-        probabilities: float64 [E], of the label.
-        correct: bool [E].
-    """
-
-    kept: int
-    depth: int
-    share: float
-    probabilities: np.ndarray
-    correct: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class NeuronResults:
-    """What ``run_neurons`` found.
-
-    Attributes:
-        settings: as given.
-        classifier: the model.
-        layers: where its neurons are.
-        dataset: the samples' data set.
-        chosen: indices into the data set, of the images that could be read.
-        labels, targets, predicted: int64 [N].
-        clean: float64 [N], probability of the target.
-        selection: bool [N], the images that classes are summed up from; the others evaluate them.
-        measured: by kind of path.
-        pruned: K x depth x share.
-        failures: (sample, reason).
-        out: folder.
-    """
-
-    settings: NeuronSettings
-    classifier: Classifier
-    layers: NeuronLayers
-    dataset: ImageDataset
-    chosen: tuple[int, ...]
-    labels: np.ndarray
-    targets: np.ndarray
-    predicted: np.ndarray
-    clean: np.ndarray
-    selection: np.ndarray
-    measured: Mapping[str, Measured]
-    pruned: tuple[Pruned, ...]
-    failures: tuple[tuple[str, str], ...]
-    out: Path
-
-    @property
-    def classes(self) -> int:
-        """C."""
-        return self.classifier.num_classes
-
-    def paths_of_classes(self, kind: str) -> np.ndarray:
-        """The path of each class, from the selection half: int64 [C, L]; -1 without images."""
-        return class_paths(self.measured[kind].neurons[self.selection], self.labels[self.selection], self.classes)[:, :, 0]
-
-    def inputs(self, positions: Sequence[int]) -> Tensor:
-        """Model inputs of some of the chosen images."""
-        return torch.cat([self.classifier.inputs(self.dataset[self.chosen[p]].image) for p in positions])
-
-
-def run_neurons(settings: NeuronSettings, out: str | Path, progress: Progress | None = None) -> NeuronResults:
-    """Measure what the folder does not hold yet, and return everything.
-
-    Args:
-        settings: what is measured.
-        out: folder of ``records.jsonl``; one process at a time.
-        progress: called with (paths done, all of them, what is done now).
+def measure_neurons(run: Run[NeuronSettings]) -> NeuronResults:
+    """The paths of every image, the paths of classes from one half of the images, and what their edits do to the other half.
 
     Raises:
         NotApplicable: the model has no neurons that can be followed.
-        UserError: settings that cannot be run, no labels, or a full disk. Images that fail are recorded and returned instead.
+        UserError: depths that the model does not have, no labels, or fewer than 4 images that could be followed.
     """
-    with torch.inference_mode(False), torch.enable_grad(), open_log(Path(out) / "records.jsonl") as log:
-        return _Run(settings, Path(out), log, progress).run()
+    settings = run.settings
+    with torch.inference_mode(False), torch.enable_grad():
+        paths = _Paths(run)
+        first, tops = settings.paths[0], [f"top {count}" for count in settings.kept if count > 1]
+        depths = _depths(settings, paths.layers)
+        count = len(batches(list(paths.pixels), TOGETHER))
+        run.expect(count * len(settings.paths) + math.ceil(count / 2) * len(tops) + len(settings.paths) + len(settings.kept) * len(depths))
+        paths.follow([kind for kind in settings.paths if kind != "random"], list(paths.pixels))
+        if "random" in settings.paths:
+            paths.follow(["random"], list(paths.records[first]))
+        split = _Halves(paths, paths.complete())
+        paths.follow(tops, [index for index, selected in zip(split.chosen, split.selection, strict=True) if selected])
+        measured, pruned = split.measured(), tuple(split.pruned(depths))
+        run.report("", run.total)
+    failures: dict[str, str] = {}
+    for sample, reason in problems(run):
+        failures.setdefault(sample, reason)
+    for index in paths.pixels:
+        if index not in split.chosen:  # without a failure only where a folder is read before its run has ended
+            failures.setdefault(paths.dataset.ids[index], "not measured yet")
+    return NeuronResults(
+        settings=settings,
+        classifier=paths.classifier,
+        layers=paths.layers,
+        dataset=paths.dataset,
+        chosen=split.chosen,
+        labels=split.labels,
+        selection=split.selection,
+        measured=measured,
+        pruned=pruned,
+        failures=tuple(failures.items()),
+        targets=split.all(first, "target"),
+        predicted=split.all(first, "predicted"),
+        clean=split.all(first, "clean"),
+    )
 
 
-@dataclass(eq=False)
-class _Run:
-    settings: NeuronSettings
-    out: Path
-    log: RecordLog
-    progress: Progress | None
-    done: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
+class _Paths:
+    """The images of the settings under the model, and the records of their paths by kind of path."""
 
-    def run(self) -> NeuronResults:
-        settings = self.settings
-        chosen = self.dataset.choose(settings.samples, settings.seed, labels_only=True)
-        kinds = [*settings.paths, *[f"top {k}" for k in settings.kept if k > 1]]
-        self.total = len(chosen) * len(kinds)
-        for batch in _batches(chosen, TOGETHER):
-            self._search(batch, settings.paths)
-            self._report(len(batch) * len(settings.paths), "paths")
-        kept = tuple(index for index in chosen if self.dataset.ids[index] not in self.failures)
-        if len(kept) < 4:
-            raise UserError(f"{len(kept)} of {len(chosen)} images could be followed, such as not {next(iter(self.failures.items()), '')}")
-        every = {kind: [self._known(index, kind) for index in kept] for kind in settings.paths}
-        leading = every[settings.paths[0]]
-        labels, targets, predicted = (np.array([r[name] for r in leading]) for name in ("label", "target", "predicted"))
-        clean = np.array([r["clean"] for r in leading])
-        selection = halves(labels, seed=settings.seed)
-        inputs = self._inputs(kept)
-        means = {side: mean_activations(self.classifier, inputs[selection == side], layers=self.layers) for side in (False, True)}
-        measured = {}
-        for kind in settings.paths:
-            measured[kind] = self._measured(every[kind], inputs, labels, targets, selection, means)
-        for batch in _batches([index for index, wanted in zip(kept, selection, strict=True) if wanted], TOGETHER):
-            self._search(batch, kinds[len(settings.paths) :])
-            self._report(len(batch) * (len(kinds) - len(settings.paths)), "top neurons")
-        pruned = self._pruned(kept, inputs, labels, selection)
-        self._report(max(0, self.total - self.done), "done")
-        return NeuronResults(
-            settings,
-            self.classifier,
-            self.layers,
-            self.dataset,
-            kept,
-            labels,
-            targets,
-            predicted,
-            clean,
-            selection,
-            measured,
-            tuple(pruned),
-            tuple(self.failures.items()),
-            self.out,
-        )
+    def __init__(self, run: Run[NeuronSettings]) -> None:
+        self.run, self.settings = run, run.settings
+        self.classifier = named_model(self.settings)
+        self.layers = find_neurons(self.classifier)
+        self.dataset = named_data(self.settings, self.classifier.class_names)
+        self.identity = identity_of(self.classifier)
+        self.records: dict[str, dict[int, Record]] = {}
+        self.pixels = dict(self._readable())
+        self.inputs = lru_cache(maxsize=1)(self._inputs)
 
-    @cached_property
-    def classifier(self) -> Classifier:
-        return named_model(self.settings)
+    def _readable(self) -> Iterator[tuple[int, str]]:
+        """The chosen images that can be read, with the digests of their pixels."""
+        for index in self.dataset.choose(self.settings.samples, self.settings.seed, labels_only=True):
+            sample = self.dataset.ids[index]
+            self.run.report(f"reading {sample}")
+            try:
+                yield index, pixels_digest(attempted(partial(self.dataset.__getitem__, index)).image)
+            except Broken as error:
+                self.run.fail(sample, None, str(error))
 
-    @cached_property
-    def layers(self) -> NeuronLayers:
-        return find_neurons(self.classifier)
+    def _inputs(self, indices: Sequence[int]) -> Tensor:
+        return torch.cat([self.classifier.inputs(self.dataset[index].image) for index in indices])
 
-    @cached_property
-    def dataset(self) -> ImageDataset:
-        return named_data(self.settings, self.classifier.class_names)
+    def label(self, index: int) -> int:
+        label = self.dataset.labels[index]
+        assert label is not None  # only labelled images are chosen
+        return label
 
-    @cached_property
-    def identity(self) -> list[Any]:
-        """What every number depends on beside the image and the kind of path."""
-        settings = self.settings
-        own = self.classifier.identity
-        model = [own.name, own.weights, own.preprocessing, list(self.layers.names), self.layers.start, self.layers.stop, *own.precision]
-        return [*model, settings.data, settings.split, settings.target, settings.steps, settings.output, settings.enhance, settings.seed]
-
-    def _key(self, index: int, kind: str) -> str:
-        imitated = self.settings.paths[0] if kind == "random" else None
-        return digest_of([*self.identity, self.dataset.ids[index], kind, imitated])
-
-    def _record(self, index: int, kind: str) -> Record | None:
-        return self.log.records.get(self._key(index, kind))
-
-    def _known(self, index: int, kind: str) -> Record:
-        record = self._record(index, kind)
-        assert record is not None
-        return record
-
-    def _search(self, batch: Sequence[int], kinds: Sequence[str]) -> None:
-        """Find, score and edit the paths that the log lacks."""
+    def follow(self, kinds: Sequence[str], indices: Sequence[int]) -> None:
+        """A stage: paths of some kinds on some images. Their records are added to ``records``."""
+        places = {self.dataset.ids[index]: index for index in indices}
+        jobs = {
+            f"batch {number}, {kind}": (kind, batch) for number, batch in enumerate(batches(indices, TOGETHER), start=1) for kind in kinds
+        }
+        found = self.run.stage(list(jobs), lambda name: self._unit(*jobs[name]))
         for kind in kinds:
-            missing = [index for index in batch if self._record(index, kind) is None and self.dataset.ids[index] not in self.failures]
-            if not missing:
-                continue
-            inputs, read = self._read(missing)
-            if not read:
-                continue
-            try:
-                for index, record in zip(read, attempted(partial(self._found, kind, inputs, read)), strict=True):
-                    self.log.append(self._key(index, kind), record)
-            except Broken as error:
-                if len(read) > 1:  # one image may spoil its batch
-                    for index in read:
-                        self._search([index], [kind])
-                else:
-                    self.failures[self.dataset.ids[read[0]]] = str(error)
+            self.records[kind] = {}
+        for name, (kind, _) in jobs.items():
+            self.records[kind].update({places[sample]: record for sample, record in found[name].items()})
 
-    def _read(self, batch: Sequence[int]) -> tuple[Tensor, list[int]]:
-        found, read = [], []
-        for index in batch:
-            try:
-                found.append(attempted(partial(self._input, index)))
-                read.append(index)
-            except Broken as error:
-                self.failures[self.dataset.ids[index]] = str(error)
-        return (torch.cat(found) if found else torch.empty(0)), read
+    def complete(self) -> tuple[int, ...]:
+        """The images with paths of every kind.
 
-    def _input(self, index: int) -> Tensor:
-        return self.classifier.inputs(self.dataset[index].image)
+        Raises:
+            UserError: too few of them.
+        """
+        kept = tuple(index for index in self.pixels if all(index in self.records[kind] for kind in self.settings.paths))
+        if len(kept) < _LEAST_IMAGES:
+            if self.run.reading:
+                raise UserError(f"{self.run.log.path} holds {len(kept)} images under these settings: expected at least {_LEAST_IMAGES}")
+            reasons = [f", such as not {sample}: {reason}" for sample, reason in problems(self.run)]
+            raise UserError(f"{len(kept)} images could be followed: expected at least {_LEAST_IMAGES}{''.join(reasons[:1])}")
+        return kept
 
-    def _found(self, kind: str, inputs: Tensor, batch: Sequence[int]) -> list[Record]:
+    def key(self, index: int, kind: str) -> str:
+        """The key of a path of an image."""
         settings = self.settings
-        labels = [int(self.dataset.labels[index]) for index in batch]  # type: ignore[arg-type]
+        ways: list[Any] = [list(self.layers.names), self.layers.start, self.layers.stop, settings.steps, settings.output]
+        if kind in settings.paths:
+            ways.append(settings.enhance)
+        if kind == "random":
+            ways += [settings.seed, settings.paths[0]]
+        target = self.label(index) if settings.target == "label" else settings.target
+        return record_key(self.identity, self.pixels[index], self.dataset.ids[index], target, kind, *ways)
+
+    def _unit(self, kind: str, batch: tuple[int, ...]) -> Unit:
+        """The paths of a batch. It is measured whole, since rounding depends on the batch: a run that was killed ends with the same."""
+
+        def measure(_missing: Sequence[str]) -> Found:
+            for index, record in together(batch, partial(self._found, kind)):
+                yield self.dataset.ids[index], record
+
+        return Unit({self.dataset.ids[index]: self.key(index, kind) for index in batch}, measure)
+
+    def _found(self, kind: str, batch: Sequence[int]) -> list[Record]:
+        """Search the paths of a batch, score them, and edit their neurons."""
+        settings, inputs = self.settings, self.inputs(tuple(batch))
         probabilities = self.classifier.probabilities(inputs).cpu()
         predicted = probabilities.argmax(dim=1).tolist()
-        targets = labels if settings.target == "label" else predicted
+        targets = [self.label(index) for index in batch] if settings.target == "label" else predicted
         finder = PathFinder(self.classifier, inputs, targets, steps=settings.steps, output=settings.output, layers=self.layers)
-        paths = self._paths(kind, finder, batch)
-        records = [
+        paths = self._searched(kind, finder, batch)
+        records: list[Record] = [
             {
                 "sample": self.dataset.ids[index],
                 "kind": kind,
-                "label": labels[row],
                 "target": targets[row],
                 "predicted": predicted[row],
                 "clean": float(probabilities[row, targets[row]]),
@@ -282,103 +185,144 @@ class _Run:
             neurons = torch.stack([path.neurons for path in paths])
             for edit in ("remove", "enhance"):
                 edited = edited_probabilities(self.classifier, inputs, neurons, edit, factor=settings.enhance, layers=self.layers)
-                for row, record in enumerate(records):
-                    record[edit] = [float(edited[row, targets[row]]), int(edited[row].argmax())]
+                for record, cells in zip(records, _cells(edited, targets), strict=True):
+                    record[edit] = cells
         return records
 
-    def _paths(self, kind: str, finder: PathFinder, batch: Sequence[int]) -> list[NeuronPath]:
+    def _searched(self, kind: str, finder: PathFinder, batch: Sequence[int]) -> list[NeuronPath]:
         if kind == "random":
-            like = torch.tensor([self._known(index, self.settings.paths[0])["neurons"] for index in batch])
+            like = torch.tensor([self.records[self.settings.paths[0]][index]["neurons"] for index in batch])
             return finder.random(like, [sample_seed(self.settings.seed, self.dataset.ids[index]) for index in batch])
         if kind.startswith("top "):
-            return finder.search(top=min(int(kind[4:]), self.layers.width))
-        ways: dict[str, Callable[[], list[NeuronPath]]] = {
-            "neuron_path": finder.search,
-            "neuron_path_exact": lambda: finder.search("exact"),
-            "neuron_path_removal": lambda: finder.search("removal"),
-            "influence_pattern": finder.influence_pattern,
-            "layer_integrated_gradients": finder.layer_integrated_gradients,
-            "activation": finder.activation,
-        }
-        return ways[kind]()
-
-    def _inputs(self, kept: Sequence[int]) -> Tensor:
-        return torch.cat([self._input(index) for index in kept])
-
-    def _measured(
-        self,
-        records: Sequence[Record],
-        inputs: Tensor,
-        labels: np.ndarray,
-        targets: np.ndarray,
-        selection: np.ndarray,
-        means: Mapping[bool, Tensor],
-    ) -> Measured:
-        """Own paths from the records; the edit by the mean, and all edits of class paths, need all images and are computed here."""
-        neurons = np.array([record["neurons"] for record in records])
-        probabilities = {edit: np.array([record[edit][0] for record in records]) for edit in ("remove", "enhance")}
-        correct = {edit: np.array([record[edit][1] for record in records]) == labels for edit in ("remove", "enhance")}
-        probabilities["mean"], correct["mean"] = np.empty(len(records)), np.empty(len(records), dtype=bool)
-        for side in (False, True):  # the mean of the other half, so that an image is no part of what replaces it
-            rows = np.flatnonzero(selection == side)
-            found = self._edited(inputs[rows], neurons[rows], "mean", means[not side])
-            probabilities["mean"][rows] = found[np.arange(len(rows)), targets[rows]]
-            correct["mean"][rows] = found.argmax(axis=1) == labels[rows]
-        judged = np.flatnonzero(~selection)
-        by_class = class_paths(neurons[selection], labels[selection], self.classifier.num_classes)[:, :, 0]
-        class_probabilities, class_correct = {}, {}
-        for edit in EDITED:
-            found = self._edited(inputs[judged], by_class[labels[judged]], edit, means[True])
-            class_probabilities[edit] = found[np.arange(len(judged)), targets[judged]]
-            class_correct[edit] = found.argmax(axis=1) == labels[judged]
-        passed = [float(np.mean([record[name] for record in records])) for name in ("forwards", "backwards")]
-        scores = np.array([record["score"] for record in records])
-        return Measured(neurons, scores, probabilities, correct, class_probabilities, class_correct, *passed)
-
-    def _edited(self, inputs: Tensor, neurons: np.ndarray, edit: Any, means: Tensor) -> np.ndarray:
-        units, factor = torch.from_numpy(neurons), self.settings.enhance
-        return edited_probabilities(self.classifier, inputs, units, edit, factor=factor, means=means, layers=self.layers).double().numpy()
-
-    def _pruned(self, kept: Sequence[int], inputs: Tensor, labels: np.ndarray, selection: np.ndarray) -> Iterator[Pruned]:
-        settings, width = self.settings, self.layers.width
-        judged = np.flatnonzero(~selection)
-        for count in settings.kept:
-            kind = f"top {count}" if count > 1 else settings.paths[0]
-            known = [
-                (self._known(index, kind)["neurons"], label)
-                for index, label, wanted in zip(kept, labels, selection, strict=True)
-                if wanted and self._record(index, kind) is not None
-            ]
-            own = np.array([neurons for neurons, _ in known])
-            by_class = class_paths(own, np.array([label for _, label in known]), self.classifier.num_classes)
-            units = torch.from_numpy(by_class[labels[judged]])
-            for depth in self._depths():
-                for share in settings.shares:
-                    found = pruned_probabilities(
-                        self.classifier, inputs[judged], units, share, depth=depth, seed=settings.seed, layers=self.layers
-                    ).numpy()
-                    right = found.argmax(axis=1) == labels[judged]
-                    yield Pruned(min(count, width), depth, share, found[np.arange(len(judged)), labels[judged]].astype(float), right)
-
-    def _depths(self) -> list[int]:
-        count = len(self.layers)
-        depths = self.settings.depths or tuple(math.ceil(count * part / 4) for part in (1, 2, 3, 4))
-        if any(not 1 <= depth <= count for depth in depths):
-            raise UserError(f"depths are {list(depths)}: expected 1 to {count} layers")
-        return sorted(set(depths))
-
-    def _report(self, more: int, what: str) -> None:
-        self.done += more
-        if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, what)
+            return finder.search(top=min(int(kind.removeprefix("top ")), self.layers.width))
+        return _WAYS[kind](finder)
 
 
-def relative(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:
-    """Probability deviation P_edited / P_clean - 1 of each image; NaN where the clean probability is too small to divide by."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(clean < _LEAST_PROBABILITY, np.nan, edited / clean - 1)
+class _Halves:
+    """The images that could be followed, in two halves: the paths of classes come from one and are judged on the other.
+
+    Edits by a mean and edits of class paths need the images of a half at once: they are records of the whole, one for each kind of
+    path. Pruning is a record for each K, depth and share.
+    """
+
+    def __init__(self, paths: _Paths, chosen: tuple[int, ...]) -> None:
+        self.paths, self.settings, self.chosen = paths, paths.settings, chosen
+        self.labels = np.array([paths.label(index) for index in chosen])
+        self.selection = halves(self.labels, seed=self.settings.seed)
+        self.judged = np.flatnonzero(~self.selection)
+
+    def records(self, kind: str) -> list[Record]:
+        return [self.paths.records[kind][index] for index in self.chosen]
+
+    def all(self, kind: str, name: str) -> np.ndarray:
+        """A value of the records of all images."""
+        return np.array([record[name] for record in self.records(kind)])
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        return torch.cat([self.paths.inputs((index,)) for index in self.chosen])
+
+    @cached_property
+    def means(self) -> dict[bool, Tensor]:
+        """Mean activations of each half, float32 [L, F]: True is the selection half."""
+        model = self.paths.classifier
+        return {side: mean_activations(model, self.inputs[self.selection == side], layers=self.paths.layers) for side in (False, True)}
+
+    def measured(self) -> dict[str, Measured]:
+        """A stage: own paths edited by the mean, class paths edited in every way.
+
+        Raises:
+            UserError: some of it could not be measured, or is not there to be read.
+        """
+        run = self.paths.run
+        found = run.stage(self.settings.paths, self._edits, lambda kind: f"edits of {kind}")
+        if missing := [kind for kind in self.settings.paths if not found[kind]]:
+            reason = f"{run.log.path} does not hold them" if run.reading else run.failures[-1].reason
+            raise UserError(f"the edits of {', '.join(missing)} are not known: {reason}")
+        return {kind: self._measured(kind, found[kind]["edits"]) for kind in self.settings.paths}
+
+    def _edits(self, kind: str) -> Unit:
+        def measure(_missing: Sequence[str]) -> Found:
+            neurons, targets = self.all(kind, "neurons"), self.all(kind, "target")
+            by_class = class_paths(neurons[self.selection], self.labels[self.selection], self.paths.classifier.num_classes)[:, :, 0]
+
+            def edited(rows: np.ndarray, units: np.ndarray, edit: Any, means: Tensor) -> list[list[float]]:
+                model, inputs, factor = self.paths.classifier, self.inputs[rows], self.settings.enhance
+                found = edited_probabilities(
+                    model, inputs, torch.from_numpy(units), edit, factor=factor, means=means, layers=self.paths.layers
+                )
+                return _cells(found, targets[rows])
+
+            by_mean: list[list[float]] = [[]] * len(self.chosen)
+            for side in (False, True):  # the mean of the other half, so that an image is no part of what replaces it
+                rows = np.flatnonzero(self.selection == side)
+                for row, cells in zip(rows, edited(rows, neurons[rows], "mean", self.means[not side]), strict=True):
+                    by_mean[row] = cells
+            judged = self.judged
+            of_class = {edit: edited(judged, by_class[self.labels[judged]], edit, self.means[True]) for edit in EDITED}
+            yield "edits", {"kind": kind, "mean": by_mean, "class": of_class}
+
+        return Unit({"edits": self._key(kind, self.chosen, self.settings.enhance)}, measure)
+
+    def _measured(self, kind: str, edits: Record) -> Measured:
+        records = self.records(kind)
+        own = {"remove": [r["remove"] for r in records], "enhance": [r["enhance"] for r in records], "mean": edits["mean"]}
+        return Measured(
+            self.all(kind, "neurons"),
+            self.all(kind, "score"),
+            *_known(own, self.labels),
+            *_known(edits["class"], self.labels[self.judged]),
+            float(self.all(kind, "forwards").mean()),
+            float(self.all(kind, "backwards").mean()),
+        )
+
+    def pruned(self, depths: Sequence[int]) -> Iterator[Pruned]:
+        """A stage: the evaluation half when classes keep K neurons of the first layers."""
+        jobs = {f"pruning, {count} kept in {depth} layers": (count, depth) for count in self.settings.kept for depth in depths}
+        found = self.paths.run.stage(list(jobs), lambda name: self._pruning(*jobs[name]))
+        for name, (count, depth) in jobs.items():
+            for share, record in found[name].items():
+                probabilities, correct = _known({"pruned": record["pruned"]}, self.labels[self.judged])
+                yield Pruned(min(count, self.paths.layers.width), depth, share, probabilities["pruned"], correct["pruned"])
+
+    def _pruning(self, count: int, depth: int) -> Unit:
+        kind = f"top {count}" if count > 1 else self.settings.paths[0]
+        records = self.paths.records[kind]
+        selected = [index for index, wanted in zip(self.chosen, self.selection, strict=True) if wanted and index in records]
+        labels = self.labels[self.judged]
+
+        def measure(missing: Sequence[float]) -> Found:
+            own = np.array([records[index]["neurons"] for index in selected])
+            own_labels = np.array([self.paths.label(index) for index in selected])
+            by_class = class_paths(own, own_labels, self.paths.classifier.num_classes)
+            model, inputs, units = self.paths.classifier, self.inputs[self.judged], torch.from_numpy(by_class[labels])
+            for share in missing:
+                found = pruned_probabilities(model, inputs, units, share, depth=depth, seed=self.settings.seed, layers=self.paths.layers)
+                yield share, {"kept": count, "depth": depth, "share": share, "pruned": _cells(found, labels)}
+
+        return Unit({share: self._key(kind, selected, count, depth, share) for share in self.settings.shares}, measure)
+
+    def _key(self, kind: str, indices: Sequence[int], *settings: Any) -> str:
+        """The key of a record of the halves: their pixels and labels, the paths that it was made from, and how."""
+        pixels = [self.paths.pixels[index] for index in self.chosen]
+        paths = [self.paths.key(index, kind) for index in indices]
+        return record_key(self.paths.identity, pixels, self.labels.tolist(), self.settings.seed, paths, *settings)
 
 
-def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+def _cells(probabilities: Tensor, targets: Any) -> list[list[float]]:
+    """For each image the probability of its target, and the class that is predicted."""
+    return [[float(row[target]), int(row.argmax())] for row, target in zip(probabilities, targets, strict=True)]
+
+
+def _known(cells: Mapping[str, Sequence[Any]], labels: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """By edit, the probabilities, and whether the label is predicted."""
+    found = {edit: np.array(rows, dtype=float).reshape(-1, 2) for edit, rows in cells.items()}
+    return {edit: rows[:, 0] for edit, rows in found.items()}, {edit: rows[:, 1] == labels for edit, rows in found.items()}
+
+
+def _depths(settings: NeuronSettings, layers: NeuronLayers) -> list[int]:
+    count = len(layers)
+    depths = settings.depths or tuple(math.ceil(count * part / 4) for part in (1, 2, 3, 4))
+    if max(depths) > count:
+        raise UserError(f"depths are {list(depths)}: expected 1 to {count} layers")
+    return sorted(set(depths))

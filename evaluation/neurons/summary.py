@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
 from attribution.errors import NotApplicable
 from attribution.neurons.classes import Similarity, class_similarity, path_frequency
 from attribution.neurons.decode import Decoded, NeuronDecoder
-from attribution.provenance import versions
-from evaluation.neurons.measure import EDITED, Measured, NeuronResults, relative
+from evaluation.neurons.results import EDITED, Measured, NeuronResults, relative
 from evaluation.statistics.comparisons import holm, sign_flip
 from evaluation.statistics.intervals import Interval, bootstrap_interval
+from evaluation.study.report import plain_heading
+from evaluation.study.tables import csv_interval, csv_number, csv_text, interval_columns, plain_values
 
 Whose = Literal["own", "class"]
 QUANTITIES = {
@@ -26,15 +24,8 @@ QUANTITIES = {
     "deviation": "mean of P edited / P clean - 1",
     "accuracy": "change of the accuracy, in points",
 }
+SIGNIFICANT = 0.05
 _AGREEMENT_UNITS, _AGREEMENT_IMAGES = 16, 64
-_CHANGE_COLUMNS = (
-    *("model", "path", "whose", "edit", "quantity", "mean", "low", "high", "images", "left_out"),
-    *("difference", "difference_low", "difference_high", "adjusted_p"),
-)
-_PRUNING_COLUMNS = (
-    *("model", "kept", "depth", "share", "accuracy", "accuracy_low", "accuracy_high"),
-    *("probability", "probability_low", "probability_high", "images"),
-)
 
 
 @dataclass(frozen=True)
@@ -43,13 +34,14 @@ class Change:
 
     Attributes:
         kind: of path, key of ``PATHS``.
-        whose: "own" path of each image, on all images; path of its "class", taken from the selection half, on the other half.
+        whose: "own": each image's own path, on all images. "class": the path of its class, taken from the selection half, on the
+            other half.
         edit: "remove", "enhance" or "mean".
         quantity: key of ``QUANTITIES``.
         interval: its mean with a 95 % bootstrap interval over the images.
         left_out: images whose clean probability is too small for a ratio.
         difference: mean of this kind less the first kind, paired; None for the first itself.
-        p: of the paired sign-flip test of that difference, adjusted by Holm over the kinds; None likewise.
+        p: of the paired sign-flip test of that difference, adjusted by Holm over the kinds; None for the first itself.
     """
 
     kind: str
@@ -73,9 +65,10 @@ class NeuronSummary:
         similarity: of the classes, by the frequencies of the first kind of path.
         frequency: int64 [C, L, F], of all images.
         class_paths: int64 [C, L], of the selection half.
-        decoded: by class, its path's neurons; empty where the model's neurons cannot be decoded.
-        undecoded: why not, or "".
-        agreement: by layer, Spearman's correlation between direct effects and measured ones, mean over random neurons; empty likewise.
+        decoded: by class, the neurons of its path; empty where the model's neurons cannot be decoded.
+        undecoded: why they cannot, or "".
+        agreement: by layer, Spearman's correlation between direct effects and measured ones, mean over random neurons; empty where
+            nothing is decoded.
     """
 
     results: NeuronResults
@@ -92,6 +85,15 @@ class NeuronSummary:
         """The one with these names."""
         return next(c for c in self.changes if (c.kind, c.whose, c.edit, c.quantity) == (kind, whose, edit, quantity))
 
+    def images(self, label: int) -> int:
+        """How many images a class has."""
+        return int((self.results.labels == label).sum())
+
+    def shares(self, label: int) -> list[float]:
+        """For each neuron of a class's path, the share of the class's images that have it in theirs."""
+        counts = [self.frequency[label, layer, unit] for layer, unit in enumerate(self.class_paths[label])]
+        return [float(count / max(1, self.images(label))) for count in counts]
+
     @property
     def known_classes(self) -> np.ndarray:
         """Classes with images in the selection half."""
@@ -99,7 +101,7 @@ class NeuronSummary:
 
 
 def summarise_neurons(results: NeuronResults) -> NeuronSummary:
-    """Tables from what ``run_neurons`` measured; bootstrap and tests draw with the seed of the settings."""
+    """Summarise what ``run_neurons`` measured; bootstrap and tests draw with the seed of the settings."""
     settings = results.settings
     first = settings.paths[0]
     frequency = path_frequency(results.measured[first].neurons, results.labels, results.classes, results.layers.width)
@@ -119,7 +121,7 @@ def summarise_neurons(results: NeuronResults) -> NeuronSummary:
 
 
 def changed(results: NeuronResults, found: Measured, whose: Whose, edit: str, quantity: str) -> np.ndarray:
-    """One value for each image: float64 [N], or [E] for class paths."""
+    """The change of a quantity in each image: float64 [N], or [E] for class paths."""
     rows = np.arange(len(results.labels)) if whose == "own" else np.flatnonzero(~results.selection)
     probabilities = (found.probabilities if whose == "own" else found.class_probabilities)[edit]
     if quantity == "accuracy":
@@ -129,36 +131,22 @@ def changed(results: NeuronResults, found: Measured, whose: Whose, edit: str, qu
     return relative(probabilities, clean) if quantity == "deviation" else probabilities - clean
 
 
-def _changes(results: NeuronResults) -> Sequence[Change]:
-    seed, kinds = results.settings.seed, list(results.measured)
-    made = []
-    for whose in ("own", "class"):
+def _changes(results: NeuronResults) -> Iterator[Change]:
+    seed, (first, *others) = results.settings.seed, results.measured
+    for whose in get_args(Whose):
         for edit in EDITED:
             for quantity in QUANTITIES:
-                values = {kind: changed(results, results.measured[kind], whose, edit, quantity) for kind in kinds}
-                base = values[kinds[0]]
-                p: Sequence[float] | np.ndarray = (
-                    holm([sign_flip(values[kind], base, seed=seed) for kind in kinds[1:]]) if len(kinds) > 1 else []
-                )
-                for kind, adjusted in zip(kinds, [None, *p], strict=True):
-                    own = values[kind]
-                    made.append(
-                        Change(
-                            kind,
-                            whose,
-                            edit,
-                            quantity,
-                            bootstrap_interval(own, seed=seed),
-                            int(np.isnan(own).sum()),
-                            None if adjusted is None else bootstrap_interval(own - base, seed=seed),
-                            None if adjusted is None else float(adjusted),
-                        )
-                    )
-    return made
+                values = {kind: changed(results, found, whose, edit, quantity) for kind, found in results.measured.items()}
+                tests = [sign_flip(values[kind], values[first], seed=seed) for kind in others]
+                p = dict(zip(others, map(float, holm(tests)), strict=True)) if others else {}
+                for kind, own in values.items():
+                    difference = bootstrap_interval(own - values[first], seed=seed) if kind in p else None
+                    interval, left_out = bootstrap_interval(own, seed=seed), int(np.isnan(own).sum())
+                    yield Change(kind, whose, edit, quantity, interval, left_out, difference, p.get(kind))
 
 
 def _meaning(results: NeuronResults, class_paths: np.ndarray) -> tuple[dict[int, list[Decoded]], str, tuple[float, ...]]:
-    """Neurons of class paths in terms of classes; corrected over all of them together."""
+    """The neurons of class paths in terms of classes (p-values are corrected over all of them), or why not; and how far that holds."""
     try:
         decoder = NeuronDecoder(results.classifier, layers=results.layers)
     except NotApplicable as error:
@@ -178,110 +166,78 @@ def _meaning(results: NeuronResults, class_paths: np.ndarray) -> tuple[dict[int,
     return decoded, "", tuple(agreement)
 
 
+def speaks_for(decoded: Decoded) -> list[str]:
+    """The classes that a neuron's direct effect favours beyond chance."""
+    return [effect.name for effect in decoded.top if effect.p < SIGNIFICANT]
+
+
 def changes_csv(summary: NeuronSummary) -> str:
-    """Every change with its interval, its difference to the first kind of path, and the protocol."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
+    """Every change with its interval and its difference from the first kind of path."""
+    columns = [
+        *("model", "path", "whose", "edit", "quantity", "mean", "low", "high", "images", "left_out"),
+        *interval_columns("difference"),
+        "adjusted_p",
+    ]
+    name = summary.results.classifier.name
+    rows = (
         [
-            "model",
-            "path",
-            "whose",
-            "edit",
-            "quantity",
-            "mean",
-            "low",
-            "high",
-            "images",
-            "left_out",
-            "difference",
-            "difference_low",
-            "difference_high",
-            "adjusted_p",
+            *(name, c.kind, c.whose, c.edit, c.quantity),
+            *(*csv_interval(c.interval), c.interval.count, c.left_out),
+            *(*csv_interval(c.difference), csv_number(c.p)),
         ]
+        for c in summary.changes
     )
-    for c in summary.changes:
-        difference = ["", "", ""] if c.difference is None else [_number(getattr(c.difference, n)) for n in ("estimate", "low", "high")]
-        numbers = [_number(c.interval.estimate), _number(c.interval.low), _number(c.interval.high), c.interval.count, c.left_out]
-        names = [summary.results.classifier.name, c.kind, c.whose, c.edit, c.quantity]
-        writer.writerow([*names, *numbers, *difference, "" if c.p is None else _number(c.p)])
-    return buffer.getvalue()
+    return csv_text(columns, rows)
 
 
 def pruning_csv(summary: NeuronSummary) -> str:
     """Accuracy and mean probability of the label for every K, depth and share, with intervals."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
+    results = summary.results
+    columns = ["model", "kept", "depth", "share", *interval_columns("accuracy", "probability"), "images"]
+
+    def cells(values: np.ndarray) -> list[str]:
+        return csv_interval(bootstrap_interval(values, seed=results.settings.seed))
+
+    rows = (
         [
-            "model",
-            "kept",
-            "depth",
-            "share",
-            "accuracy",
-            "accuracy_low",
-            "accuracy_high",
-            "probability",
-            "probability_low",
-            "probability_high",
-            "images",
+            *(results.classifier.name, row.kept, row.depth, row.share),
+            *(*cells(row.correct.astype(float)), *cells(row.probabilities), len(row.correct)),
         ]
+        for row in results.pruned
     )
-    for row in summary.results.pruned:
-        intervals = [
-            bootstrap_interval(values, seed=summary.results.settings.seed) for values in (row.correct.astype(float), row.probabilities)
-        ]
-        numbers = [_number(getattr(i, name)) for i in intervals for name in ("estimate", "low", "high")]
-        writer.writerow([summary.results.classifier.name, row.kept, row.depth, row.share, *numbers, len(row.correct)])
-    return buffer.getvalue()
+    return csv_text(columns, rows)
 
 
 def plain_summary(summary: NeuronSummary) -> dict[str, Any]:
-    """neurons.json: settings, versions, class paths, frequencies, similarity, meanings, failures."""
+    """What neurons.json holds: settings, versions, class paths, frequencies, similarity, meanings, failures."""
     results = summary.results
-    names = results.classifier.class_names
-    similarity = [[None if not math.isfinite(value) else round(value, 6) for value in row] for row in summary.similarity.matrix.tolist()]
+    heading = plain_heading(results.settings, results.classifier)
+    heading["model"] |= {"layers": list(results.layers.names), "width": results.layers.width, "neurons_at": results.layers.place}
+    plain = plain_values(
+        {
+            **heading,
+            "images": len(results.chosen),
+            "evaluated_on": int((~results.selection).sum()),
+            "joint_scores": summary.joint,
+            "rows": {kind: {"forwards": m.forwards, "backwards": m.backwards} for kind, m in results.measured.items()},
+            "classes": [_plain_class(summary, int(label)) for label in summary.known_classes],
+            "similarity": summary.similarity.matrix.round(6).tolist(),
+            "decoding": {"agreement_by_layer": summary.agreement, "left_out": summary.undecoded},
+            "failures": [{"sample": sample, "reason": reason} for sample, reason in results.failures],
+        }
+    )
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain_class(summary: NeuronSummary, label: int) -> dict[str, Any]:
+    names = summary.results.classifier.class_names
     return {
-        "settings": results.settings.plain(),
-        "versions": versions(),
-        "model": {
-            "name": results.classifier.name,
-            "weights_digest": results.classifier.weights_digest,
-            "precision": results.classifier.precision,
-            "layers": list(results.layers.names),
-            "width": results.layers.width,
-            "neurons_at": results.layers.place,
-        },
-        "images": len(results.chosen),
-        "evaluated_on": int((~results.selection).sum()),
-        "joint_scores": {kind: vars(interval) for kind, interval in summary.joint.items()},
-        "rows": {kind: {"forwards": m.forwards, "backwards": m.backwards} for kind, m in results.measured.items()},
-        "classes": [
-            {
-                "name": names[label],
-                "images": int((results.labels == label).sum()),
-                "path": summary.class_paths[label].tolist(),
-                "share_of_images": [
-                    round(float(summary.frequency[label, layer, unit] / max(1, (results.labels == label).sum())), 4)
-                    for layer, unit in enumerate(summary.class_paths[label])
-                ],
-                "most_similar": [names[c] for c in summary.similarity.most(int(label), 50)],
-                "least_similar": [names[c] for c in summary.similarity.least(int(label), 50)],
-                "speaks_for": [[effect.name for effect in neuron.top if effect.p < 0.05] for neuron in summary.decoded.get(int(label), [])],
-            }
-            for label in summary.known_classes
-        ],
-        "similarity": similarity,
-        "decoding": {"agreement_by_layer": [None if not math.isfinite(v) else v for v in summary.agreement], "left_out": summary.undecoded},
-        "failures": [{"sample": sample, "reason": reason} for sample, reason in results.failures],
+        "name": names[label],
+        "images": summary.images(label),
+        "path": summary.class_paths[label].tolist(),
+        "share_of_images": [round(share, 4) for share in summary.shares(label)],
+        "most_similar": [names[c] for c in summary.similarity.most(label, 50)],
+        "least_similar": [names[c] for c in summary.similarity.least(label, 50)],
+        "speaks_for": [speaks_for(neuron) for neuron in summary.decoded.get(label, [])],
     }
-
-
-def exemplar_inputs(results: NeuronResults, size: int = 32) -> Any:
-    """Model inputs of all images, in batches."""
-    for start in range(0, len(results.chosen), size):
-        yield results.inputs(range(start, min(start + size, len(results.chosen)))).to(torch.float32)
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else ""

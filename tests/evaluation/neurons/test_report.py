@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,15 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import attribution as at
-from attribution.neurons import PathFinder, edited_probabilities, mean_activations
+from attribution.neurons import PathFinder, edited_probabilities, find_neurons, mean_activations
 from evaluation.neurons import measure as runner
-from evaluation.neurons.measure import relative, run_neurons
 from evaluation.neurons.report import write_neuron_report
+from evaluation.neurons.results import NeuronResults, relative
 from evaluation.neurons.settings import NeuronSettings
+from evaluation.neurons.study import NEURONS, run_neurons
 from evaluation.neurons.summary import changed, summarise_neurons
-from evaluation.study.records import read_log
+from evaluation.study.records import RecordLog, read_log
+from evaluation.study.run import held
 
 NAMES = ("blue", "green", "red")
 SIDE = 16
@@ -59,11 +63,11 @@ def settings(folder: Path, **values: object) -> NeuronSettings:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.NeuronResults:
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> NeuronResults:
     return run_neurons(settings(folder), tmp_path_factory.mktemp("run"))
 
 
-def test_paths_are_those_of_each_image_on_its_own(results: runner.NeuronResults) -> None:
+def test_paths_are_those_of_each_image_on_its_own(results: NeuronResults) -> None:
     classifier = results.classifier
     assert len(results.chosen) == 18
     assert sorted(results.labels.tolist()) == sorted([0, 1, 2] * 6)
@@ -84,7 +88,7 @@ def test_paths_are_those_of_each_image_on_its_own(results: runner.NeuronResults)
                 assert measured.correct[edit][position] == (int(edited[0].argmax()) == target)
 
 
-def test_halves_replace_by_one_anothers_mean_and_judge_paths_of_the_other(results: runner.NeuronResults) -> None:
+def test_halves_replace_by_one_anothers_mean_and_judge_paths_of_the_other(results: NeuronResults) -> None:
     assert [int(results.selection[results.labels == label].sum()) for label in range(3)] == [3, 3, 3]
     first = np.flatnonzero(results.selection)
     means = mean_activations(results.classifier, results.inputs(first.tolist()))
@@ -107,14 +111,14 @@ def test_halves_replace_by_one_anothers_mean_and_judge_paths_of_the_other(result
     np.testing.assert_allclose(found.class_probabilities["remove"], expected, atol=1e-6)
 
 
-def test_the_removal_path_lowers_the_target_most(results: runner.NeuronResults) -> None:
+def test_the_removal_path_lowers_the_target_most(results: NeuronResults) -> None:
     """By construction never less than the path of the largest contributions that it starts from; here than any other kind."""
     removed = {kind: changed(results, found, "own", "remove", "probability").mean() for kind, found in results.measured.items()}
     assert min(removed, key=lambda kind: removed[kind]) == "neuron_path_removal"
     assert removed["neuron_path_removal"] < removed["random"] < 0.05
 
 
-def test_pruning_sweeps_every_combination(results: runner.NeuronResults) -> None:
+def test_pruning_sweeps_every_combination(results: NeuronResults) -> None:
     combinations = {(row.kept, row.depth, row.share) for row in results.pruned}
     assert combinations == {(k, d, q) for k in (1, 2) for d in (1, 2, 3) for q in (0.1, 0.3, 0.5, 1.0)}
     assert all(len(row.correct) == 9 for row in results.pruned)
@@ -156,6 +160,179 @@ def test_a_run_resumes_and_ends_with_the_same_files(folder: Path, tmp_path: Path
     assert {path: path.read_bytes() for path in files} == files
 
 
+TABLES = ("changes.csv", "pruning.csv", "neurons.json", "report.html")
+
+
+def written(results: NeuronResults, out: Path) -> dict[str, bytes]:
+    write_neuron_report(summarise_neurons(results), out)
+    return {name: (out / name).read_bytes() for name in TABLES}
+
+
+def test_a_run_killed_at_any_record_ends_with_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after every fifth record, within batches too, until nothing is left; what is held meanwhile can be read or is refused."""
+    chosen = settings(folder, paths=["neuron_path", "activation", "random"], shares=[0.5, 1.0], depths=[1, 3], steps=2)
+    wanted = written(run_neurons(chosen, tmp_path / "whole"), tmp_path / "whole")
+    append, left = RecordLog.append, 0
+
+    def killed(self: RecordLog, key: str, record: dict[str, object]) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        append(self, key, record)
+
+    monkeypatch.setattr(RecordLog, "append", killed)
+    for _ in range(100):
+        left = 5
+        try:
+            results = run_neurons(chosen, tmp_path / "cut")
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(read_log(tmp_path / "cut" / "records.jsonl")) == 3 * 18 + 9 + 3 + 2 * 2 * 2
+    assert written(results, tmp_path / "cut") == wanted
+    assert written(held(NEURONS, chosen, tmp_path / "cut"), tmp_path / "cut") == wanted
+    lines = (tmp_path / "cut" / "records.jsonl").read_bytes().splitlines(keepends=True)
+    for count, message in ((10, "holds 0 images"), (3 * 18 + 10, "does not hold them")):
+        (tmp_path / "cut" / "records.jsonl").write_bytes(b"".join(lines[:count]))
+        with pytest.raises(at.UserError, match=message):
+            held(NEURONS, chosen, tmp_path / "cut")
+
+
+@contextmanager
+def forwarded(classifier: at.Classifier) -> Iterator[list[int]]:
+    """Counts the images that pass the module, batch by batch."""
+    counts: list[int] = []
+    handle = classifier.module.register_forward_pre_hook(lambda _module, args: counts.append(len(args[0])))  # type: ignore[union-attr]
+    yield counts
+    handle.remove()
+
+
+@pytest.fixture
+def table(folder: Path, tmp_path: Path) -> Path:
+    """The images in a folder of the test's own, with a list of paths and labels."""
+    lines = ["path,label"]
+    for path in sorted(folder.rglob("*.png")):
+        name = f"{path.parent.name}-{path.name}"
+        shutil.copy(path, tmp_path / name)
+        lines.append(f"{name},{path.parent.name}")
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "list.csv"
+
+
+def samples_of(records: dict[str, dict[str, object]]) -> list[object]:
+    return [record["sample"] for record in records.values() if "sample" in record]
+
+
+@pytest.mark.parametrize("target", ["label", "predicted"])
+def test_replaced_pixels_and_corrected_labels_are_measured_again_and_nothing_else(table: Path, tmp_path: Path, target: str) -> None:
+    model = colours()
+    chosen = settings(table, model=model, target=target, paths=["neuron_path", "activation"], kept=[1], shares=[1.0], steps=2)
+    run_neurons(chosen, tmp_path / "out")
+    first = read_log(tmp_path / "out" / "records.jsonl")
+    with forwarded(model) as counts:
+        run_neurons(chosen, tmp_path / "out")
+    with forwarded(model) as tried:
+        find_neurons(model)
+    assert counts == tried and read_log(tmp_path / "out" / "records.jsonl") == first, "nothing changed: only its layers are looked for"
+
+    shutil.copy(tmp_path / "blue-5.png", tmp_path / "red-1.png")  # another image under the old name
+    replaced = run_neurons(chosen, tmp_path / "out")
+    second = read_log(tmp_path / "out" / "records.jsonl")
+    assert samples_of({key: record for key, record in second.items() if key not in first}) == ["red-1.png"] * 2
+    same_as(replaced, run_neurons(chosen, tmp_path / "anew"))
+
+    table.write_text(table.read_text(encoding="utf-8").replace("red-1.png,red", "red-1.png,blue"), encoding="utf-8")
+    corrected = run_neurons(chosen, tmp_path / "out")
+    third = read_log(tmp_path / "out" / "records.jsonl")
+    again = samples_of({key: record for key, record in third.items() if key not in second})
+    assert again == (["red-1.png"] * 2 if target == "label" else [])
+    same_as(corrected, run_neurons(chosen, tmp_path / "corrected"))
+    assert sorted(corrected.labels.tolist()) == [0] * 7 + [1] * 6 + [2] * 5
+
+
+def same_as(found: NeuronResults, wanted: NeuronResults) -> None:
+    """Equal but for rounding, which depends on the batch."""
+    for name in ("labels", "targets", "predicted", "selection"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
+    for kind, measured in wanted.measured.items():
+        np.testing.assert_array_equal(found.measured[kind].neurons, measured.neurons)
+        for edit in ("remove", "enhance", "mean"):
+            np.testing.assert_allclose(found.measured[kind].probabilities[edit], measured.probabilities[edit], atol=1e-6)
+            np.testing.assert_allclose(found.measured[kind].class_probabilities[edit], measured.class_probabilities[edit], atol=1e-6)
+            np.testing.assert_array_equal(found.measured[kind].class_correct[edit], measured.class_correct[edit])
+    for row, other in zip(found.pruned, wanted.pruned, strict=True):
+        np.testing.assert_allclose(row.probabilities, other.probabilities, atol=1e-6)
+
+
+def test_another_model_file_another_version_and_other_settings_are_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"paths": ["neuron_path"], "kept": [1], "shares": [1.0], "depths": [1], "steps": 2}
+    run_neurons(settings(folder, **usual), tmp_path)
+    count = len(read_log(tmp_path / "records.jsonl"))
+    weights = run_neurons(settings(folder, **usual, model=colours(seed=1)), tmp_path)
+    assert len(read_log(tmp_path / "records.jsonl")) == 2 * count, "the same name, other weights"
+    alone = run_neurons(settings(folder, **usual, model=colours(seed=1)), tmp_path / "alone")
+    np.testing.assert_array_equal(weights.measured["neuron_path"].scores, alone.measured["neuron_path"].scores)
+    run_neurons(settings(folder, **{**usual, "steps": 3}), tmp_path)
+    assert len(read_log(tmp_path / "records.jsonl")) == 3 * count
+    monkeypatch.setattr("evaluation.study.identity.__version__", "9.9")
+    run_neurons(settings(folder, **usual), tmp_path)
+    assert len(read_log(tmp_path / "records.jsonl")) == 4 * count
+
+
+def test_an_image_that_spoils_its_batch_fails_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(folder, paths=["neuron_path", "random"], kept=[1], shares=[1.0], steps=2)
+    wanted = run_neurons(chosen, tmp_path / "whole")
+    search, bad = PathFinder.search, wanted.inputs([4])[0]
+
+    def spoilt(self: PathFinder, *args: object, **kwargs: object) -> object:
+        if any(torch.equal(each, bad) for each in self.inputs):
+            raise RuntimeError("out of memory")
+        return search(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PathFinder, "search", spoilt)
+    found = run_neurons(chosen, tmp_path / "spoilt")
+    others = [position for position in range(18) if position != 4]
+    assert found.chosen == tuple(wanted.chosen[position] for position in others)
+    assert found.failures == ((wanted.dataset.ids[wanted.chosen[4]], "RuntimeError: out of memory"),)
+    for kind in ("neuron_path", "random"):
+        np.testing.assert_array_equal(found.measured[kind].neurons, wanted.measured[kind].neurons[others])
+
+
+@pytest.mark.slow
+def test_several_processes_end_with_the_bytes_of_one(tmp_path: Path) -> None:
+    photos = random_photos(tmp_path / "photos", 6)
+    given = {"data": str(photos), "paths": ["neuron_path", "activation", "random"], "kept": [2], "depths": [4], "steps": 2}
+    found = {
+        workers: written(run_neurons(NeuronSettings.make({**given, "workers": workers}), tmp_path / str(workers)), tmp_path / str(workers))
+        for workers in (1, 2)
+    }
+    assert found[2] == found[1]
+    assert len(read_log(tmp_path / "2" / "records.jsonl")) == len(read_log(tmp_path / "1" / "records.jsonl"))
+
+
+def random_photos(folder: Path, count: int) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_depths_beyond_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(at.UserError, match=r"depths are \[1, 4\]: expected 1 to 3 layers"):
+        run_neurons(settings(folder, depths=[1, 4]), tmp_path)
+
+
+def test_without_pruning_the_page_has_no_figure_of_it(folder: Path, tmp_path: Path) -> None:
+    results = run_neurons(settings(folder, paths=["activation"], kept=[], steps=1), tmp_path)
+    files = write_neuron_report(summarise_neurons(results), tmp_path)
+    assert results.pruned == () and not any("pruning" in path.name for path in files.figures)
+
+
 def test_images_that_fail_are_named_and_the_others_count(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "data"
     for path in sorted(folder.rglob("*.png")):
@@ -170,7 +347,7 @@ def test_images_that_fail_are_named_and_the_others_count(folder: Path, tmp_path:
     assert json.loads(files.json.read_text(encoding="utf-8"))["failures"][0]["sample"] == "red/2.png"
 
 
-def test_the_tables_hold_what_was_measured(results: runner.NeuronResults, tmp_path: Path) -> None:
+def test_the_tables_hold_what_was_measured(results: NeuronResults, tmp_path: Path) -> None:
     summary = summarise_neurons(results)
     files = write_neuron_report(summary, tmp_path)
     rows = {
@@ -218,12 +395,21 @@ def test_a_ratio_needs_a_clean_probability() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"paths": ["nonsense"]}, "paths are nonsense: expected"),
+        ({"paths": ["nonsense"]}, "paths is 'nonsense': expected one of neuron_path"),
+        ({"paths": []}, "paths are none: expected different ones of neuron_path"),
+        ({"paths": ["activation", "activation"]}, "paths are activation, activation: expected different"),
         ({"paths": ["activation", "random"]}, "random paths imitate"),
-        ({"target": "truth"}, "target='truth'"),
-        ({"samples": 2}, "samples is 2"),
-        ({"kept": [0]}, "kept is [0]"),
-        ({"shares": [2.0]}, "shares are [2.0]"),
+        ({"target": "truth"}, "target is 'truth': expected one of label, predicted"),
+        ({"output": "odds"}, "output is 'odds': expected one of probability, logit"),
+        ({"samples": 2}, "samples is 2: expected a whole number of at least 4"),
+        ({"steps": 0}, "steps is 0: expected a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"exemplars": -1}, "exemplars is -1: expected a whole number of at least 0"),
+        ({"kept": [0]}, "kept is 0: expected a whole number of at least 1"),
+        ({"kept": [True]}, "kept is True: expected a whole number of at least 1"),
+        ({"shares": [2.0]}, "shares is 2.0: expected a number from 0 to 1"),
+        ({"depths": [0]}, "depths is 0: expected a whole number of at least 1"),
+        ({"enhance": -1}, "enhance is -1: expected a number of at least 0"),
         ({"colour": 1}, "unknown settings colour"),
     ],
 )
@@ -257,11 +443,7 @@ def test_the_command_on_data(run_command: Run, folder: Path, tmp_path: Path) -> 
     arguments = ("--data", folder, "--model", "zoo:vit", "--steps", 2, "--samples", 6, "--kept", 1, "--paths", "neuron_path,activation")
     code, _, err = run_command("neurons", *arguments, "--out", tmp_path / "out")
     assert code == 2 and "red" in err, "the classes of the folder are not those of the model"
-    photos = tmp_path / "photos"
-    for name in ("cat", "dog"):
-        (photos / name).mkdir(parents=True)
-        for index in range(3):
-            Image.fromarray(np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / name / f"{index}.png")
+    photos = random_photos(tmp_path / "photos", 3)
     arguments = ("--data", photos, *arguments[2:])
     code, out, err = run_command("neurons", *arguments, "--out", tmp_path / "out")
     assert code == 0, err
@@ -273,6 +455,14 @@ def test_the_command_on_data(run_command: Run, folder: Path, tmp_path: Path) -> 
         "neurons.json",
         "records.jsonl",
     }
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    file = tmp_path / "settings.toml"
+    file.write_text(f'data = {json.dumps(str(photos))}\nsteps = 2\nkept = [1]\npaths = ["neuron_path", "activation"]\n', encoding="utf-8")
+    code, _, err = run_command("neurons", "--config", file, "--samples", 6, "--out", tmp_path / "out", "--no-measure")
+    assert code == 0, err
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
+    code, _, err = run_command("neurons", "photo.png", "--config", file)
+    assert code == 2 and "do not go with --data" in err
 
 
 @pytest.mark.parametrize(
