@@ -221,7 +221,7 @@ class _Job:
             typer.echo(f"{prefix}{path.name}: kept, figure: {figure}")
             return
         image = load_image(path)
-        found = neuron_path(self.classifier, image, layers=self.layers.names, **self.options)
+        found = neuron_path(image, self.classifier, layers=self.layers.names, **self.options)
         decoded = self._decoded(found)
         table = self._edits(image, found)
         figure.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.deprecation import image_first
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
@@ -21,9 +22,10 @@ Edit = Literal["remove", "enhance", "mean"]
 EDITS = ("remove", "enhance", "mean")
 
 
+@image_first
 def edited_probability(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     neurons: Any,
     target: int | str,
     edit: Edit = "remove",
@@ -35,8 +37,8 @@ def edited_probability(
     """Probability of a class when neurons are edited, all of them in one forward pass.
 
     Args:
-        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
         image: whatever ``load_image`` takes.
+        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
         neurons: int [L] or [L, K], hidden units of each layer; -1 edits nothing.
         target: class index or name.
         edit: "remove" sets them to 0, "enhance" multiplies what they have in the edited run by ``factor``, "mean" sets them to

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attribution.deprecation import image_first
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
@@ -18,9 +19,10 @@ from attribution.neurons.path import STEPS, Mode, NeuronPath, Output
 from attribution.provenance import plain_settings, provenance
 
 
+@image_first
 def neuron_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     mode: Mode = "reference",
     steps: int = STEPS,
@@ -34,8 +36,8 @@ def neuron_path(
     """Find the neurons, one in each layer of a vision transformer, whose joint influence on the prediction is largest.
 
     Args:
-        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
         image: whatever ``load_image`` takes.
+        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
         target: class to explain, index or name; the predicted class by default.
         mode: "reference", the published search; "exact", which reranks candidates by their true joint score and is never worse;
             "removal", the neurons without which the target is least (see ``PathFinder.search``).
@@ -52,8 +54,8 @@ def neuron_path(
     """
     settings = {"mode": mode, "top": top, "compat": compat, "reranked": reranked}
     return _one(
-        classifier,
         image,
+        classifier,
         target,
         steps,
         output,
@@ -63,9 +65,10 @@ def neuron_path(
     )
 
 
+@image_first
 def activation_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     *,
     steps: int = STEPS,
@@ -73,12 +76,13 @@ def activation_path(
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
     """The neuron of the largest (signed) activation in every layer; arguments and score as in ``neuron_path``."""
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.activation)
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.activation)
 
 
+@image_first
 def influence_pattern_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     steps: int = STEPS,
     *,
@@ -89,12 +93,13 @@ def influence_pattern_path(
 
     What NeuronPath's code compares with under the name Influence Pattern; see ``PathFinder.influence_pattern`` for what it is.
     """
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.influence_pattern)
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.influence_pattern)
 
 
+@image_first
 def layer_gradient_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     steps: int = STEPS,
     *,
@@ -102,12 +107,12 @@ def layer_gradient_path(
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
     """The neuron of the largest layer-wise integrated gradient in every layer; arguments and score as in ``neuron_path``."""
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.layer_integrated_gradients)
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.layer_integrated_gradients)
 
 
 def _one(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None,
     steps: int,
     output: Output,
