@@ -270,17 +270,17 @@ def test_bad_neurons(neurons: Tensor) -> None:
 def test_other_errors() -> None:
     used, inputs, neurons = toy_classifier(ToyTransformer()), toy_images(3), PATHS
     for edit, options, message in [
-        ("double", {}, "unknown edit 'double': expected one of remove, enhance, mean"),
+        ("double", {}, "edit is 'double': expected one of remove, enhance, mean"),
         ("mean", {}, "needs means: received nothing"),
         ("mean", {"means": torch.zeros(12, 3)}, r"needs means: received float32 \[12, 3\], expected float \[3, 12\]"),
     ]:
         with pytest.raises(at.UserError, match=message):
             edited_probabilities(used, inputs, neurons, edit, **options)
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(at.UserError, match="expected 0 to 1"):
+        with pytest.raises(at.UserError, match=f"share is {share}: expected a number from 0 to 1"):
             pruned_probabilities(used, inputs, neurons, share)
     for depth in (-1, 4):
-        with pytest.raises(at.UserError, match=f"depth is {depth}: expected 0 to 3 layers"):
+        with pytest.raises(at.UserError, match=f"depth is {depth}: expected a whole number from 0 to 3"):
             pruned_probabilities(used, inputs, neurons, depth=depth)
     for wrong in ([1, 2], [1, 2, 12], 3, [0.5, 1, 2]):
         with pytest.raises(at.UserError, match="expected whole numbers"):

@@ -467,8 +467,8 @@ def test_the_predicted_class_is_explained_by_default() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": True}, "steps is True"),
-        ({"mode": "fast"}, "mode='fast': expected 'reference'"),
-        ({"output": "loss"}, "output='loss': expected 'probability' or 'logit'"),
+        ({"mode": "fast"}, "mode is 'fast': expected one of reference, exact, removal"),
+        ({"output": "loss"}, "output is 'loss': expected one of probability, logit"),
         ({"top": 0}, "top is 0: expected a whole number from 1 to 12"),
         ({"top": 13}, "top is 13"),
         ({"top": True}, "top is True"),
@@ -498,7 +498,7 @@ def test_errors_of_the_finder() -> None:
     with pytest.raises(at.UserError, match="2 seeds for 3 images"):
         used.random(like, [0, 1])
     for nearest in (0, 12):
-        with pytest.raises(at.UserError, match=f"nearest is {nearest}: expected 1 to 11"):
+        with pytest.raises(at.UserError, match=f"nearest is {nearest}: expected a whole number from 1 to 11"):
             used.random(like, [0, 1, 2], nearest=nearest)
 
 

@@ -279,7 +279,7 @@ def test_the_command_on_data(run_command: Run, folder: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (("--model", "zoo:cnn"), "no MLP over tokens"),
-        (("--mode", "fast"), "mode='fast'"),
+        (("--mode", "fast"), "mode is 'fast'"),
         (("--target", "unicorn"), "no class 'unicorn'"),
         (("nowhere.png",), "no such file"),
         (("--data", "photos", "--kept", "a"), "--kept is 'a'"),
