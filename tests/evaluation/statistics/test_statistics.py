@@ -489,7 +489,10 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: es.pairwise_tests({"a": [1], "b": [1, 2]}), "scores of a have 1 values and scores of b 2"),
     (lambda: ranking.significance_groups({"a": 1, "b": 0}, {}), "no comparison of a and b"),
     (lambda: ranking.ranks({"a": 1}, "up"), "direction is 'up'"),  # type: ignore[arg-type]
-    (lambda: validity.seed_spread([[1.0, 2.0]]), r"scores are float64 \[1, 2\]: expected float \[S, N\] with one row for each of at least 2 seeds"),
+    (
+        lambda: validity.seed_spread([[1.0, 2.0]]),
+        r"scores are float64 \[1, 2\]: expected float \[S, N\] with one row for each of at least 2 seeds",
+    ),
     (lambda: validity.seed_spread([1.0, 2.0]), r"scores are float64 \[2\]"),
     (lambda: validity.seed_spread(np.zeros((2, 3)), np.zeros((2, 4, 5))), r"maps are float64 \[2, 4, 5\]: expected \[2, 3, P\]"),
     (lambda: validity.count_validity([1.0], [True, False], [True], [True]), r"constant is bool \[2\]: expected bool \[1\]"),
