@@ -1,8 +1,8 @@
-"""Planted failures: how well the causing regions find a pasted patch that flips the prediction, beside gradient methods; prints a table.
+"""Measure how well the causing regions, and gradient methods, find a pasted patch that changes the prediction; prints a table.
 
     python scripts/planted_failures.py --root DATA
 
-DATA holds CIFAR-10 in a layout of datasets/cifar10.toml. Every map is judged by the same two functions against the patch.
+DATA holds CIFAR-10 in a layout of datasets/cifar10.toml. Every map is compared with the patch by the same two functions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(
     fill: Annotated[str, typer.Option(help="What hides regions.")] = "mean",
     out: Annotated[Path | None, typer.Option(help="CSV file of every score.", show_default=False)] = None,
 ) -> None:
-    """Print the table: mean, 95 % bootstrap interval, and the test against the causing regions."""
+    """Print the table: means, 95 % bootstrap intervals, and tests against the causing regions."""
     classifier = at.load_classifier(model)
     dataset = ev.open_dataset("cifar10", root=root, class_names=classifier.class_names)
     scores: dict[str, list[tuple[float, float]]] = {}
@@ -53,14 +53,19 @@ def main(
     if out is not None:
         with whole_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["sample", "donor", "label", "predicted", "map", "energy", "hit"], *rows])
+    title = f"{classifier.name}, {len(shares)} planted failures, patch {np.mean(shares):.1%} of the image, fill {fill}"
+    Console(width=140).print(compared({name: np.array(found) for name, found in scores.items()}, title))
+
+
+def compared(values: dict[str, np.ndarray], title: str) -> Table:
+    """The table of scores [failures, 2] by map, each tested against those of the causing regions (sign flips, Holm)."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{classifier.name}, {len(shares)} planted failures, patch {np.mean(shares):.1%} of the image, fill {fill}",
+        title=title,
         title_justify="left",
     )
     for heading in ("map", "energy inside", "p", "first pixel inside", "p", "without a value"):
         table.add_column(heading, justify="left" if heading == "map" else "right")
-    values = {name: np.array(found) for name, found in scores.items()}
     first = values[OURS[0]]
     tested = {name: [sign_flip(first[:, k], found[:, k]) for k in range(2)] for name, found in values.items() if name not in OURS}
     adjusted = {
@@ -75,7 +80,7 @@ def main(
                 f"{adjusted[name][k]:.4f}" if name in adjusted else "",
             ]
         table.add_row(name, *cells, str(int(np.isnan(found[:, 0]).sum())))
-    Console(width=140).print(table)
+    return table
 
 
 if __name__ == "__main__":
