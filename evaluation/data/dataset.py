@@ -154,8 +154,8 @@ def index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
 
 
 def some_names(names: Sequence[str], limit: int = 10) -> str:
-    """The names, joined by commas; of more than ``limit`` the first ones and the number of all."""
-    return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" ... ({len(names)} classes)")
+    """The names, joined by commas; of more than ``limit`` the first ones and the number of the others."""
+    return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" and {len(names) - limit} more")
 
 
 def _mask_of(image: Tensor, source: Any) -> Tensor | None:

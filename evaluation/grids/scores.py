@@ -24,7 +24,7 @@ def cell_slices(cell: int, n: int, height: int, width: int) -> tuple[slice, slic
     """Rows and columns of one cell of an n x n grid.
 
     Args:
-        cell: 0...n²-1, row by row from the top left.
+        cell: 0 to n² - 1, row by row from the top left.
         n: cells along each side.
         height, width: of the whole grid (an image, a map or a feature map), multiples of n.
 
