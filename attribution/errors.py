@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can mend."""
+"""The exceptions for mistakes that a user can correct, and the words for values in their messages."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: one line that says what was received, what was expected and what to do.
+    """Wrong input. The message is one line: what was received, what was expected, what to do.
 
-    The command line prints the line and exits with code 2; programming errors keep their traceback.
+    The command prints the line and exits with code 2. Programming errors keep their traceback.
     """
 
 
 class NotApplicable(UserError):
-    """A method that is not defined for this model, whatever the image: a comparison leaves it out and says why."""
+    """The method is not defined for this model, for any image. A comparison leaves the method out and gives the reason."""
 
 
 class NotMisclassified(UserError):
-    """An image that the model is right about: there is no failure to explain."""
+    """The model classifies the image correctly, so there is no failure to explain."""
 
 
 def describe(value: Any) -> str:
-    """What a value is, in a few words, for the 'received' part of a message: ``float32 [3, 32, 32]``."""
+    """Describe a value in a few words for an error message: ``float32 [3, 32, 32]`` for an array, else text or type."""
     shape = getattr(value, "shape", None)
     if shape is not None and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')} {list(shape)}"

@@ -1,4 +1,4 @@
-"""Explanation: which regions mattered, in which order, what that order does to the prediction, and how it was found."""
+"""Explanation: the order of the regions by importance, the prediction along this order, and how both were computed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_choice, check_number
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.regions import Regions
@@ -23,28 +24,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = 1
-_MAX_FILE_VALUES = 2**28  # numbers that one array of a file may hold: what a hostile header can make us allocate
+_MAX_FILE_VALUES = 2**28  # limit for one array of a file: a hostile header cannot make us allocate more
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a search or an attribution method found for one image and one class.
+    """The result of a search or an attribution method for one image and one class.
 
-    A search gives regions, an order and the trajectories along it. An attribution method gives a map of pixels only, until
-    ``ranked_over`` turns it into an order.
+    A search yields regions, their order and the probabilities of the target along it. An attribution method yields a pixel map and
+    no order; ``ranked_over`` ranks given regions by the map.
 
     Attributes:
-        image: float32 [3, H, W] in [0, 1], what was explained, at the resolution of the regions.
-        target: class index explained.
-        class_names: names of all classes.
-        probabilities: float32 [C], of the whole image.
-        regions: the partition; None for a map of pixels.
-        order: int64 [R], region ids, most important first; None for a map of pixels.
-        insertion_scores: float32 [R+1], probability of the target with the first k regions shown, k = 0...R.
+        image: float32 [3, H, W] in [0, 1], the image explained, at the resolution of the regions.
+        target: index of the class explained.
+        class_names: names of all C classes.
+        probabilities: float32 [C], for the whole image.
+        regions: the partition of the image into R regions; None for an attribution method.
+        order: int64 [R], region ids, most important first; None for an attribution method.
+        insertion_scores: float32 [R+1], probability of the target with only the first k regions shown, k = 0 to R.
         deletion_scores: float32 [R+1], probability of the target with the first k regions hidden.
         pixel_map: float32 [H, W], the map of an attribution method, signed or not; None for a search.
-        evaluations: images forwarded by the search or method.
-        provenance: how it was made (model, weights digest, fill, settings, versions, seed, seconds), plain JSON types.
+        evaluations: number of images that the search or method forwarded.
+        provenance: how it was computed (model, weights digest, fill, settings, versions, seed, seconds), as JSON types.
     """
 
     image: Tensor
@@ -71,95 +72,106 @@ class Explanation:
 
     @property
     def fill_confidence(self) -> float:
-        """Probability of the target for the fill alone, with every region hidden."""
+        """Probability of the target with every region hidden, so that the model sees only the fill."""
         return float(self._need(self.insertion_scores, "insertion scores")[0])
 
     @property
     def fill_is_informative(self) -> bool:
-        """Whether the fill alone reaches half of the confidence: insertion then says little, and another fill should be tried."""
+        """Whether the fill alone reaches half of the confidence. Insertion scores then say little: try another fill."""
         return self.fill_confidence >= 0.5 * self.confidence
 
     @property
     def area(self) -> Tensor:
-        """float32 [R+1], exact share of the pixels in the first k regions, k = 0...R."""
+        """float32 [R+1], exact share of the image's pixels in the first k regions, k = 0 to R."""
         shares = self._need_regions().area[self._need(self.order, "order")]
         return torch.cat([shares.new_zeros(1), shares.cumsum(0)]).float().clamp(max=1)
 
     @property
     def insertion_auc(self) -> float:
-        """Area under the insertion curve over the exact area axis (trapezoid); higher is better."""
+        """Area under the insertion scores over ``area``, by the trapezoidal rule; higher is better."""
         return self._auc(self._need(self.insertion_scores, "insertion scores"))
 
     @property
     def deletion_auc(self) -> float:
-        """Area under the deletion curve over the exact area axis (trapezoid), most important first; lower is better."""
+        """Area under the deletion scores over ``area``, by the trapezoidal rule; lower is better."""
         return self._auc(self._need(self.deletion_scores, "deletion scores"))
 
     @property
     def gains(self) -> Tensor:
-        """float32 [R], marginal gain of order[k]: the change of insertion - deletion probability when it joins the first k."""
+        """float32 [R], marginal gain of region order[k]: the change of (insertion - deletion) probability when it joins the first k."""
         difference = self._need(self.insertion_scores, "insertion scores") - self._need(self.deletion_scores, "deletion scores")
         return difference.diff()
 
     @property
     def heatmap(self) -> Tensor:
-        """float32 [H, W] in [0, 1]: ``to_pixels("gain")`` of a search; a method's map without its negative part over its maximum."""
-        if self.order is not None and self.insertion_scores is not None:
-            return self.to_pixels("gain")
+        """float32 [H, W] in [0, 1], by where the explanation comes from.
+
+        A search: ``to_pixels("gain")``. A ranking without scores (``ranked_over``): ``to_pixels("rank")``. An attribution method:
+        the positive part of its map, divided by its maximum.
+        """
         if self.order is not None:
-            return self.to_pixels("rank")
+            return self.to_pixels("rank" if self.insertion_scores is None else "gain")
         positive = self._need(self.pixel_map, "pixel map").clamp(min=0)
         top = positive.max()
         return positive / top if top > 0 else positive
 
     @property
     def values(self) -> Tensor:
-        """float32 [H, W]: the map of an attribution method, signed or not; the heatmap of a search."""
+        """float32 [H, W], the map that metrics evaluate: an attribution method's pixel map, signed or not; a search's heatmap."""
         return self.heatmap if self.pixel_map is None else self.pixel_map
 
     def to_pixels(self, convention: Literal["gain", "rank"] = "gain") -> Tensor:
-        """The order as a map of pixels, float32 [H, W] in [0, 1], written by region id (black pixels included).
+        """The order as a pixel map: every pixel has the value of its region.
 
         Args:
-            convention: "gain" (SMDL): from 0 down by the absolute marginal gain of each region in turn, shifted and scaled to
-                [0, 1]; all zeros when no region changes anything. "rank": (R - position) / R, 1 for the first region.
+            convention: how regions get values. "gain" (SMDL): starting from 0, each region in the order subtracts its absolute
+                marginal gain; the values are shifted and scaled to [0, 1], or all 0 if no region has a gain. "rank":
+                (R - position) / R, which is 1 for the first region.
+
+        Returns:
+            float32 [H, W] in [0, 1].
         """
+        check_choice("convention", convention, ("gain", "rank"))
         order, regions = self._need(self.order, "order"), self._need_regions()
         if convention == "gain":
             along = -self.gains.double().abs().cumsum(0)
             along = along - along.min()
             along = along / along.max() if along.max() > 0 else along
-        elif convention == "rank":
-            along = 1 - torch.arange(len(order), dtype=torch.float64) / len(order)
         else:
-            raise UserError(f"unknown convention {convention!r}: expected 'gain' or 'rank'")
+            along = 1 - torch.arange(len(order), dtype=torch.float64) / len(order)
         by_region = torch.empty_like(along)
         by_region[order] = along
         return by_region.float()[regions.labels]
 
     def regions_needed(self, confidence: float) -> int | None:
-        """The least k for which the first k regions alone reach a probability of the target; None when no prefix does."""
-        if not 0 <= confidence <= 1:
-            raise UserError(f"confidence is {confidence}: expected a probability in [0, 1]")
+        """The smallest k for which the first k regions alone give the target this probability; None if no k does."""
+        check_number("confidence", confidence, 0, 1)
         reached = (self._need(self.insertion_scores, "insertion scores") >= confidence).nonzero()
         return int(reached[0, 0]) if len(reached) else None
 
     def minimal_regions(self, confidence: float) -> Tensor | None:
-        """The shortest prefix of the order that reaches a probability of the target: int64 [k] region ids, or None."""
+        """The ids of the first regions that alone give the target this probability, as few as possible: int64 [k], or None."""
         needed = self.regions_needed(confidence)
         return None if needed is None else self._need(self.order, "order")[:needed]
 
     def ranked_over(self, regions: Regions | Tensor) -> Explanation:
-        """The same explanation as an order of regions: by the mean of its map in each, ties by the lowest id.
+        """The same explanation as an order of given regions: by the mean of its map over each region, highest first.
 
-        Its trajectories are those of another order, so they are left out; the evaluators compute them.
+        Ties go to the lowest region id. Insertion and deletion scores are left out, because they belong to another order; the
+        metrics compute them.
+
+        Args:
+            regions: a partition of the image, or its label map int64 [H, W].
+
+        Raises:
+            UserError: regions of another size than the map.
         """
         regions = regions if isinstance(regions, Regions) else Regions(regions)
         order = order_of_means(self.pixel_map if self.pixel_map is not None else self.to_pixels("rank"), regions.labels)
         return replace(self, regions=regions, order=order, insertion_scores=None, deletion_scores=None)
 
     def plot(self, **options: Any) -> Figure:
-        """The figure of ``attribution.plotting.plot_explanation``."""
+        """Draw the explanation; ``options`` are those of ``attribution.figures.explanation.plot_explanation``."""
         from attribution.figures.explanation import plot_explanation
 
         return plot_explanation(self, **options)
@@ -189,17 +201,17 @@ class Explanation:
     __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one npz file, whole or not at all; ``load`` gives an equal explanation back."""
+        """Write everything to one npz file, completely or not at all. ``load`` returns an equal explanation."""
         with whole_file(Path(path)) as temporary, temporary.open("wb") as file:
             arrays: dict[str, Any] = {"header": np.array(json.dumps(self._plain())), **self._arrays()}
             np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
-        """Read a file that ``save`` wrote; nothing in it is executed.
+        """Read a file that ``save`` wrote. Nothing in it is executed.
 
         Raises:
-            UserError: missing, damaged or not such a file.
+            UserError: the file is missing, damaged, or not a saved explanation.
         """
         path = Path(path)
         if not path.is_file():
@@ -223,7 +235,7 @@ class Explanation:
             explanation._check()
         except UserError:
             raise
-        except Exception as error:  # a damaged or hostile file can raise anything inside the decoders
+        except Exception as error:  # a damaged or hostile file can raise any exception inside the decoders
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise UserError(f"{path} is not a saved explanation, or is damaged ({reason})") from None
         return explanation
@@ -253,7 +265,7 @@ class Explanation:
         return {name: value.detach().cpu().numpy() for name, value in tensors.items() if value is not None}
 
     def _check(self) -> None:
-        """Whether the parts of a file belong together."""
+        """Refuse parts of a file that do not fit together."""
         channels, height, width = self.image.shape
         floats = (self.image, self.probabilities, self.insertion_scores, self.deletion_scores, self.pixel_map)
         ok = channels == 3 and all(value is None or value.dtype == torch.float32 for value in floats)
@@ -275,12 +287,12 @@ class Explanation:
 
     def _need_regions(self) -> Regions:
         if self.regions is None:
-            raise UserError("this explanation is a map of pixels without regions: call ranked_over(regions) first")
+            raise UserError("this explanation is a pixel map without regions: call ranked_over(regions) first")
         return self.regions
 
     def _need(self, value: Tensor | None, name: str) -> Tensor:
         if value is None:
-            raise UserError(f"this explanation has no {name}: it was not made by a region search ({describe(self.pixel_map)})")
+            raise UserError(f"this explanation has no {name}: expected one of a region search, received a map ({describe(self.pixel_map)})")
         return value
 
 
@@ -294,13 +306,13 @@ def order_of_means(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def _compact(image: Tensor) -> Tensor:
-    """uint8 where that loses nothing: most photos."""
+    """The image as uint8 if that is exact, as for most photos; else unchanged."""
     rounded = (image * 255).round()
     return rounded.to(torch.uint8) if torch.equal(rounded / 255, image) else image
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, none larger than its header, its entry and the limit agree on."""
+    """The arrays of an npz file, refused if one would be larger than its entry in the file or than the limit."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             with archive.open(entry) as file:

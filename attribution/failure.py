@@ -1,4 +1,4 @@
-"""Why a classifier is wrong about an image: what causes the wrong class, and what would restore the right one."""
+"""Explain a misclassified image: which regions cause the wrong class, and which restore the right one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AREAS = (0.25, 0.5, 0.75, 1.0)
-_PRUNED = 4  # smallest sets found that are searched for regions that they do not need
-_NEAR_PEAK = 0.005  # prefixes whose probability is this close to the highest one count as the highest
+_PRUNED = 4  # of the sets found, only this many of the smallest are pruned
+_NEAR_PEAK = 0.005  # a probability this close to the highest counts as the highest
 
 
 @dataclass(frozen=True, eq=False)
 class Along:
-    """Both classes along the prefixes of an order, float32 [R+1] each, k = 0 to R.
+    """The probabilities of the true and the predicted class along the prefixes of an order, k = 0 to R regions.
 
     Attributes:
-        true, predicted: probability of the true and of the wrongly predicted class.
-        right: bool [R+1], whether the true class is the first.
+        true, predicted: float32 [R+1], probability of the true and of the wrongly predicted class.
+        right: bool [R+1], whether the true class is the prediction.
     """
 
     true: Tensor
@@ -44,12 +44,12 @@ class Along:
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """A set of regions that makes the model right.
+    """A set of regions that corrects the prediction, by being removed or by being shown alone.
 
     Attributes:
-        regions: int64, their ids, in the order in which they matter.
+        regions: int64, their ids, most important first.
         area: their share of the image's pixels.
-        true, predicted: probability of both classes then.
+        true, predicted: probabilities of the true and of the wrongly predicted class after the correction.
     """
 
     regions: Tensor
@@ -58,23 +58,23 @@ class Repair:
     predicted: float
 
     def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """All fields as JSON types."""
         return {"regions": self.regions.tolist(), "area": self.area, "true": self.true, "predicted": self.predicted}
 
 
 @dataclass(frozen=True, eq=False)
 class FailureExplanation:
-    """A misclassified image, explained towards the class that it shows and towards the class that the model saw.
+    """A misclassified image, explained for its true class and for the predicted class.
 
     Attributes:
-        truth: explanation of the true class: its first regions support the truth, its last ones the mistake.
+        truth: explanation of the true class. Its first regions support the true class, its last ones the mistake.
         mistake: explanation of the predicted class, on the same regions.
-        shown, hidden: both classes with the first k regions of ``truth`` shown, or hidden.
-        mistake_shown, mistake_hidden: likewise along ``mistake``.
-        sufficient: the smallest set found that makes the model right when nothing else is shown; None where none was found.
-        cause: the smallest set found whose removal makes the model right; None where none was found.
-        fill: float32 [3, H, W], what hidden regions showed; the model's mean colour where their tokens were dropped.
-        evaluations: images forwarded by both searches, the curves and the search for the smallest sets.
+        shown, hidden: both probabilities with the first k regions of ``truth`` shown alone, or hidden.
+        mistake_shown, mistake_hidden: the same with the regions of ``mistake``.
+        sufficient: the smallest set found that, shown alone, gives the right prediction; None if none was found.
+        cause: the smallest set found whose removal gives the right prediction; None if none was found.
+        fill: float32 [3, H, W], the content of hidden regions; the model's mean colour if their tokens were dropped.
+        evaluations: number of images forwarded by both searches, for the curves and for the smallest sets.
     """
 
     truth: Explanation
@@ -99,13 +99,13 @@ class FailureExplanation:
         return self.mistake.target_name
 
     def plot(self) -> Figure:
-        """The figure of ``attribution.figures.failure.plot_failure``."""
+        """Draw the failure (``attribution.figures.failure.plot_failure``)."""
         from attribution.figures.failure import plot_failure
 
         return plot_failure(self)
 
     def plain(self) -> dict[str, Any]:
-        """Orders, curves, smallest sets and text as JSON; the image and the regions are stored with ``truth``."""
+        """Orders, curves, repairs and text as JSON types, without the image and the regions, which ``truth`` holds."""
         curves = {name: getattr(self, name) for name in ("shown", "hidden", "mistake_shown", "mistake_hidden")}
         return {
             "true": self.truth.target,
@@ -129,7 +129,7 @@ class FailureExplanation:
         }
 
     def highest_confidence(self, areas: tuple[float, ...] = AREAS) -> dict[float, float]:
-        """Highest probability of the true class among the first regions that cover at most a share of the image; NaN where none does."""
+        """Highest probability of the true class over prefixes of ``truth`` that cover at most each area; NaN if no prefix does."""
         covered = self.truth.area
         found = {}
         for limit in areas:
@@ -139,13 +139,13 @@ class FailureExplanation:
 
     @property
     def peak(self) -> int:
-        """The last k >= 1 at which the true class is within 0.005 of its highest probability."""
+        """The largest k at which the probability of the true class is within 0.005 of its highest; at least 1."""
         scores = self.shown.true[1:]
         return int((scores >= scores.max() - _NEAR_PEAK).nonzero()[-1]) + 1
 
     @property
     def causes(self) -> Tensor:
-        """By region id, float32 [R] from 1 (first support of the truth) to -1 (strongest cause of the mistake); 0 is at the peak."""
+        """float32 [R], by region id: from 1 (first region of ``truth``) down to 0 at the peak and to -1 (last region, the cause)."""
         order, peak = self.truth.order, self.peak
         assert order is not None
         size = len(order)
@@ -157,12 +157,12 @@ class FailureExplanation:
 
     @property
     def text(self) -> str:
-        """What happened, in sentences with the numbers."""
+        """The failure in a few sentences with numbers."""
         probabilities = self.truth.probabilities
         wrong, right = float(probabilities[self.mistake.target]), float(probabilities[self.truth.target])
         sentences = [f"The model says {self.predicted_name} ({wrong:.2f}), the image shows {self.true_name} ({right:.2f})."]
         if bool(self.shown.right[0]):
-            sentences.append(f"To the model the fill alone is {self.true_name}, so that little is enough.")
+            sentences.append(f"The fill alone is predicted as {self.true_name}, so few regions suffice.")
         if self.cause is not None:
             sentences.append(
                 f"Hiding {_share(self.cause.area)} of the image, {_these(self.cause)}, turns {self.predicted_name} {wrong:.2f} into "
@@ -188,27 +188,28 @@ def explain_failure(
     progress: Progress | None = None,
     **options: Any,
 ) -> FailureExplanation:
-    """Explain a misclassified image towards its true class and towards the predicted one.
+    """Explain a misclassified image for its true class and for the predicted class.
 
-    Both searches work on the same regions. The smallest sets are sought greedily: prefixes of both orders, and for the removal also
-    the regions one by one that help the true class most, pruned of what they do not need.
+    Both searches work on the same regions. Candidates for the smallest sets are prefixes of both orders. For the removal there is
+    one more: a greedy search that hides, one by one, the region that helps the true class most against the predicted one. Regions
+    that a candidate does not need are pruned from it.
 
     Args:
-        image: whatever ``load_image`` takes.
-        classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
+        image: anything ``load_image`` accepts.
+        classifier: a ``Classifier``, or a name that ``load_classifier`` accepts.
         true_class: index or name.
-        fill: what hidden regions show.
-        progress: called with (regions placed, 2 R).
-        options: further arguments of ``explain``: regions, search, weights, pending, seed, preset, ...
+        fill: content of hidden regions; one only.
+        progress: called with (regions ordered, 2 R).
+        options: other arguments of ``explain``, such as regions, search, weights, pending, seed and preset.
 
     Raises:
-        NotMisclassified: the model is right about the image.
-        UserError: any input that does not fit.
+        NotMisclassified: the model classifies the image correctly.
+        UserError: any wrong argument.
     """
     if "target" in options:
         raise UserError("explain_failure takes no target: it explains the true class and the predicted one")
     if len(several_fills(fill)) > 1:
-        raise UserError(f"fill {fill!r} names several: a failure is explained under one, since what makes the model right depends on it")
+        raise UserError(f"fill {fill!r} names several fills: give one, since what corrects the prediction depends on the fill")
     classifier = load_classifier(classifier)
     true = classifier.target_index(true_class)
 
@@ -232,7 +233,7 @@ def explain_failure(
 
 
 def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Tensor) -> FailureExplanation:
-    """Measure both classes along both orders, and search for the smallest sets that make the model right."""
+    """Compute the curves of both orders and the smallest sets that correct the prediction."""
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
     prefixes = {name: prefix_rows(order) for name, order in (("truth", truth.order), ("mistake", mistake.order))}
     along = {(name, kept): judge.along(rows if kept else ~rows) for name, rows in prefixes.items() for kept in (True, False)}
@@ -258,7 +259,7 @@ def _judged(judge: _Judge, truth: Explanation, mistake: Explanation, hidden: Ten
 
 
 class _Judge:
-    """Tells whether the model is right about subsets of regions, and how sure it is."""
+    """Forwards subsets of regions, counts them, and finds subsets with the right prediction."""
 
     def __init__(self, classifier: Classifier, masked: RegionInputs, true: int, predicted: int, area: Tensor) -> None:
         self.classifier, self.masked, self.true, self.predicted, self.area = classifier, masked, true, predicted, area
@@ -274,13 +275,13 @@ class _Judge:
         return Along(found[:, self.true], found[:, self.predicted], found.argmax(dim=1) == self.true)
 
     def right_rows(self, shown: Tensor, along: Along, last: bool = False) -> list[Tensor]:
-        """The first (or last) prefix that makes the model right and shows neither no region nor all: a list of one or none."""
+        """The first (or last) row with the right prediction that shows some regions but not all: a list of one row or none."""
         partial = shown.any(dim=1) & ~shown.all(dim=1)
         found = (along.right & partial).nonzero()[:, 0]
         return [shown[found[-1 if last else 0]]] if len(found) else []
 
     def climbed(self, size: int) -> list[Tensor]:
-        """Hide regions one by one, each time the one that helps the true class against the predicted one most, until the model is right."""
+        """Hide, one by one, the region that helps the true class most against the predicted one, until the prediction is right."""
         hidden = torch.zeros(size, dtype=torch.bool)
         for _ in range(size - 1):
             left = (~hidden).nonzero()[:, 0]
@@ -294,7 +295,7 @@ class _Judge:
         return []
 
     def smallest(self, candidates: list[Tensor], shown: bool) -> Tensor | None:
-        """The candidate of the least area after regions that it does not need have left it, largest first."""
+        """The candidate with the least area after pruning: regions it does not need are removed, the largest first."""
         by_area = sorted(candidates, key=lambda rows: float(self.area[rows].sum()))[:_PRUNED]
         pruned = [self._pruned(candidate.clone(), shown) for candidate in by_area]
         return min(pruned, key=lambda rows: float(self.area[rows].sum()), default=None)

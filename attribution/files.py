@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all."""
+"""Write files completely or not at all, and turn names into parts of paths."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class CannotWrite(UserError):
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Write to a temporary name beside path, renamed to path when the block ends well, removed when it does not.
+    """Yield a temporary path beside ``path``. It is renamed to ``path`` when the block succeeds, and removed when it raises.
 
-    The temporary name keeps the suffix, because many writers choose the format by it.
+    The temporary path has the same suffix, because many writers choose the format by it.
 
     Raises:
         CannotWrite: the folder cannot be made or written to, or the disk is full.
@@ -37,7 +37,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CannotWrite(
-            f"cannot write {path} ({error.strerror or error}): nothing was changed; make room, or choose another folder"
+            f"cannot write {path} ({error.strerror or error}): nothing was changed; free some space, or choose another folder"
         ) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path: letters, digits, dots, underscores and hyphens stay, everything else becomes a hyphen."""
+    """A name as part of a path: every character but letters, digits, dots, underscores and hyphens becomes a hyphen."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
 
 

@@ -1,4 +1,4 @@
-"""Images as one thing: a float32 RGB tensor [3, H, W] in [0, 1], and the fills that stand for 'hidden'."""
+"""Read images of any kind as one form: a float32 RGB tensor [3, H, W] in [0, 1]."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from attribution.checks import check_whole
 from attribution.errors import UserError, describe
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 MAX_SIDE = 512
-_FILTERS = threading.Lock()  # the filters of warnings belong to all threads
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # no format that runs another program, as EPS does
+_FILTERS = threading.Lock()  # Python's filters of warnings are shared by all threads
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # formats that start another program, such as EPS, are left out
 _INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
 
 def load_image(source: ImageSource) -> Tensor:
-    """Read any image a user has into the one form that the library works on.
+    """Read an image as a float32 RGB tensor, the only form that the library computes with.
 
     Args:
         source: a path or the bytes of a JPEG (also CMYK), PNG (8 or 16 bit, palette, gray, alpha), WebP, TIFF, BMP or GIF
             file (the first frame); a PIL image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16, or
-            float in [0, 1]; a tensor [3, H, W] (also [1, H, W], [4, H, W] and a leading dimension of 1) of uint8, or float
-            in [0, 1]. EXIF rotation is applied, transparency is laid over white, colour profiles are not applied.
+            float in [0, 1]; a tensor [3, H, W], [1, H, W] or [4, H, W], also with a leading dimension of 1, of uint8, or float
+            in [0, 1]. EXIF rotation is applied, transparent pixels are blended with white, colour profiles are ignored.
 
     Returns:
         float32 [3, H, W], RGB in [0, 1], on the CPU (a tensor stays on its device).
 
     Raises:
-        UserError: a missing, empty, truncated or non-image file, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or a shape,
-            dtype or range other than the above.
+        UserError: a missing, empty or damaged file, a file that is no image, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``,
+            or another shape, dtype or range.
     """
     if isinstance(source, Tensor):
         return _from_tensor(source)
@@ -54,19 +55,19 @@ def load_image(source: ImageSource) -> Tensor:
 
 
 def demo_image_path() -> Path:
-    """The default photo, Chelsea the cat, where scikit-image keeps it (part of its installation, no download)."""
+    """The path of the default photo, Chelsea the cat, inside the installed scikit-image; nothing is downloaded."""
     import skimage
 
     path = Path(skimage.__file__).parent / "data" / "chelsea.png"
     if not path.is_file():
-        raise UserError(f"the demo photo is missing from scikit-image ({path.name}): reinstall scikit-image, or name an image")
+        raise UserError(f"the demo photo is missing from scikit-image ({path.name}): reinstall scikit-image, or give an image")
     return path
 
 
 def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
-    """Shrink an image [3, H, W] so that its long side is at most max_side pixels (antialiased); smaller ones stay as they are."""
-    if max_side is not None and max_side < 1:
-        raise UserError(f"max_side is {max_side}: give a positive number of pixels, or None for no limit")
+    """Shrink an image [3, H, W], antialiased, to a longer side of max_side pixels. A smaller image stays as it is."""
+    if max_side is not None:
+        check_whole("max_side", max_side, 1)
     height, width = image.shape[-2:]
     if max_side is None or max(height, width) <= max_side:
         return image
@@ -103,7 +104,7 @@ def _from_bytes(data: bytes, name: str) -> Tensor:
         ) from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is not an image that Pillow can read: expected JPEG, PNG, WebP, TIFF, BMP or GIF") from None
-    except Exception as error:  # a hostile or broken file can raise anything inside a decoder
+    except Exception as error:  # a hostile or damaged file can raise any exception inside a decoder
         raise UserError(f"{name} is a damaged image ({error or type(error).__name__}): get a complete copy of the file") from None
     return _from_pil(picture, name)
 
@@ -120,7 +121,7 @@ def _from_pil(picture: Image.Image, name: str) -> Tensor:
         return _from_array(np.asarray(picture.convert("RGB")), name)
     except UserError:
         raise
-    except Exception as error:  # broken EXIF blocks and palettes fail here
+    except Exception as error:  # damaged EXIF blocks and palettes fail here
         raise UserError(f"{name} is a damaged image ({error or type(error).__name__}): get a complete copy of the file") from None
 
 

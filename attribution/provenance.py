@@ -1,4 +1,4 @@
-"""How an explanation was made, as plain JSON."""
+"""Record how an explanation was computed, as JSON types, and digests that tell whether two things are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from attribution.model.classifier import Classifier
 
 
 def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
-    """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
+    """How an explanation was computed, as JSON types.
+
+    Args:
+        classifier: the model explained.
+        settings: arguments of the method.
+        started: ``time.perf_counter()`` at the start, in seconds.
+    """
     return {
         "model": classifier.name,
         "weights_digest": classifier.weights_digest,
@@ -32,7 +38,7 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of Python and of the installed packages that the numbers depend on."""
     return dict(_versions())
 
 
@@ -59,7 +65,7 @@ def _versions() -> dict[str, str]:
 
 
 def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them; arrays and objects by what they are."""
+    """Settings as JSON types. Arrays and other objects become a short description (``describe``)."""
     return {key: _plain_value(value) for key, value in values.items()}
 
 
@@ -76,12 +82,12 @@ def _plain_value(value: Any) -> Any:
 
 
 def digest_of(values: Any) -> str:
-    """16 hexadecimal digits of sha256 over values as JSON."""
+    """The first 16 hexadecimal digits of sha256 over values written as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pixels_digest(image: Tensor) -> str:
-    """16 hexadecimal digits of sha256 over the shape, the type and the values of an image or a mask."""
+    """The first 16 hexadecimal digits of sha256 over the shape, the dtype and the values of an image or a mask."""
     values = image.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{list(values.shape)} {values.dtype}".encode())
     digest.update(values.numpy().tobytes())

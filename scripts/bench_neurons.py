@@ -1,9 +1,10 @@
-"""Cost of the neuron path search: rows counted against those of the reference code, rows a second, and peak memory; prints tables.
+"""Measure the cost of the neuron path search: rows compared with the reference code, rows per second, peak memory.
 
     python scripts/bench_neurons.py
 
-The reference differentiates each overridden layer on its own, m L (L + 1) / 2 backward rows for the search; here all gradients
-of a pass come from one backward. Weights do not matter for speed, so timm models are randomly initialised.
+The reference code differentiates each overridden layer on its own, which is m L (L + 1) / 2 backward rows for the search. This
+library gets all gradients of a pass from one backward pass. Weights do not affect the speed, so timm models are randomly
+initialised.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def reference_rows(layers: int, steps: int) -> tuple[int, int]:
 
 
 def measure(name: str, steps: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Everything about one model, in a process of its own so that its peak memory is its own."""
+    """Measure one model. Run it in its own process, so that the peak memory is that of this model."""
     torch.set_num_threads(threads)
     classifier = at.load_classifier(name) if name.startswith("zoo:") else at.load_classifier(name, pretrained=False)
     layers = find_neurons(classifier)
@@ -52,7 +53,7 @@ def measure(name: str, steps: int, repeats: int, threads: int) -> dict[str, Any]
 def main(
     models: Annotated[list[str] | None, typer.Argument(help="zoo:NAME or timm:NAME.", show_default=False)] = None,
     steps: Annotated[int, typer.Option(min=1, help="m, points of the Riemann sums.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest repeat counts.")] = 2,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Print the tables."""
@@ -66,7 +67,7 @@ def main(
             found = pool.apply(measure, (name, steps, repeats, threads))
         theirs_forward, theirs_backward = reference_rows(found["layers"], steps)
         backward = max(0.0, found["both"] - found["forward"])
-        theirs = theirs_forward * found["forward"] + theirs_backward * backward  # its rows at the rates measured here
+        theirs = theirs_forward * found["forward"] + theirs_backward * backward  # the reference's rows at the rates measured here
         pure = (found["forwards"] - found["backwards"]) * found["forward"] + found["backwards"] * found["both"]
         table.add_row(
             name,

@@ -1,9 +1,9 @@
-"""Speed of a search against the pure forward time of the images it evaluates; prints tables, ratios of one run.
+"""Measure the time of a search relative to the pure forward time of as many images; prints tables of ratios.
 
     python scripts/bench_speed.py
 
-Searches and forward passes of the same number of images in the best batch size alternate, so that a change of the machine's
-speed meets both; the median ratio is printed. Weights hardly matter for speed, so timm models are randomly initialised.
+Searches alternate with forward passes of the same number of images in the best batch size, so that a change of the machine's
+speed affects both. The median ratio is printed. Weights hardly affect the speed, so timm models are randomly initialised.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def seconds(job: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def forward(classifier: at.Classifier, inputs: torch.Tensor, count: int, batch_size: int) -> None:
-    """The pure model on count images, nothing else."""
+    """Run only the model, on count images."""
     classifier.module.eval()
     done = 0
     while done < count:
@@ -53,7 +53,7 @@ def forward(classifier: at.Classifier, inputs: torch.Tensor, count: int, batch_s
 
 
 def best_batch_size(classifier: at.Classifier, inputs: torch.Tensor, images: int, repeats: int = 3) -> int:
-    """The batch size with the least time an image, the median of interleaved repeats."""
+    """The batch size with the least time for an image, by the median of interleaved repeats."""
     sizes = [size for size in BATCH_SIZES if size <= max(images, BATCH_SIZES[0])]
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats):
@@ -79,7 +79,7 @@ def prepared(spec: str, regions: int | None, device: str) -> tuple[at.Classifier
 
 
 def run_search(classifier: at.Classifier, image: torch.Tensor, labels: torch.Tensor, name: str) -> int:
-    """Masking, objective and search, as explain composes them; the number of images forwarded."""
+    """Run masking, objective and search as ``explain`` does, and return the number of images forwarded."""
     masked = at.MaskedInputs(classifier, image, labels, torch.zeros_like(image))
     objective = at.SubmodularObjective(classifier, masked, 3)
     SEARCHES[name](objective)
@@ -88,7 +88,7 @@ def run_search(classifier: at.Classifier, image: torch.Tensor, labels: torch.Ten
 
 @contextmanager
 def model_clock(classifier: at.Classifier) -> Iterator[list[float]]:
-    """Seconds spent inside each call of the module (on an accelerator, until the call returns)."""
+    """Collect the seconds spent in each call of the module (on an accelerator, until the call returns)."""
     spent: list[float] = []
     starts: list[float] = []
     handles = [
@@ -103,7 +103,7 @@ def model_clock(classifier: at.Classifier) -> Iterator[list[float]]:
 
 
 def overhead(spec: str, search: str, regions: int | None, repeats: int, device: str) -> list[str]:
-    """A search between two pure passes over as many images: their ratio, and what is spent outside the model."""
+    """Time a search between two pure passes over as many images: their ratio, and the time outside the model."""
     classifier, image, labels = prepared(spec, regions, device)
     regions = int(labels.max()) + 1
     inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
@@ -133,7 +133,7 @@ def overhead(spec: str, search: str, regions: int | None, repeats: int, device: 
 
 
 def packed(spec: str, search: str, count: int, repeats: int, device: str) -> list[str]:
-    """explain_many against one by one, alternating: ratio of the times of all images."""
+    """Time ``explain_many`` and ``explain`` one by one, alternately, on the same images: ratio of their times."""
     classifier, image, labels = prepared(spec, None, device)
     images = [image.roll(17 * shift, dims=2) for shift in range(count)]
     options = {"regions": labels, "search": search}
@@ -141,7 +141,7 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
         "alone": lambda: [at.explain(each, classifier, **options) for each in images],
         "together": lambda: at.explain_many(images, classifier, together=count, **options),
     }
-    at.explain(images[0], classifier, **options)  # start-up is nobody's
+    at.explain(images[0], classifier, **options)  # start-up is not measured
     ratios, inside, calls = [], [], {}
     for repeat in tqdm(range(repeats), desc=f"{spec} {search} x {count}", leave=False):
         spent, model = {}, {}
@@ -152,7 +152,7 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
         ratios.append(spent["alone"] / spent["together"])
         inside.append(model["alone"] / model["together"])
     faster = [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
-    on_cpu = classifier.device.type == "cpu"  # elsewhere a call returns before it has computed
+    on_cpu = classifier.device.type == "cpu"  # elsewhere a call returns before the result is computed
     return [
         spec,
         search,
@@ -165,7 +165,7 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
 
 
 def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
-    """Searches of side x side regions, tokens taken away (fill drop) in turn with painting them black: ratios of images a second."""
+    """Time searches with dropped tokens (fill drop) and with a black fill, alternately: ratio of images per second."""
     classifier, image, _ = prepared(spec, None, device)
     labels = at.follow_patches(classifier, at.make_regions(image, "grid", rows=side, columns=side)).labels
     budget = 8 * side**2
@@ -173,9 +173,9 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
     def rate(fill: str, evaluations: int) -> float:
         start = time.perf_counter()
         made = at.explain(image, classifier, regions=labels, search="budget", fill=fill, evaluations=evaluations)
-        return made.evaluations / (time.perf_counter() - start)  # curves included, which end on the host
+        return made.evaluations / (time.perf_counter() - start)  # includes the curves, which end on the host, so that the time is complete
 
-    rate("drop", side**2)  # start-up is nobody's
+    rate("drop", side**2)  # start-up is not measured
     ratios, rates = [], []
     for _ in tqdm(range(repeats), desc=f"{spec} drop", leave=False):
         rates.append(rate("drop", budget))
@@ -185,7 +185,7 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
 
 
 def ways(spec: str, device: str) -> list[list[str]]:
-    """What ``tune`` measures."""
+    """The results of ``tune``, as rows of a table."""
     classifier = load(spec, device)
     found = at.tune(at.demo_image_path(), classifier, compiled=True)
     plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
@@ -205,7 +205,7 @@ def ways(spec: str, device: str) -> list[list[str]]:
 
 
 def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
-    """In a process of its own: peaks above what it held before, of forward passes alone and of a search's first round."""
+    """Measure in its own process the memory added at the peak, by forward passes alone and by a search's first round."""
     classifier, image, labels = prepared(spec, regions, device)
     inputs = torch.randn(classifier.batch_size, 3, *classifier.preprocessing.size, device=classifier.device)
     forward(classifier, inputs, 1, 1)
@@ -219,7 +219,7 @@ def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Q
 
 
 def added_bytes(job: Callable[[], object], device: torch.device) -> int:
-    """How far the job raises the memory in use, at its peak (Linux or CUDA; 0 where neither can tell)."""
+    """The memory that a job adds at its peak, in bytes (Linux or CUDA; 0 on other systems)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -281,7 +281,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
-    """Print how searches, several images at once, dropped tokens and ways to forward compare, peak memory and evaluations."""
+    """Print tables: speed of searches, of several images at once, of dropped tokens and of ways to forward; peak memory; evaluations."""
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
     headings = [

@@ -1,8 +1,8 @@
-"""Print how well the causing regions and gradient methods find a pasted patch that flips the prediction.
+"""Measure how well the causing regions, and gradient methods, find a pasted patch that changes the prediction; prints a table.
 
     python scripts/planted_failures.py --root DATA
 
-DATA holds CIFAR-10 in a layout of datasets/cifar10.toml. Every map is judged by the same two functions against the patch.
+DATA holds CIFAR-10 in a layout of datasets/cifar10.toml. Every map is compared with the patch by the same two functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(
     fill: Annotated[str, typer.Option(help="What hides regions.")] = "mean",
     out: Annotated[Path | None, typer.Option(help="CSV file of every score.", show_default=False)] = None,
 ) -> None:
-    """Print the table: mean, 95 % bootstrap interval, and the test against the causing regions."""
+    """Print the table: means, 95 % bootstrap intervals, and tests against the causing regions."""
     classifier = at.load_classifier(model)
     dataset = ev.open_dataset("cifar10", root=root, class_names=classifier.class_names)
     names = classifier.class_names

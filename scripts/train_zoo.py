@@ -1,9 +1,9 @@
-"""Train the two zoo classifiers afresh from the CIFAR-10 images: a ResNet-20, then a ViT distilled from it.
+"""Train the two zoo classifiers from the CIFAR-10 images: a ResNet-20, then a ViT distilled from it.
 
     python scripts/train_zoo.py DATA --out out/zoo
 
-DATA holds CIFAR-10 in any layout of datasets/cifar10.toml (torchvision's own files, a folder or a tar of JPEGs). A run that
-was interrupted continues where its last checkpoint (one a minute) was written; the shipped weights are not touched.
+DATA holds CIFAR-10 in any layout of datasets/cifar10.toml (torchvision's own files, a folder or a tar of JPEGs). An interrupted
+run continues from its last checkpoint; one is written every minute. The weights in the package are not changed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from attribution.model.zoo import MEAN, STD, build_cnn, build_vit
 from evaluation.data.recipes import ImageDataset, load_dataset
 
 CHECKPOINT_SECONDS = 60.0
-QUICK_TEST = 2000  # images of the accuracy shown after each epoch; the last one is measured on all
+QUICK_TEST = 2000  # test images for the accuracy after each epoch; the final accuracy uses all
 
 
 @dataclass(frozen=True)
 class Data:
-    """uint8 [n, 3, 32, 32] and int64 [n] of both splits."""
+    """Images uint8 [n, 3, 32, 32] and labels int64 [n] of both splits."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -48,7 +48,7 @@ class Data:
 
 @dataclass
 class Training:
-    """One model's run: what a step does and which objects must survive an interruption."""
+    """The training of one model: its steps, and the objects that a checkpoint must hold."""
 
     name: str
     epochs: int
@@ -65,7 +65,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, size: int, padding: int, generator: torch.Generator) -> Tensor:
-    """Random crops of size, after padding with the mean colour, and random flips; [n, 3, size, size], normalised."""
+    """Pad with the mean colour, crop and flip at random, and normalise: [n, 3, size, size]."""
     padded = F.pad(normalise(images), [padding] * 4)
     count, side = len(images), padded.shape[-1]
     top, left = torch.randint(0, side - size + 1, (2, count, 1), generator=generator)
@@ -77,14 +77,14 @@ def augment(images: Tensor, size: int, padding: int, generator: torch.Generator)
 
 
 def batch_indices(step: int, steps_per_epoch: int, batch_size: int, total: int, seed: int) -> Tensor:
-    """Indices of one step, a function of the step alone, so that a resumed run sees the same batches."""
+    """Indices of the images of a step. They depend only on the step, so that a resumed run gets the same batches."""
     epoch, position = divmod(step, steps_per_epoch)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1000 + epoch))
     return order[position * batch_size : (position + 1) * batch_size]
 
 
 def train_cnn(data: Data, epochs: int, seed: int, batch_size: int = 256, peak: float = 0.4) -> Training:
-    """SGD with Nesterov momentum; the first 45 % of the epochs see 24-pixel crops, which cost half."""
+    """SGD with Nesterov momentum. The first 45 % of the epochs use 24-pixel crops, which take half the time."""
     torch.manual_seed(seed)
     model = build_cnn().to(memory_format=torch.channels_last).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -110,7 +110,7 @@ def train_cnn(data: Data, epochs: int, seed: int, batch_size: int = 256, peak: f
 def train_vit(data: Data, teacher: nn.Module, epochs: int, seed: int, batch_size: int = 128, peak: float = 1.2e-3) -> Training:
     """AdamW on 0.3 cross entropy + 0.7 distillation (Hinton et al., 2015; T = 2) + regression of the teacher's feature maps.
 
-    The first 60 % of the epochs see a random window of 6x6 patches with the matching position embeddings. The weights kept
+    The first 60 % of the epochs use a random window of 6x6 patches with the matching position embeddings. The resulting weights
     are an exponential moving average.
     """
     torch.manual_seed(seed)
@@ -166,14 +166,14 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: li
 
 @torch.no_grad()
 def teacher_maps(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, layer2's map averaged to 8x8 and layer3's map."""
+    """Logits, the map of layer2 averaged to 8x8, and the map of layer3."""
     early = teacher.layer2(teacher.layer1(teacher.relu(teacher.bn1(teacher.conv1(images)))))
     late = teacher.layer3(early)
     return teacher.fc(late.mean((2, 3))), F.avg_pool2d(early, 2), late
 
 
 def student_forward(student: nn.Module, images: Tensor, top: int, left: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and the patch tokens after blocks 2 and 4, for a window of size x size patches."""
+    """Logits, and the patch tokens after blocks 2 and 4, for a window of size x size patches."""
     pixels = images[:, :, 4 * top : 4 * (top + size), 4 * left : 4 * (left + size)]
     patches = student.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
     position = student.pos_embed[:, 1:].unflatten(1, (8, 8))[:, top : top + size, left : left + size].flatten(1, 2)
@@ -189,7 +189,7 @@ def student_forward(student: nn.Module, images: Tensor, top: int, left: int, siz
 
 @torch.no_grad()
 def initialise_vit(student: nn.Module, images: Tensor) -> None:
-    """Whitened patches, sin/cos positions in channels 0-31, and heads that first look at one neighbouring patch each."""
+    """Initialise with whitened patches, sin/cos positions in channels 0-31, and heads that attend to one neighbouring patch each."""
     patches = F.unfold(normalise(images), 4, stride=4).transpose(1, 2).reshape(-1, 48)
     patches = patches - patches.mean(0)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -234,19 +234,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def run(training: Training, data: Data, out: Path, seed: int) -> nn.Module:
-    """Run to the end from the last checkpoint, then write the weights and a record of the run."""
-    checkpoint, settings = (
-        out / f"{training.name}.checkpoint.pt",
-        {"epochs": training.epochs, "images": len(data.train_images), "seed": seed, "teacher": training.teacher},
-    )
-    start, seconds, history = 0, 0.0, []
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["settings"] != settings:
-            raise UserError(f"{checkpoint} was written with {saved['settings']}, not {settings}: name another --out, or remove it")
-        for name, item in training.stateful.items():
-            item.load_state_dict(saved[name])
-        start, seconds, history = saved["step"], saved["seconds"], saved["history"]
+    """Train from the last checkpoint to the end, then write the weights and a record of the run."""
+    checkpoint = out / f"{training.name}.checkpoint.pt"
+    settings = {"epochs": training.epochs, "images": len(data.train_images), "seed": seed, "teacher": training.teacher}
+    start, seconds, history = resume(training, checkpoint, settings)
 
     def save(step: int) -> None:
         state = {name: item.state_dict() for name, item in training.stateful.items()}
@@ -272,6 +263,23 @@ def run(training: Training, data: Data, out: Path, seed: int) -> nn.Module:
             if now - last_saved > CHECKPOINT_SECONDS or done == total:
                 save(done)
                 last_saved = now
+    return finish(training, data, out, settings, seconds, history)
+
+
+def resume(training: Training, checkpoint: Path, settings: dict[str, Any]) -> tuple[int, float, list[float]]:
+    """Load a checkpoint if there is one: the next step, seconds spent so far, and the accuracy after each epoch."""
+    if not checkpoint.exists():
+        return 0, 0.0, []
+    saved = torch.load(checkpoint, weights_only=True)
+    if saved["settings"] != settings:
+        raise UserError(f"{checkpoint} was written with {saved['settings']}, not {settings}: give another --out, or remove it")
+    for name, item in training.stateful.items():
+        item.load_state_dict(saved[name])
+    return saved["step"], saved["seconds"], saved["history"]
+
+
+def finish(training: Training, data: Data, out: Path, settings: dict[str, Any], seconds: float, history: list[float]) -> nn.Module:
+    """Measure the final accuracy, and write the weights and a record of the run."""
     model = training.result().eval()
     final = accuracy(model, data.test_images, data.test_labels)
     with whole_file(out / f"{training.name}.safetensors") as path:

@@ -126,7 +126,7 @@ class _Job:
             typer.echo(f"{prefix}{path.name}: kept, figure: {figure}")
             return
         image = load_image(path)
-        found = neuron_path(self.classifier, image, layers=self.layers.names, **self.options)
+        found = neuron_path(image, self.classifier, layers=self.layers.names, **self.options)
         units = [(layer, int(unit)) for layer, unit in enumerate(found.neurons)]
         decoded = self._decoded(units)
         edits = self._edits(image, found)

@@ -1,1 +1,1 @@
-"""Figures of explanations; they draw what they are given and are imported by nobody below them."""
+"""Figures of explanations. They depend on nothing above them: Protocols in ``drawn`` say what they draw."""

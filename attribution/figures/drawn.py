@@ -1,4 +1,4 @@
-"""What figures draw, by shape: anything with these attributes will do, so that figures depend on nothing above them."""
+"""Protocols of the things that figures draw. Any object with these attributes can be drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DrawnRegions(Protocol):
-    """A partition of the image: labels int64 [H, W], 0...R-1, and R."""
+    """A partition of the image: labels int64 [H, W] from 0 to R-1, and the count R."""
 
     @property
     def labels(self) -> Tensor: ...
@@ -18,7 +18,7 @@ class DrawnRegions(Protocol):
 
 
 class DrawnExplanation(Protocol):
-    """The part of ``Explanation`` that its figure shows."""
+    """The attributes of ``Explanation`` that its figure uses."""
 
     @property
     def image(self) -> Tensor: ...
@@ -60,7 +60,7 @@ class DrawnExplanation(Protocol):
 
 
 class DrawnAlong(Protocol):
-    """Both classes along the prefixes of an order: float32 [R+1] each; right is bool [R+1]."""
+    """Probabilities float32 [R+1] of both classes along the prefixes of an order; right is bool [R+1]."""
 
     @property
     def true(self) -> Tensor: ...
@@ -71,7 +71,7 @@ class DrawnAlong(Protocol):
 
 
 class DrawnRepair(Protocol):
-    """A set of regions that makes the model right: ids int64, share of the image, probability of the true class."""
+    """A set of regions that corrects the prediction: ids int64, share of the image, probability of the true class."""
 
     @property
     def regions(self) -> Tensor: ...
@@ -82,7 +82,7 @@ class DrawnRepair(Protocol):
 
 
 class DrawnFailure(Protocol):
-    """The part of ``FailureExplanation`` that its figure shows."""
+    """The attributes of ``FailureExplanation`` that its figure uses."""
 
     @property
     def truth(self) -> DrawnExplanation: ...

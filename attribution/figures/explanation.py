@@ -1,4 +1,4 @@
-"""Figures (matplotlib): each function returns a Figure and never shows or keeps it."""
+"""Figures of explanations with matplotlib. Each ``plot_`` function returns a new Figure and does not show it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ from scipy.ndimage import distance_transform_edt
 
 from attribution.errors import UserError
 from attribution.figures.drawn import DrawnExplanation, DrawnRegions
-from attribution.figures.style import DELETION, INK, INSERTION, Figure, border_segments, draw_colorbar, draw_title
+from attribution.figures.style import (
+    DELETION,
+    INK,
+    INSERTION,
+    Figure,
+    border_segments,
+    draw_colorbar,
+    draw_title,
+    gray_photo,
+    shown_pixels,
+    style_curves,
+)
 
-_NUMBERED = 30  # more rank numbers than this cannot be read on a slide
+_NUMBERED = 30  # more numbers than this are unreadable on a slide
 
 
 def plot_explanation(explanation: DrawnExplanation, share: float = 0.95) -> Figure:
-    """One explanation as a row: photo, heatmap, selected regions with their ranks, insertion and deletion curves.
+    """Draw an explanation as one row: photo, heatmap, selected regions with their ranks, insertion and deletion curves.
 
     Args:
-        explanation: of a search, or of a method that gives a map only (photo and heatmap are drawn then).
-        share: the regions shown are the first that reach this share of the class's confidence on the whole image (where none
-            or the fill alone does: those of the highest probability).
+        explanation: of a search, or of a method that yields only a map; then only photo and heatmap are drawn.
+        share: the regions shown are the first that reach this share of the target's probability for the whole image. If none do, or
+            the fill alone does, they are the first regions with the highest probability.
     """
     return plot_explanations([explanation], share)
 
 
 def plot_explanations(explanations: Sequence[DrawnExplanation], share: float = 0.95) -> Figure:
-    """Several explanations, a row each, on shared columns (see ``plot_explanation``)."""
+    """Draw several explanations, one row each (see ``plot_explanation``)."""
     if not explanations:
         raise UserError("no explanations to plot: give at least one")
     searched = any(e.insertion_scores is not None for e in explanations)
@@ -54,9 +65,9 @@ def plot_explanations(explanations: Sequence[DrawnExplanation], share: float = 0
 
 
 def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
-    """The least k for which the first k regions reach a share of the full image's confidence.
+    """The smallest k for which the first k regions reach a share of the target's probability for the whole image.
 
-    The k of the highest probability where no prefix reaches it, or where the fill alone does already.
+    If no k does, or the fill alone does: the k with the highest probability.
     """
     scores = explanation.insertion_scores
     assert scores is not None
@@ -65,8 +76,8 @@ def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
 
 
 def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
-    """The image, titled with class and confidence."""
-    ax.imshow(_hwc(explanation))
+    """Draw the image, with the class and its probability as title."""
+    ax.imshow(shown_pixels(explanation.image))
     model = explanation.provenance.get("model", "")
     predicted = int(explanation.probabilities.argmax())
     title = f"{model}: {explanation.target_name}, p = {explanation.confidence:.2f}".removeprefix(": ")
@@ -77,13 +88,12 @@ def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
 
 
 def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
-    """The map over the gray photo; a signed map in two colours around zero; an empty one is said to be empty."""
+    """Draw the map over the gray photo. A signed map has two colours around zero. The title of a constant map says so."""
     signed = explanation.pixel_map if explanation.order is None else None
     values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
     broken = ~np.isfinite(values)
     values = np.where(broken, 0.0, values)
-    gray = _hwc(explanation).mean(axis=2)
-    ax.imshow(0.25 + 0.75 * gray, cmap="gray", vmin=0, vmax=1)
+    ax.imshow(gray_photo(explanation.image), cmap="gray", vmin=0, vmax=1)
     top = float(np.abs(values).max())
     note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
     if top == 0 or np.ptp(values) == 0:
@@ -100,12 +110,12 @@ def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
 
 
 def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: float) -> None:
-    """The first regions of the order in colour with rank and border, the others dimmed."""
+    """Draw the first regions of the order in colour with rank and border, the other regions dimmed."""
     regions, order, scores = explanation.regions, explanation.order, explanation.insertion_scores
     assert regions is not None and order is not None and scores is not None
     labels = regions.labels.numpy()
     selected = np.isin(labels, order[:chosen].numpy())
-    photo = _hwc(explanation)
+    photo = shown_pixels(explanation.image)
     dimmed = 0.75 + 0.25 * photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
     ax.imshow(np.where(selected[:, :, None], photo, dimmed))
     ax.add_collection(LineCollection(border_segments(labels), colors="white", linewidths=0.5, alpha=0.8))
@@ -125,7 +135,7 @@ def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: fl
 
 
 def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = None) -> None:
-    """Insertion and deletion probability over the exact share of the image, with the chosen prefix marked."""
+    """Draw the insertion and deletion scores over the exact share of the image, and mark the chosen prefix."""
     insertion, deletion = explanation.insertion_scores, explanation.deletion_scores
     assert insertion is not None and deletion is not None
     area = explanation.area.numpy()
@@ -139,14 +149,7 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
         ax.axvline(area[chosen], color=INK, linewidth=0.8, linestyle=":")
         point = (area[chosen], float(insertion[chosen]))
         ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
-    ax.set_xlim(0, 1)
-    ax.set_ylim(-0.02, 1.02)
-    ax.set_xlabel("share of the image shown / hidden", fontsize=9)
-    ax.set_ylabel(f"p({explanation.target_name})", fontsize=9)
-    ax.tick_params(labelsize=8)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
+    style_curves(ax, "share of the image shown / hidden", f"p({explanation.target_name})")
     fill = explanation.provenance.get("settings", {}).get("fill")
     title = f"most important first{f', fill {fill}' if isinstance(fill, str) else ''}"
     if explanation.fill_is_informative:
@@ -155,14 +158,10 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
 
 
 def _label_points(regions: DrawnRegions, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """For each region the pixel deepest inside it, (x, y)."""
+    """For each region, the pixel (x, y) farthest from its border."""
     points = []
     for region in ids:
         depth = distance_transform_edt(np.pad(regions.labels.numpy() == region, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(depth.argmax(), depth.shape)
         points.append((int(x), int(y)))
     return points
-
-
-def _hwc(explanation: DrawnExplanation) -> np.ndarray:
-    return explanation.image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1)

@@ -1,4 +1,4 @@
-"""What flows through a vision transformer: paths of neurons, what happens without them, and what they mean."""
+"""Neurons of vision transformers: paths of influential neurons, edits of neurons, and the classes that they support."""
 
 from __future__ import annotations
 

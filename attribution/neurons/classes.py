@@ -1,4 +1,4 @@
-"""How the neuron paths of classes differ: frequencies, similarity, clusters, and the paths of whole classes (NeuronPath, section 4)."""
+"""Compare classes by their neuron paths: frequencies, similarity, clusters and paths of whole classes (NeuronPath, section 4)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from attribution.errors import UserError, describe
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """How alike classes are in the neurons that their images use.
+    """How similar classes are in the neurons on the paths of their images.
 
     Attributes:
-        matrix: float64 [C, C], cosine of the frequencies; NaN where a class has no image.
-        order: int64, classes with images, so that alike ones are neighbours (average linkage on 1 - cosine).
+        matrix: float64 [C, C], cosine similarity of the frequencies; NaN for a class without images.
+        order: int64, the classes with images, similar ones next to each other (average linkage on 1 - cosine).
     """
 
     matrix: np.ndarray
     order: np.ndarray
 
     def most(self, label: int, count: int = 50) -> np.ndarray:
-        """The classes most similar to one, itself not among them, most similar first: int64."""
+        """The other classes most similar to a class, most similar first: int64 [at most count]."""
         return self._ranked(label, -1)[:count]
 
     def least(self, label: int, count: int = 50) -> np.ndarray:
-        """The least similar classes, least similar first: int64."""
+        """The other classes least similar to a class, least similar first: int64 [at most count]."""
         return self._ranked(label, 1)[:count]
 
     def clusters(self, count: int) -> np.ndarray:
-        """Cut the tree of average linkage into so many clusters: int64 [C], numbered by their first class; -1 without images."""
+        """Cut the tree of average linkage into ``count`` clusters.
+
+        Returns:
+            int64 [C], the cluster of each class, numbered by their first class; -1 for a class without images.
+        """
         found = np.full(len(self.matrix), -1)
         if not len(self.order):
             return found
@@ -47,22 +51,26 @@ class Similarity:
         return found
 
     def _ranked(self, label: int, sign: int) -> np.ndarray:
+        """The other classes by similarity, ascending for sign 1, descending for -1."""
         row = self.matrix[label]
         others = np.array([c for c in range(len(row)) if c != label and np.isfinite(row[c])], dtype=np.int64)
         return others[np.argsort(sign * row[others], kind="stable")]
 
 
 def path_frequency(neurons: Any, labels: Any, classes: int, width: int) -> np.ndarray:
-    """How many images of each class have a neuron in their path.
+    """Count, for each class and neuron, the images whose path contains the neuron.
 
     Args:
         neurons: int [N, L] or [N, L, K], paths.
         labels: int [N], classes of the images.
         classes: C.
-        width: F, units of a layer.
+        width: F, units in a layer.
 
     Returns:
-        int64 [C, L, F]; a class's row of a layer sums to its images times K.
+        int64 [C, L, F]. For each class and layer the counts sum to the class's images times K.
+
+    Raises:
+        UserError: arrays of other shapes, or labels or units out of range.
     """
     paths, known = _checked(neurons, labels, classes, width)
     found = np.zeros((classes, paths.shape[1], width), dtype=np.int64)
@@ -72,7 +80,7 @@ def path_frequency(neurons: Any, labels: Any, classes: int, width: int) -> np.nd
 
 
 def class_similarity(frequency: np.ndarray) -> Similarity:
-    """Cosine similarity of the classes' frequencies [C, L, F], over all layers and units."""
+    """Cosine similarity of the classes' frequencies [C, L, F] (``path_frequency``), over all layers and units."""
     flat = np.asarray(frequency, dtype=np.float64).reshape(len(frequency), -1)
     lengths = np.linalg.norm(flat, axis=1)
     matrix = np.full((len(flat), len(flat)), np.nan)
@@ -84,17 +92,20 @@ def class_similarity(frequency: np.ndarray) -> Similarity:
 
 
 def class_paths(neurons: Any, labels: Any, classes: int, depth: int | None = None) -> np.ndarray:
-    """The neuron that most images of a class have, in each layer and at each rank.
+    """The paths of whole classes: in each layer and at each rank, the neuron that most images of the class have.
 
     Args:
-        neurons: int [N, L] or [N, L, K], paths of the images from which classes are summed up.
-        labels: int [N].
+        neurons: int [N, L] or [N, L, K], paths of images.
+        labels: int [N], classes of the images.
         classes: C.
-        depth: only the first so many layers; -1 stands in the others.
+        depth: fill only this many first layers; the others hold -1. All by default.
 
     Returns:
-        int64 [C, L, K], the mode of each column, the smallest unit on ties; -1 for classes without images. A unit may appear at several
-        ranks of a layer, as in the reference.
+        int64 [C, L, K], the most frequent unit; ties go to the smallest. -1 for classes without images. A unit may appear at several
+        ranks of a layer, as in the reference code.
+
+    Raises:
+        UserError: arrays of other shapes, or labels out of range.
     """
     paths, known = _checked(neurons, labels, classes)
     found = np.full((classes, *paths.shape[1:]), -1, dtype=np.int64)
@@ -108,9 +119,15 @@ def class_paths(neurons: Any, labels: Any, classes: int, depth: int | None = Non
 
 
 def halves(labels: Any, share: float = 0.5, *, seed: int = 0) -> np.ndarray:
-    """Split samples into two disjoint parts, class by class: bool [N], True for the images that classes are summed up from.
+    """Split samples at random into two disjoint parts, class by class.
 
-    A class with one image has it in the first part.
+    Args:
+        labels: [N], classes of the samples.
+        share: of each class in the first part, rounded; at least one sample, so that a class with one sample is in the first part.
+        seed: of the split.
+
+    Returns:
+        bool [N], True for the first part, from which paths of classes are computed.
     """
     known = np.asarray(labels)
     first = np.zeros(len(known), dtype=bool)

@@ -1,4 +1,4 @@
-"""What a prediction becomes when neurons of a vision transformer are removed, enhanced or replaced."""
+"""Edit neurons of a vision transformer (remove, enhance, replace by means, prune) and measure the prediction."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_choice, check_number, check_seed, check_whole
+from attribution.deprecation import image_first
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
@@ -21,9 +23,10 @@ Edit = Literal["remove", "enhance", "mean"]
 EDITS = ("remove", "enhance", "mean")
 
 
+@image_first
 def edited_probability(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     neurons: Any,
     target: int | str,
     edit: Edit = "remove",
@@ -32,21 +35,22 @@ def edited_probability(
     means: Tensor | None = None,
     layers: Sequence[str] | None = None,
 ) -> float:
-    """Probability of a class when neurons are edited, all of them in one forward pass.
+    """Probability of a class when neurons are edited, all in one forward pass.
 
     Args:
-        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
-        image: whatever ``load_image`` takes.
-        neurons: int [L] or [L, K], hidden units of each layer; -1 edits nothing.
+        image: anything ``load_image`` accepts.
+        classifier: of a vision transformer, or a name that ``load_classifier`` accepts.
+        neurons: int [L] or [L, K], hidden units of each layer; -1 stands for none.
         target: class index or name.
-        edit: "remove" sets them to 0, "enhance" multiplies what they have in the edited run by ``factor``, "mean" sets them to
-            ``means``.
+        edit: "remove" sets the neurons to 0. "enhance" multiplies their activation in the edited run by ``factor``. "mean" sets
+            them to ``means``.
         factor: of "enhance".
-        means: float [L, F], of "mean" (see ``mean_activations``).
+        means: float [L, F], for "mean" (see ``mean_activations``).
         layers: see ``find_neurons``.
 
     Raises:
-        NotApplicable, UserError: see ``neuron_path``.
+        NotApplicable: the model is no vision transformer whose neurons can be edited.
+        UserError: any wrong argument.
     """
     classifier = load_classifier(classifier)
     with torch.inference_mode(False):
@@ -67,22 +71,24 @@ def edited_probabilities(
     means: Tensor | None = None,
     layers: NeuronLayers | None = None,
 ) -> Tensor:
-    """Probabilities of all classes for images whose neurons are edited, each with neurons of its own.
+    """Probabilities of all classes for images whose neurons are edited, each image with its own neurons.
 
     Args:
         classifier: of a vision transformer.
         inputs: float32 [n, 3, h, w], as ``Classifier.inputs`` returns them.
-        neurons: int [n, L] or [n, L, K]; -1 edits nothing.
+        neurons: int [n, L] or [n, L, K], hidden units of each layer; -1 stands for none.
         edit, factor, means: see ``edited_probability``.
-        layers: of ``find_neurons``, found when None.
+        layers: from ``find_neurons``; None to find them.
 
     Returns:
         float32 [n, C].
+
+    Raises:
+        UserError: neurons of another shape or out of range, an unknown edit, or "mean" without means.
     """
     layers = find_neurons(classifier) if layers is None else layers
     units = _checked_units(neurons, len(inputs), layers)
-    if edit not in EDITS:
-        raise UserError(f"unknown edit {edit!r}: expected one of {', '.join(EDITS)}")
+    check_choice("edit", edit, EDITS)
     if edit == "mean" and (means is None or tuple(means.shape) != (len(layers), layers.width)):
         received = "nothing" if means is None else describe(means)
         expected = f"float [{len(layers)}, {layers.width}], as mean_activations returns them"
@@ -111,27 +117,29 @@ def pruned_probabilities(
     seed: int = 0,
     layers: NeuronLayers | None = None,
 ) -> Tensor:
-    """Probabilities of all classes when only some neurons are kept: every other one is set to 0 with a given probability.
+    """Probabilities of all classes when some neurons are kept and each other one is set to 0 with a given probability.
 
     Args:
         classifier: of a vision transformer.
         inputs: float32 [n, 3, h, w].
         kept: int [n, L] or [n, L, K], the neurons that each image keeps; -1 stands for none.
-        share: q, the probability with which another neuron is removed, drawn anew for each image and layer; 1 removes all others.
-        depth: only the first so many layers are pruned; all when None.
+        share: q, the probability of removing each other neuron, drawn for each image and layer; 1 removes all others.
+        depth: number of first layers that are pruned; None for all.
         seed: of the draws; row i draws with seed + i.
-        layers: of ``find_neurons``, found when None.
+        layers: from ``find_neurons``; None to find them.
 
     Returns:
         float32 [n, C].
+
+    Raises:
+        UserError: neurons of another shape or out of range, or a share, depth or seed out of range.
     """
     layers = find_neurons(classifier) if layers is None else layers
     units = _checked_units(kept, len(inputs), layers)
     depth = len(layers) if depth is None else depth
-    if not 0 <= share <= 1:
-        raise UserError(f"share is {share}: expected 0 to 1")
-    if not 0 <= depth <= len(layers):
-        raise UserError(f"depth is {depth}: expected 0 to {len(layers)} layers")
+    check_number("share", share, 0, 1)
+    check_whole("depth", depth, 0, len(layers))
+    check_seed(seed)
 
     def pruned(hidden: Tensor, layer: int, rows: Tensor) -> Tensor:
         if layer >= depth:
@@ -146,7 +154,7 @@ def pruned_probabilities(
 
 
 def mean_activations(classifier: Classifier, inputs: Tensor, *, layers: NeuronLayers | None = None) -> Tensor:
-    """Mean activation of every neuron over images [n, 3, h, w] and the tokens that the head reads: float32 [L, F]."""
+    """Mean activation of every neuron over inputs [n, 3, h, w] and over the tokens that the head reads: float32 [L, F]."""
     layers = find_neurons(classifier) if layers is None else layers
     total = torch.zeros(len(layers), layers.width, dtype=torch.float64)
     for rows in even_chunks(torch.arange(len(inputs)), rows_at_once(classifier)):
@@ -160,9 +168,10 @@ def mean_activations(classifier: Classifier, inputs: Tensor, *, layers: NeuronLa
 def mean_logit_changes(
     classifier: Classifier, inputs: Tensor, layer: int, units: Sequence[int], *, layers: NeuronLayers | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What removing each neuron alone does to the logits, float32 [len(units), C] (edited - clean, mean over images).
+    """Remove each of some neurons of a layer alone, and measure the change of the logits.
 
-    And their mean activations, float32 [len(units)].
+    Returns:
+        float32 [len(units), C], edited minus clean logits, mean over images; and float32 [len(units)], the neurons' mean activations.
     """
     layers = find_neurons(classifier) if layers is None else layers
     clean, activations = [], []
@@ -189,7 +198,7 @@ def _run(
     edit: Callable[[Tensor, int, Tensor], Tensor],
     scores: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Probabilities (or other scores) with ``edit`` (hidden [n, T, F], layer, rows) at the tokens that the head reads."""
+    """Probabilities (or other scores) with ``edit(hidden [n, T, F], layer, rows)`` applied at the tokens that the head reads."""
     scores = classifier.probabilities if scores is None else scores
     found = []
     for rows in even_chunks(torch.arange(len(inputs)), rows_at_once(classifier)):
@@ -215,5 +224,5 @@ def _checked_units(neurons: Any, count: int, layers: NeuronLayers) -> Tensor:
 
 
 def _as_mask(units: Tensor, width: int) -> Tensor:
-    """Units [n, K], -1 for none, as bool [n, width]."""
+    """Units [n, K] (-1 for none) as bool [n, width]."""
     return torch.zeros(len(units), width + 1, dtype=torch.bool).scatter(1, units % (width + 1), True)[:, :width]

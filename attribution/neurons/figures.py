@@ -1,4 +1,4 @@
-"""A neuron path as a picture: which unit in each layer, its share of the score, the classes it speaks for, images that excite it."""
+"""The figure of a neuron path: unit and share of the score in each layer, classes that it supports, images that excite it most."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
 from attribution.errors import UserError
@@ -18,6 +19,8 @@ from attribution.neurons.path import NeuronPath
 
 _SIGNIFICANT = 0.05
 _MUTED = "#6b7280"
+_COLUMN = 1.25  # inches of a layer
+_TITLE = 0.9  # inches for title and margins
 
 
 def plot_path(
@@ -30,57 +33,46 @@ def plot_path(
     width: int | None = None,
     shown: int = 3,
 ) -> Figure:
-    """A path as layers x units, with what is known of each neuron below it.
+    """Draw a path over layers and units, and below each neuron its share of the score, its classes and its images.
 
     Args:
-        path: of one neuron a layer.
+        path: with one neuron in each layer.
         image: float32 [3, H, W] in [0, 1], the image explained.
-        decoded: of ``NeuronDecoder.top_classes``, one for each layer.
-        exemplars: of ``exemplars``, for each layer; what the neuron does not see is dimmed.
-        pictures: the images that exemplars are indices into, float32 [3, H, W].
-        width: F, the top of the unit axis; that of the largest candidate when None.
-        shown: exemplars of each neuron.
+        decoded: the neuron of each layer, from ``NeuronDecoder.top_classes``.
+        exemplars: for each layer, from ``exemplars``. Patches at which the neuron is not active are dimmed.
+        pictures: float32 [3, H, W], the images that exemplars are indices into.
+        width: F, the upper end of the unit axis; by default that of the largest candidate.
+        shown: number of exemplars of each neuron.
+
+    Raises:
+        UserError: a path with several neurons in a layer.
     """
     if path.neurons.ndim > 1:
-        raise UserError(f"a path of {path.neurons.shape[1]} neurons a layer was given: expected one a layer")
+        raise UserError(f"the path has {path.neurons.shape[1]} neurons in each layer: expected one")
     layers = len(path.neurons)
     rows = min(shown, max((len(found) for found in exemplars), default=0))
     heights = [2.3, 0.9, *([0.85] if decoded else []), *([1.05] * rows)]
     left = 1.9 if image is not None else 0.9
-    figure = Figure(figsize=(left + 1.25 * layers, sum(heights) + 0.9), dpi=130)
+    figure = Figure(figsize=(left + _COLUMN * layers, sum(heights) + _TITLE), dpi=130)
     grid = figure.add_gridspec(
         len(heights),
         layers,
         height_ratios=heights,
-        left=(left + 0.05) / (left + 1.25 * layers),
+        left=(left + 0.05) / (left + _COLUMN * layers),
         right=0.99,
-        top=1 - 0.62 / (sum(heights) + 0.9),
+        top=1 - 0.62 / (sum(heights) + _TITLE),
         bottom=0.03,
         hspace=0.12,
         wspace=0.08,
     )
     _draw_units(figure.add_subplot(grid[0, :]), path, width)
     _draw_shares(figure.add_subplot(grid[1, :]), path)
-    at = 2
     if decoded:
         _draw_classes(figure.add_subplot(grid[2, :]), path, decoded)
-        at = 3
-    for row in range(rows):
-        for layer in range(layers):
-            ax = figure.add_subplot(grid[at + row, layer])
-            ax.set_axis_off()
-            if layer < len(exemplars) and row < len(exemplars[layer]):
-                ax.imshow(shown_exemplar(pictures[exemplars[layer][row].index], exemplars[layer][row]), interpolation="nearest")
     if rows:
-        position = figure.axes[-layers * rows].get_position()
-        label = "images that\nexcite it most;\nin colour where\npatches do"
-        figure.text(position.x0 - 0.012, position.y1, label, ha="right", va="top", fontsize=8, color=_MUTED)
+        _draw_exemplars(figure, grid, len(heights) - rows, exemplars, pictures)
     if image is not None:
-        top = figure.axes[0].get_position()
-        side = 1.25 / figure.get_figwidth()
-        ax = figure.add_axes((0.012, top.y0 + 0.25 * top.height, side, 0.6 * top.height))
-        ax.imshow(load_image(image).permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_axis_off()
+        _draw_photo(figure, image)
     title = f"{path.provenance.get('model', 'neuron path')}: {path.target_name}, p = {path.target_score:.2f}"
     figure.suptitle(
         f"{title}; {path.method} path, joint score {path.score:.3f}", x=0.012, ha="left", fontsize=10.5, color=INK, parse_math=False
@@ -88,8 +80,30 @@ def plot_path(
     return figure
 
 
+def _draw_exemplars(
+    figure: Figure, grid: GridSpec, first: int, exemplars: Sequence[Sequence[Exemplar]], pictures: Sequence[Tensor]
+) -> None:
+    """Draw the exemplars of each layer, in a column from row ``first`` of the grid to its last one."""
+    for row in range(grid.nrows - first):
+        for layer in range(grid.ncols):
+            ax = figure.add_subplot(grid[first + row, layer])
+            ax.set_axis_off()
+            if layer < len(exemplars) and row < len(exemplars[layer]):
+                ax.imshow(shown_exemplar(pictures[exemplars[layer][row].index], exemplars[layer][row]), interpolation="nearest")
+    corner = figure.axes[-grid.ncols * (grid.nrows - first)].get_position()
+    label = "images that\nexcite it most;\nin colour where\npatches do"
+    figure.text(corner.x0 - 0.012, corner.y1, label, ha="right", va="top", fontsize=8, color=_MUTED)
+
+
+def _draw_photo(figure: Figure, image: Tensor) -> None:
+    top = figure.axes[0].get_position()
+    ax = figure.add_axes((0.012, top.y0 + 0.25 * top.height, _COLUMN / figure.get_figwidth(), 0.6 * top.height))
+    ax.imshow(load_image(image).permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set_axis_off()
+
+
 def _draw_units(ax: Axes, path: NeuronPath, width: int | None) -> None:
-    """Candidates as dots, larger for larger values, and the path through them."""
+    """Draw candidates as dots, larger for larger values, and the path as a line through its neurons."""
     layers = np.arange(len(path.neurons))
     for layer in layers:
         units, values = path.candidates[layer].numpy(), path.candidate_scores[layer].numpy()
@@ -122,7 +136,7 @@ def _draw_units(ax: Axes, path: NeuronPath, width: int | None) -> None:
 
 
 def _draw_shares(ax: Axes, path: NeuronPath) -> None:
-    """Bars of each layer's share of the joint score, with the activation."""
+    """Draw each layer's share of the joint score as a bar, with the neuron's activation."""
     shares = path.shares.numpy()
     finite = np.where(np.isfinite(shares), shares, 0)
     layers = np.arange(len(shares))
@@ -140,7 +154,7 @@ def _draw_shares(ax: Axes, path: NeuronPath) -> None:
 
 
 def _draw_classes(ax: Axes, path: NeuronPath, decoded: Sequence[Decoded]) -> None:
-    """The classes that each neuron speaks for, those beyond chance in ink; the target in bold."""
+    """Write the classes that each neuron supports: significant ones dark, others gray, a significant target in bold."""
     ax.set_ylim(0, 3)
     _columns(ax, len(path.neurons), "speaks for")
     ax.set_xticks([])
@@ -148,7 +162,7 @@ def _draw_classes(ax: Axes, path: NeuronPath, decoded: Sequence[Decoded]) -> Non
     ax.spines["left"].set_visible(False)
     for layer, neuron in enumerate(decoded):
         for place, effect in enumerate(neuron.top[:3]):
-            beyond = effect.p < _SIGNIFICANT
+            significant = effect.p < _SIGNIFICANT
             ax.text(
                 layer,
                 2.5 - place,
@@ -156,8 +170,8 @@ def _draw_classes(ax: Axes, path: NeuronPath, decoded: Sequence[Decoded]) -> Non
                 ha="center",
                 va="center",
                 fontsize=8,
-                color=INK if beyond else to_rgba(_MUTED, 0.65),
-                fontweight="bold" if effect.index == path.target and beyond else "normal",
+                color=INK if significant else to_rgba(_MUTED, 0.65),
+                fontweight="bold" if effect.index == path.target and significant else "normal",
                 parse_math=False,
             )
 
@@ -171,7 +185,7 @@ def _columns(ax: Axes, count: int, name: str) -> None:
 
 
 def shown_exemplar(picture: Tensor, exemplar: Exemplar) -> np.ndarray:
-    """The image, gray and pale where the neuron is not active; at least 64 pixels high, so that the region has a smooth edge."""
+    """The image, enlarged for a smooth edge of the region, and gray and pale where the neuron is not active: [H, W, 3]."""
     image = load_image(picture)
     scale = max(1, -(-96 // min(image.shape[1:])))
     image = torch.nn.functional.interpolate(image[None], scale_factor=scale, mode="nearest")[0]

@@ -1,4 +1,4 @@
-"""PathFinder: the searches for neuron paths on a batch of images."""
+"""Search for neuron paths on a batch of images: NeuronPath (Wang et al., ICLR 2025) in three modes, its baselines and its score."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribution.checks import check_choice, check_whole
 from attribution.errors import UserError, describe
 from attribution.hooks import frozen_parameters
 from attribution.model.classifier import Classifier
@@ -18,13 +19,13 @@ from attribution.model.forwarding import even_chunks
 from attribution.neurons.layers import NeuronLayers, find_neurons
 from attribution.neurons.path import STEPS, Mode, NeuronPath, Output
 
-RERANKED = 8  # candidates of a layer that the other modes try out
-_SWEEPS = 3  # of the mode "removal" over the layers, at most
-_ALL = None  # every unit of a layer is scaled
+RERANKED = 8  # candidates of a layer that the modes "exact" and "removal" evaluate
+_SWEEPS = 3  # at most, of the mode "removal" over the layers
+_ALL = None  # scale every unit of a layer
 
 
 def _finding(method: Callable[..., list[NeuronPath]]) -> Callable[..., list[NeuronPath]]:
-    """A method of ``PathFinder`` with gradients, whatever the caller's mode, and rows counted from the clean pass on."""
+    """Let a method of ``PathFinder`` compute gradients in any mode of the caller, and count its rows from the clean pass on."""
 
     @wraps(method)
     def find(self: PathFinder, *args: Any, **kwargs: Any) -> list[NeuronPath]:
@@ -36,23 +37,27 @@ def _finding(method: Callable[..., list[NeuronPath]]) -> Callable[..., list[Neur
 
 
 class PathFinder:
-    """Finds and scores neuron paths for a batch of images, each with a target of its own.
+    """Find and score neuron paths for a batch of images, each with its own target.
 
-    Rows of all images and steps are packed into batches of the classifier's batch size, which bounds the memory and never changes a
-    result beyond rounding. Nothing is copied; the model leaves every call as it came.
+    The rows of all images and steps are packed into batches of the classifier's batch size. The batch size limits the memory and
+    changes results by rounding errors only. The model is not copied and is unchanged after every call.
 
     Args:
         classifier: of a vision transformer.
         inputs: float32 [B, 3, h, w], as ``Classifier.inputs`` returns them.
         targets: int [B], class indices.
-        steps: m, points of the left Riemann sum, alpha = 0, 1/m ... (m-1)/m.
-        output: what is differentiated, the target's "probability" (as published) or "logit".
-        layers: of ``find_neurons``, found when None.
+        steps: m, number of points of the left Riemann sum, alpha = 0, 1/m, ..., (m-1)/m.
+        output: the function that is differentiated, the target's "probability" (as published) or its "logit".
+        layers: from ``find_neurons``; None to find them.
 
     Attributes:
-        hidden: L tensors [B, T, F], the clean activations.
-        target_scores: float32 [B], clean.
-        forwards, backwards: rows passed by the last method, the clean pass included.
+        hidden: L tensors [B, T, F], the activations of the clean (unedited) pass at the T tokens that the head reads.
+        target_scores: float32 [B], of the clean pass.
+        forwards, backwards: number of rows that the last method passed forward and backward, including the clean pass.
+
+    Raises:
+        NotApplicable: the model is no vision transformer whose neurons can be recorded.
+        UserError: any wrong argument.
 
     Wang et al., "Discovering Influential Neuron Path in Vision Transformers" (NeuronPath), ICLR 2025.
     """
@@ -67,10 +72,8 @@ class PathFinder:
         output: Output = "probability",
         layers: NeuronLayers | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise UserError(f"steps is {steps!r}: expected a whole number of at least 1")
-        if output not in ("probability", "logit"):
-            raise UserError(f"output={output!r}: expected 'probability' or 'logit'")
+        check_whole("steps", steps, 1)
+        check_choice("output", output, ("probability", "logit"))
         self.classifier, self.steps, self.output = classifier, steps, output
         self.layers = find_neurons(classifier) if layers is None else layers
         with torch.inference_mode(False):
@@ -92,30 +95,33 @@ class PathFinder:
 
     @_finding
     def search(self, mode: Mode = "reference", *, top: int = 1, compat: bool = False, reranked: int = RERANKED) -> list[NeuronPath]:
-        """Layer-progressive search: in each layer the neuron whose joint score with those chosen before is largest.
+        """Layer-progressive search: in each layer, the neuron with the largest joint score together with those chosen before.
 
-        Mode "reference" scores all neurons of layer l in one pass in which the whole layer is scaled together:
-        score_j = (h_l[j] / m + sum_{i<l} w_i / m) (sum_k g_kl[j] + sum_{i<l} sum_k g_ki), a surrogate for the joint score of the partial
-        path. Mode "exact" computes the true joint score of the ``reranked`` best of these in every layer and takes the best; where
-        the reference path ends up better, that one is returned, so that it is never worse. Mode "removal" looks for the neurons that
-        the prediction rests on instead: it starts from the neurons of the largest h_l[j] / m sum_k g_kl[j], scaled together with those
-        chosen before, and goes through the layers until nothing changes, three times at most: of the ``reranked`` best of a layer, the
-        one without which, and without the rest of the path, the target is least.
+        Mode "reference" scores all neurons of layer l in one pass, in which the whole layer is scaled together:
+        score_j = (h_l[j] / m + sum_{i<l} w_i / m) (sum_k g_kl[j] + sum_{i<l} sum_k g_ki). This is a surrogate for the joint score of
+        the partial path.
+
+        Mode "exact" computes the true joint score of the ``reranked`` best candidates of each layer and takes the best. If the
+        reference path scores higher in the end, that path is returned.
+
+        Mode "removal" looks for the neurons whose removal lowers the target most. It starts from the neurons with the largest
+        h_l[j] / m sum_k g_kl[j], scaled together with those chosen before. Then it goes through the layers, at most three times,
+        until nothing changes. In each layer it takes the one of the ``reranked`` best candidates for which the target is lowest
+        when the candidate and the rest of the path are removed.
 
         Args:
             mode: "reference", "exact" or "removal".
-            top: K, neurons of each layer, best first; all of them are scaled together and enter the sums. Mode "reference" only.
-            compat: the reference's top-K code, in which only the last of the K neurons of a layer enters the sums.
-            reranked: r, candidates of the other modes.
+            top: K, neurons in each layer, best first. All K are scaled together and enter the sums. Mode "reference" only.
+            compat: compute like the reference's top-K code: only the last of a layer's K neurons enters the sums.
+            reranked: r, number of candidates of the modes "exact" and "removal".
+
+        Raises:
+            UserError: any wrong argument.
         """
-        if mode not in ("reference", "exact", "removal"):
-            raise UserError(f"mode={mode!r}: expected 'reference', 'exact' or 'removal'")
-        width = self.layers.width
-        if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= width:
-            raise UserError(f"top is {top!r}: expected a whole number from 1 to {width}, the hidden units of a layer")
-        if isinstance(reranked, bool) or not isinstance(reranked, int) or reranked < 1:
-            raise UserError(f"reranked is {reranked!r}: expected a whole number of at least 1")
-        reranked = min(reranked, width)
+        check_choice("mode", mode, ("reference", "exact", "removal"))
+        check_whole("top", top, 1, self.layers.width)
+        check_whole("reranked", reranked, 1)
+        reranked = min(reranked, self.layers.width)
         if mode != "reference" and top > 1:
             raise UserError(f"top={top} with mode={mode!r}: expected top=1, or mode='reference'")
         if mode == "removal":
@@ -131,15 +137,15 @@ class PathFinder:
 
     @_finding
     def activation(self) -> list[NeuronPath]:
-        """The neuron of the largest (signed) activation in every layer."""
+        """The neuron with the largest (signed) activation in each layer."""
         return self._independent([hidden.sum(dim=1) for hidden in self.hidden], "activation")
 
     @_finding
     def influence_pattern(self) -> list[NeuronPath]:
-        """The neuron of the largest mean gradient while the image is scaled from zero, layers independent of one another.
+        """The neuron with the largest mean gradient in each layer while the image is scaled from 0 to itself.
 
-        What the reference code of NeuronPath compares with, a simplification of influence patterns (Lu et al., 2021): the total
-        derivative, not multiplied by the activation, whatever the other layers chose.
+        The baseline of NeuronPath's reference code, a simplification of influence patterns (Lu et al., 2021): it takes the total
+        derivative, does not multiply it by the activation, and treats each layer on its own.
         """
         sums = [torch.zeros_like(hidden) for hidden in self.hidden]
         for owners, alphas in self._rows(torch.arange(len(self), device=self.inputs.device)):
@@ -155,7 +161,7 @@ class PathFinder:
 
     @_finding
     def layer_integrated_gradients(self) -> list[NeuronPath]:
-        """The neuron of the largest integrated gradient in every layer, each layer scaled from zero on its own."""
+        """The neuron with the largest integrated gradient in each layer; each layer is scaled from 0 on its own."""
         values = []
         everyone = torch.arange(len(self), device=self.inputs.device)
         for layer, hidden in enumerate(self.hidden):
@@ -165,19 +171,21 @@ class PathFinder:
 
     @_finding
     def random(self, like: Tensor, seeds: Sequence[int], *, nearest: int = 8) -> list[NeuronPath]:
-        """Other neurons of about the same activation, layer by layer, drawn at random: a control of the same strength.
+        """A control: random neurons whose activations are close to those of a given path, layer by layer.
 
         Args:
-            like: int64 [B, L], a path of each image.
+            like: int64 [B, L], the given path of each image. Its own neurons are not drawn.
             seeds: B whole numbers of at least 0, one for the draws of each image.
-            nearest: how many neurons of the closest activations are drawn from.
+            nearest: number of neurons with the closest activations that each draw chooses from.
+
+        Raises:
+            UserError: arrays of other shapes, or nearest out of range.
         """
         if tuple(like.shape) != (len(self), len(self.layers)):
             raise UserError(f"like is {describe(like)}: expected a path for each image, int64 [{len(self)}, {len(self.layers)}]")
         if len(seeds) != len(self):
             raise UserError(f"{len(seeds)} seeds for {len(self)} images: give one for each")
-        if not 1 <= nearest < self.layers.width:
-            raise UserError(f"nearest is {nearest}: expected 1 to {self.layers.width - 1}")
+        check_whole("nearest", nearest, 1, self.layers.width - 1)
         wanted = like.to(self.inputs.device)
         chosen, ranked = [], []
         for layer, hidden in enumerate(self.hidden):
@@ -193,17 +201,20 @@ class PathFinder:
     def joint(self, neurons: Tensor, *, compat: bool = False, scored: Sequence[int] | None = None) -> Tensor:
         """Joint attribution scores of paths.
 
-        With w the clean activations of a path's neurons and g_k their gradients when all of them are imposed at alpha_k w (every other
-        unit of the same layers at its clean value), the score is (sum w / m) (sum_k sum g_k): the product of the sums, at each
-        token that the head reads, averaged over these.
+        The score is (sum w / m) (sum_k sum g_k), the mean over the tokens that the head reads. w are the clean activations of the
+        path's neurons. g_k are the neurons' gradients when all of them are set to alpha_k w and every other unit of the same layers
+        to its clean value.
 
         Args:
             neurons: int64 [P, l] or [P, l, K], units of the first l layers.
             compat: see ``search``.
-            scored: the image of each path; path p belongs to image p when None.
+            scored: int [P], the image of each path; by default path p belongs to image p.
 
         Returns:
             float32 [P].
+
+        Raises:
+            UserError: neurons of another shape or out of range.
         """
         owners = torch.arange(len(self)) if scored is None else torch.as_tensor(scored)
         units = neurons.to(self.inputs.device)
@@ -275,7 +286,7 @@ class PathFinder:
         return self._made(list(units.split(1, dim=1)), ranked, "removal")
 
     def _without(self, units: Tensor, owners: Tensor) -> Tensor:
-        """The target's score [P] when units [P, l] of the first layers are 0."""
+        """The target's score [P] with units [P, l] of the first l layers set to 0."""
         found = []
         for rows in even_chunks(torch.arange(len(owners), device=owners.device), rows_at_once(self.classifier)):
             edits = {layer: _removing(units[rows, layer]) for layer in range(units.shape[1])}
@@ -285,7 +296,7 @@ class PathFinder:
         return torch.cat(found)
 
     def _reranked(self, chosen: Sequence[Tensor], order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The first candidates of each image by the true joint score of the path that ends in them, best first, with these scores."""
+        """The first ``count`` candidates of each image, sorted by the true joint score of the path that ends in them, and these scores."""
         owners = torch.arange(len(self), device=order.device).repeat_interleave(count)
         before = [units.repeat_interleave(count, dim=0) for units in chosen]
         units = torch.stack([*before, order[:, :count].reshape(-1, 1)], dim=1)
@@ -294,7 +305,7 @@ class PathFinder:
         return order[:, :count].gather(1, best), scores
 
     def _independent(self, values: Sequence[Tensor], method: str) -> list[NeuronPath]:
-        """The paths of the largest values [B, F] of each layer."""
+        """The paths that take the unit with the largest value [B, F] in each layer."""
         orders = [value.sort(dim=1, descending=True, stable=True).indices[:, :RERANKED] for value in values]
         ranked = [(order, value.gather(1, order)) for order, value in zip(orders, values, strict=True)]
         return self._made([order[:, :1] for order in orders], ranked, method)
@@ -330,7 +341,7 @@ class PathFinder:
         ]
 
     def _joint(self, units: Tensor, owners: Tensor, compat: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Scores [P], and activations and summed gradients [P, T, K] of each layer, of units [P, l, K]."""
+        """Of units [P, l, K]: scores [P], and the activations and summed gradients [P, T, K] of each layer."""
         by_layer = list(units.unbind(dim=1))
         gradients = self._gradients(owners, dict(enumerate(by_layer)))
         weights = self._activations(by_layer, owners)
@@ -339,19 +350,19 @@ class PathFinder:
         return product.mean(dim=1).float().cpu(), weights, found
 
     def _activations(self, units: Sequence[Tensor], owners: Tensor) -> list[Tensor]:
-        """Clean activations [P, T, K] of units [P, K] of the first layers."""
+        """Clean activations [P, T, K] of units [P, K] in each of the first layers."""
         return [_at_units(hidden[owners], each) for hidden, each in zip(self.hidden, units, strict=False)]
 
     def _gradients(self, owners: Tensor, scaled: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
-        """Sums over the steps of d target / d activation, with the neurons of some layers imposed at their clean values times alpha.
+        """Sum d target / d activation over the steps, with units of some layers set to alpha times their clean activations.
 
         Args:
             owners: int64 [P], the image of each path.
-            scaled: by layer, the units int64 [P, K] that are scaled, all others being imposed as they are; None scales all. Layers
-                that are not named run freely.
+            scaled: for each layer that is set, its units int64 [P, K] that are scaled; its other units get their clean activations.
+                None scales all units. Other layers compute as usual.
 
         Returns:
-            by layer, [P, T, K] at the scaled units, or [P, T, F].
+            for each of these layers [P, T, K] at the scaled units, or [P, T, F] if all are scaled.
         """
         shape = (len(owners), self.layers.read)
         sums = {
@@ -373,7 +384,7 @@ class PathFinder:
         return sums
 
     def _rows(self, paths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every path at every step, in batches: (paths [n], alphas [n])."""
+        """Each path at each step, in batches: (paths [n], alphas [n])."""
         everything = torch.arange(self.steps * len(paths), device=paths.device)
         for rows in even_chunks(everything, rows_at_once(self.classifier)):
             yield paths[rows % len(paths)], torch.div(rows, len(paths), rounding_mode="floor") / self.steps
@@ -389,26 +400,26 @@ class PathFinder:
 
 
 def rows_at_once(classifier: Classifier) -> int:
-    """Most rows of one forward pass under hooks, which must meet them all at once."""
+    """The most rows of one forward pass under hooks: hooks need all rows at once."""
     return classifier.batch_size
 
 
 def _removing(units: Tensor) -> Callable[[Tensor], Tensor]:
-    """Sets units [P] of neurons [P, T, F] to 0."""
+    """A function that sets units [P] of neurons [P, T, F] to 0."""
     return lambda hidden: hidden.scatter(2, units[:, None, None].expand(-1, hidden.shape[1], 1), 0)
 
 
 def _summed(values: Sequence[Tensor], compat: bool) -> Tensor:
-    """The sum over layers and units of [P, T, K] -> [P, T]; the reference's top-K code keeps the last unit of a layer only."""
+    """The sum of tensors [P, T, K] over layers and units: [P, T]. The reference's top-K code takes only a layer's last unit."""
     return torch.stack([value[:, :, -1] if compat else value.sum(dim=2) for value in values]).sum(dim=0)
 
 
 def _at_units(values: Tensor, units: Tensor) -> Tensor:
-    """[P, T, F] at units [P, K] -> [P, T, K]."""
+    """Values [P, T, F] at units [P, K]: [P, T, K]."""
     return values.gather(2, units[:, None, :].expand(-1, values.shape[1], -1))
 
 
 def _scaled(values: Tensor, units: Tensor, alphas: Tensor) -> Tensor:
-    """A copy of [P, T, F] whose units [P, K] are multiplied by alphas [P]."""
+    """A copy of values [P, T, F] with units [P, K] multiplied by alphas [P]."""
     index = units[:, None, :].expand(-1, values.shape[1], -1)
     return values.scatter(2, index, values.gather(2, index) * alphas[:, None, None])

@@ -1,4 +1,4 @@
-"""Neuron paths: one neuron of each layer, found layer by layer by their joint influence on the prediction (NeuronPath, ICLR 2025)."""
+"""The result of a search for a neuron path: one neuron in each layer, and their joint influence (NeuronPath, ICLR 2025)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ STEPS = 20  # m, as published
 
 @dataclass(frozen=True, eq=False)
 class NeuronPath:
-    """One neuron (or K) of each layer, and how they act together.
+    """One neuron (or K neurons) in each layer, and their joint score.
 
     Attributes:
-        neurons: int64 [L], a hidden unit of each layer; [L, K] where K > 1 were asked for.
+        neurons: int64 [L], a hidden unit of each layer; [L, K] for K > 1.
         score: joint attribution score (see ``PathFinder.joint``).
-        target: class index.
-        candidates: int64 [L, c], the best units of each layer by what was maximised there, best first.
-        candidate_scores: float32 [L, c], their values.
-        activations: float32 like neurons, in the clean pass; summed over the tokens where the head pools several.
-        gradients: float32 like neurons: sum over the steps of d target / d activation, likewise.
-        method: how it was found.
+        target: index of the class explained.
+        candidates: int64 [L, c], the best units of each layer by the search's criterion, best first.
+        candidate_scores: float32 [L, c], their values of this criterion.
+        activations: float32, same shape as neurons: activations in the unedited pass, summed over the tokens that the head reads.
+        gradients: float32, same shape as neurons: d target / d activation, summed over the steps and over these tokens.
+        method: name of the search.
         class_names: names by index.
-        target_score: the target's probability (or logit) in the clean pass.
-        layers: names of the down projections.
-        place: at which tokens.
-        forwards, backwards: images passed forward and backward to find and score it.
-        provenance: model, settings, versions, seconds.
+        target_score: the target's probability (or logit) in the unedited pass.
+        layers: names of the down projections, whose inputs are the neurons.
+        place: the tokens that are read, in words.
+        forwards, backwards: number of images passed forward and backward to find and score the path.
+        provenance: model, settings, versions and seconds, as JSON types.
     """
 
     neurons: Tensor
@@ -58,16 +58,16 @@ class NeuronPath:
 
     @property
     def shares(self) -> Tensor:
-        """float32 [L], how much of the score each layer brings; they sum to 1, a negative one works against the others.
+        """float32 [L], the contribution of each layer to the score. The shares sum to 1; a negative share lowers the score.
 
-        The score is a product of two sums over layers, (sum w)(sum g) up to a factor; a layer's share is the mean of its shares of
-        both. Exact for one token, an account of the totals where the head pools several. NaN where a sum is 0.
+        Up to a factor, the score is a product of two sums over layers, (sum w)(sum g). A layer's share is the mean of its shares in
+        both sums. This is exact if the head reads one token; if it pools several, it describes the totals. NaN if a sum is 0.
         """
         parts = [values.reshape(len(self.neurons), -1).double().sum(dim=1) for values in (self.activations, self.gradients)]
         return (torch.stack([part / part.sum() for part in parts]).mean(dim=0)).float()
 
     def plain(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """All fields as JSON types."""
         tensors = ("neurons", "candidates", "candidate_scores", "activations", "gradients")
         plain = {name: getattr(self, name).tolist() for name in tensors}
         plain["shares"] = [value if math.isfinite(value) else None for value in self.shares.tolist()]

@@ -1,4 +1,4 @@
-"""Neuron paths of one image, as functions."""
+"""Find the neuron path of one image: NeuronPath (ICLR 2025) in three modes, and its baselines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attribution.deprecation import image_first
 from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
@@ -18,9 +19,10 @@ from attribution.neurons.path import STEPS, Mode, NeuronPath, Output
 from attribution.provenance import plain_settings, provenance
 
 
+@image_first
 def neuron_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     mode: Mode = "reference",
     steps: int = STEPS,
@@ -31,29 +33,31 @@ def neuron_path(
     reranked: int = RERANKED,
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
-    """Find the neurons, one in each layer of a vision transformer, whose joint influence on the prediction is largest.
+    """Find the neurons, one in each layer of a vision transformer, with the largest joint influence on the prediction.
+
+    NeuronPath (Wang et al., ICLR 2025).
 
     Args:
-        classifier: of a vision transformer, or a name that ``load_classifier`` takes.
-        image: whatever ``load_image`` takes.
+        image: anything ``load_image`` accepts.
+        classifier: of a vision transformer, or a name that ``load_classifier`` accepts.
         target: class to explain, index or name; the predicted class by default.
-        mode: "reference", the published search; "exact", which reranks candidates by their true joint score and is never worse;
-            "removal", the neurons without which the target is least (see ``PathFinder.search``).
-        steps: m, points of the Riemann sum.
-        top: K, neurons of each layer; with more than one ``neurons`` is [L, K].
+        mode: "reference", the published search; "exact", which reranks candidates by their true joint score and never scores less;
+            "removal", the neurons whose removal lowers the target most (see ``PathFinder.search``).
+        steps: m, number of points of the Riemann sum.
+        top: K, neurons in each layer; for K > 1 ``neurons`` is [L, K].
         output: "probability" of the target, as published, or its "logit".
-        compat: of the reference's top-K code, see ``PathFinder.search``.
-        reranked: candidates of each layer that the other modes try out.
+        compat: compute like the reference's top-K code (see ``PathFinder.search``).
+        reranked: number of candidates of each layer that the modes "exact" and "removal" evaluate.
         layers: see ``find_neurons``.
 
     Raises:
-        NotApplicable: no vision transformer, or one whose neurons cannot be followed, with the reason.
-        UserError: any input that does not fit.
+        NotApplicable: the model is no vision transformer, or its neurons cannot be recorded; with the reason.
+        UserError: any wrong argument.
     """
     settings = {"mode": mode, "top": top, "compat": compat, "reranked": reranked}
     return _one(
-        classifier,
         image,
+        classifier,
         target,
         steps,
         output,
@@ -63,51 +67,55 @@ def neuron_path(
     )
 
 
+@image_first
 def activation_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     *,
     steps: int = STEPS,
     output: Output = "probability",
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
-    """The neuron of the largest (signed) activation in every layer; arguments and score as in ``neuron_path``."""
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.activation)
+    """The neuron with the largest (signed) activation in each layer. Arguments and score as in ``neuron_path``."""
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.activation)
 
 
+@image_first
 def influence_pattern_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     steps: int = STEPS,
     *,
     output: Output = "probability",
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
-    """The neuron of the largest mean gradient while the image is scaled, in every layer; arguments and score as in ``neuron_path``.
+    """The neuron with the largest mean gradient in each layer while the image is scaled from 0 to itself.
 
-    What NeuronPath's code compares with under the name Influence Pattern; see ``PathFinder.influence_pattern`` for what it is.
+    The baseline that NeuronPath's code calls Influence Pattern (see ``PathFinder.influence_pattern``). Arguments and score as in
+    ``neuron_path``.
     """
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.influence_pattern)
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.influence_pattern)
 
 
+@image_first
 def layer_gradient_path(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None = None,
     steps: int = STEPS,
     *,
     output: Output = "probability",
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
-    """The neuron of the largest layer-wise integrated gradient in every layer; arguments and score as in ``neuron_path``."""
-    return _one(classifier, image, target, steps, output, layers, {}, PathFinder.layer_integrated_gradients)
+    """The neuron with the largest layer-wise integrated gradient in each layer. Arguments and score as in ``neuron_path``."""
+    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.layer_integrated_gradients)
 
 
 def _one(
-    classifier: Classifier | str,
     image: ImageSource,
+    classifier: Classifier | str,
     target: int | str | None,
     steps: int,
     output: Output,
@@ -116,7 +124,7 @@ def _one(
     find: Callable[[PathFinder], list[NeuronPath]],
 ) -> NeuronPath:
     started = time.perf_counter()
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode: gradients are needed
+    with torch.inference_mode(False), torch.enable_grad():  # gradients are needed, whatever mode the caller is in
         classifier = load_classifier(classifier)
         neurons = find_neurons(classifier, layers)
         inputs = classifier.inputs(image).detach()

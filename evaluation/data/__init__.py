@@ -1,1 +1,1 @@
-"""Data sets: recipes, folders and lists of images."""
+"""Open data sets of images: from a recipe, a folder or a list of files."""

@@ -1,9 +1,10 @@
-"""A data set as the evaluators see it: images with what is known of them, read one at a time."""
+"""The data set that evaluators work on: images with their labels, masks and groups, read one at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attribution.checks import check_seed, check_whole
 from attribution.errors import UserError, describe
 from attribution.image import load_image
+from attribution.provenance import pixels_digest
 from evaluation.metrics.localization import box_mask
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is known of it.
+    """One image with its label, mask and group.
 
     Attributes:
-        id: name of the image inside its data set, stable across machines ("test/cat/0007.jpg").
+        id: name of the image inside its data set, the same on every machine ("test/cat/0007.jpg").
         image: float32 [3, H, W], RGB in [0, 1].
-        label: index into the data set's class names; None where it is not known.
-        mask: bool [H, W], True on the object; None where there is none.
-        group: what belongs together for resampling, such as the video or patient that the image is from; None where not given.
+        label: index into the data set's class names; None if unknown.
+        mask: bool [H, W], True on the object; None if there is none.
+        group: name of the cluster that the image belongs to when samples are resampled, such as its video or patient; None if
+            not given.
     """
 
     id: str
@@ -43,13 +47,13 @@ class ImageDataset:
 
     Attributes:
         name: name of the recipe, folder or list.
-        class_names: names by label; empty where nothing is labelled and no names were given.
-        ids, labels: per sample; ids are unique, a label is None where it is not known.
-        read: the image of sample i in a form that ``load_image`` takes.
-        read_mask: the mask of sample i as a bool [H, W] tensor or array, as an image file whose pixels other than black are inside,
-            as boxes that ``box_mask`` takes, or None.
-        groups: per sample, or None.
-        places: where each sample is written down ("list.csv line 7"), named when it cannot be read.
+        class_names: names by label; empty if no sample has a label and no names were given.
+        ids, labels: one for each sample. Ids are unique. A label is None if unknown.
+        read: returns the image of sample i in a form that ``load_image`` takes.
+        read_mask: returns the mask of sample i: a bool [H, W] tensor or array, the path of an image file (pixels that are not
+            black are inside), boxes that ``box_mask`` takes, or None.
+        groups: one for each sample, or None.
+        places: where each sample is listed ("list.csv line 7"). Errors about a sample begin with it.
     """
 
     name: str
@@ -76,42 +80,72 @@ class ImageDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
+        with self._placed(index):
             image = load_image(self.read(index))
             mask = None if self.read_mask is None else _mask_of(image, self.read_mask(index))
-        except UserError as error:
-            raise error if self.places is None else UserError(f"{self.places[index]}: {error}") from None
         return Sample(self.ids[index], image, self.labels[index], mask, None if self.groups is None else self.groups[index])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def image(self, index: int) -> Tensor:
+        """The image of a sample, float32 [3, H, W] in [0, 1], without reading its mask.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        with self._placed(index):
+            return load_image(self.read(index))
+
+    def digest(self, index: int) -> str:
+        """The digest of a sample's pixels (``pixels_digest`` of its image): 16 hexadecimal digits.
+
+        Records of measurements hold it, so that an image whose file was replaced under the same name is measured again.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        return pixels_digest(self.image(index))
+
     def choose(self, count: int | None, seed: int = 0, labels_only: bool = False) -> tuple[int, ...]:
         """Indices of a reproducible random sample without replacement.
 
+        The sample is the first ``count`` entries of one random permutation of the data set, in their order. A larger count
+        therefore extends a smaller one.
+
         Args:
-            count: how many; None or more than there are gives all. The sample is the start of one permutation of the data set, so
-                a larger count extends a smaller one, and the order is that of the permutation.
-            seed: of the permutation.
-            labels_only: pass over samples without a label; the others keep their order.
+            count: size of the sample. None, or more than the data set has, selects all.
+            seed: of the permutation, 0 to 2**63 - 1.
+            labels_only: leave out samples without a label. The others keep their order.
 
         Raises:
-            UserError: count below 1, a seed out of range, or no labelled sample where labels are needed.
+            UserError: count below 1, a seed out of range, or labels_only and no sample has a label.
         """
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
-            raise UserError(f"{count!r} samples requested: expected a whole number of at least 1, or None for all")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed is {seed}: expected 0 to 2**63 - 1")
+        if count is not None:
+            check_whole("count", count, 1)
+        check_seed(seed)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         if labels_only:
             order = [index for index in order if self.labels[index] is not None]
             if not order:
-                raise UserError(f"{self.name} has no labels: expected one folder a class, or a list with a column 'label'")
+                raise UserError(f"{self.name} has no labels: expected one folder for each class, or a list with a column 'label'")
         return tuple(order[:count])
+
+    @contextmanager
+    def _placed(self, index: int) -> Iterator[None]:
+        """Begin the message of an error about a sample with the place where the sample is listed."""
+        try:
+            yield
+        except UserError as error:
+            raise error if self.places is None else UserError(f"{self.places[index]}: {error}") from None
 
 
 def index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
-    """The class of that name, exact or else regardless of case; None where there is none."""
+    """The index of a class name: an exact match, or else a match regardless of case; None without either.
+
+    Raises:
+        UserError: several classes match.
+    """
     exact = [index for index, other in enumerate(class_names) if other == name]
     found = exact or [index for index, other in enumerate(class_names) if other.lower() == name.lower()]
     if len(found) > 1:
@@ -120,12 +154,12 @@ def index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
 
 
 def some_names(names: Sequence[str], limit: int = 10) -> str:
-    """The first names, joined, and how many there are where that is not all."""
-    return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" ... ({len(names)} classes)")
+    """The names, joined by commas; of more than ``limit`` the first ones and the number of the others."""
+    return ", ".join(names[:limit]) + ("" if len(names) <= limit else f" and {len(names) - limit} more")
 
 
 def _mask_of(image: Tensor, source: Any) -> Tensor | None:
-    """The mask that ``ImageDataset.read_mask`` gave for this image: bool [H, W] or None."""
+    """What ``ImageDataset.read_mask`` returned for this image, as bool [H, W] or None."""
     height, width = image.shape[1:]
     if source is None:
         return None
@@ -133,11 +167,15 @@ def _mask_of(image: Tensor, source: Any) -> Tensor | None:
         mask, name = load_image(source).amax(dim=0) > 0, f"the mask {source}"
         with Image.open(source) as picture:
             if picture.has_transparency_data:
-                raise UserError(f"{name} has transparency, which is neither inside nor outside: save it without an alpha channel")
+                raise UserError(
+                    f"{name} has transparency, and a transparent pixel is neither inside nor outside: save it without an alpha channel"
+                )
     elif getattr(source, "dtype", None) in (torch.bool, np.dtype(bool)):
         mask, name = source if isinstance(source, Tensor) else torch.from_numpy(source.copy()), "the mask"
     else:
         return box_mask(source, height, width)
     if mask.shape != (height, width):
-        raise UserError(f"{name} is {describe(mask)}, the image {width}x{height}: expected bool [{height}, {width}], the image's own size")
+        raise UserError(
+            f"{name} is {describe(mask)}, the image is {width}x{height}: expected bool [{height}, {width}], the size of the image"
+        )
     return mask

@@ -1,6 +1,6 @@
-"""Lists of images: a .csv, .tsv or .txt whose lines name images with their labels, masks and groups -> ImageDataset.
+"""Open a list of images: a .csv, .tsv or .txt file whose lines name images, their labels, masks and groups.
 
-Only the list is read here. What is wrong with it is reported with the number of the line, before any image is opened.
+Only the list is read here. An error in it is reported with its line number, before any image is opened.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from evaluation.data.dataset import ImageDataset, index_of_name, some_names
 LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _BOX = ("x0", "y0", "x1", "y1")
 _COLUMNS = ("path", "label", "mask", *_BOX, "group")
-_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a slip of the pen, and names up to it would fill the memory
+_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a typing error, and class names up to it would fill the memory
 _PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
 
 
 class _Row(NamedTuple):
-    """One line of a list: where it stands, and its fields by column, empty ones left out."""
+    """One line of a list: its place in the file, and its fields by column name, without the empty ones."""
 
     place: str
     fields: dict[str, str]
 
 
 def open_list(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
-    """The images of a list; ``open_dataset`` says what a list may hold and what is refused."""
+    """The images of a list. ``open_dataset`` documents the format and the errors."""
     rows = _list_rows(path)
     if not rows:
-        raise UserError(f"{path} lists no images: expected a header 'path,label' and one line an image")
+        raise UserError(f"{path} lists no images: expected a header 'path,label' and one line for each image")
     ids = _list_ids(path, rows)
     classes, labels = _list_labels(rows, class_names)
     masks = [_list_mask(path, row) for row in rows]
@@ -67,7 +67,7 @@ def _list_rows(path: Path) -> list[_Row]:
 
 
 def _bare_rows(path: Path, text: str) -> list[_Row]:
-    """Lines "path label" or "path"; a path ends with the suffix of an image and may hold spaces, as may the name of a class."""
+    """Lines "path label" or "path". A path ends with the suffix of an image file. Paths and class names may contain spaces."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         place, line = f"{path.name} line {number}", line.strip()
@@ -90,7 +90,9 @@ def _table_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
         except StopIteration:
             return rows
         except csv.Error as error:
-            raise UserError(f"{place}: not a row of a table ({error}): quote fields that hold a {delimiter!r} or a quote") from None
+            raise UserError(
+                f"{place}: not a row of a table ({error}): put fields that contain a {delimiter!r} or a quote into quotes"
+            ) from None
         if not any(values):
             continue
         if not columns:
@@ -108,14 +110,14 @@ def _checked_columns(place: str, columns: list[str]) -> list[str]:
     if unknown:
         raise UserError(f"{place}: unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(_COLUMNS)}")
     if len(set(columns)) < len(columns):
-        raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: name each once")
+        raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: give each column once")
     if 0 < sum(name in columns for name in _BOX) < 4:
-        raise UserError(f"{place}: a box takes the four columns {', '.join(_BOX)}")
+        raise UserError(f"{place}: a box needs the four columns {', '.join(_BOX)}")
     return columns
 
 
 def _list_ids(path: Path, rows: list[_Row]) -> tuple[str, ...]:
-    """The paths as they are written, checked to be different files."""
+    """The paths as written in the list, which must be different files."""
     seen: dict[str, str] = {}
     ids = []
     for row in rows:
@@ -174,7 +176,7 @@ def _list_mask(path: Path, row: _Row) -> Path | tuple[float, ...] | None:
 
 
 def _label_index(label: str, class_names: tuple[str, ...]) -> int:
-    """The class of a name or, where no class has that name, of an index."""
+    """The class with this name or, if no class has it, with this index."""
     index = index_of_name(label, class_names)
     if index is None and _INDEX.fullmatch(label) and int(label) < len(class_names):
         index = int(label)

@@ -1,8 +1,8 @@
-"""Labelled images: a recipe, a folder or a list of the files a user has -> Sample(id, image, label, mask, group).
+"""Open the images that a user has as an ``ImageDataset``: a recipe's data set, a folder, or a list of files.
 
 A recipe (``datasets/NAME.toml`` in the checkout, ``evaluation/recipes`` in an installed package) says what the data set is,
-under which licence, how to get it and in which layouts it is commonly stored. Nothing is downloaded and nothing is executed, and
-no image is opened before its sample is read.
+under which licence it comes, how to get it, and in which layouts it is commonly stored. Nothing is downloaded and nothing in the
+data is executed. An image is opened when its sample is read, not before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PHOTO_FILES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set is and in which layouts users have it; the fields are those of the TOML file."""
+    """What a data set is, and the layouts in which users store it. The fields are those of the TOML file."""
 
     name: str
     title: str
@@ -52,25 +52,26 @@ def open_dataset(
     Args:
         source: one of
 
-            - "photos", a few photos that scikit-image and scikit-learn bring along, without labels;
+            - "photos": a few photos that are part of scikit-image and scikit-learn, without labels;
             - the name of a recipe, together with root (see ``load_dataset``);
-            - a folder with one subfolder a class (images at any depth below it; subfolders without images do not count), or a
-              flat folder of images, which have no labels; names that begin with a dot are passed over;
-            - a list, .csv, .tsv or .txt (UTF-8), with a header that names its columns: path, and if wanted label, mask (an image
-              file, inside where it is not black), x0 y0 x1 y1 (a box in pixels, see ``box_mask``) and group. A .txt list may
-              do without the header: "path label", or "path", on each line. Relative paths start at the list's folder, empty
-              fields mean "not known", a label is a class name or an index.
-        root, split: of a recipe.
-        class_names: C names that labels are indices into, such as those of the classifier; matched exactly, then regardless of
-            case. Without them: the recipe's; the sorted folder names; the sorted names in the list, or "class 0", "class 1" ...
-            up to the largest index in it.
+            - a folder with one subfolder for each class, images at any depth below it (subfolders without images do not count),
+              or a flat folder of images, which have no labels. Names that begin with a dot are ignored;
+            - a list: a .csv, .tsv or .txt file (UTF-8) whose header names its columns. The column "path" is required; optional
+              are label, mask (an image file; pixels that are not black are inside), x0 y0 x1 y1 (a box in pixels, see
+              ``box_mask``) and group. A .txt list may omit the header: each line is then "path label" or "path". Relative paths
+              start at the list's folder, an empty field means "unknown", a label is a class name or an index.
+        root: folder of a recipe's data.
+        split: of a recipe.
+        class_names: C names that labels are indices into, such as those of the classifier. Names are matched exactly, then
+            regardless of case. By default: the recipe's names; the sorted folder names; the sorted names in the list, or
+            "class 0", "class 1" and so on up to the list's largest index.
 
     Returns:
-        the samples; those of a folder ordered by class and file name, those of a list in its own order.
+        The samples. Those of a folder are sorted by class and file name, those of a list are in the list's order.
 
     Raises:
-        UserError: nothing of that name, no images, classes that class_names lack, or a list that cannot be understood (with
-            the number of the line). Missing and damaged images are reported when their sample is read.
+        UserError: an unknown name, no images, classes that class_names lacks, or a list that cannot be understood (the message
+            names the line). Missing and damaged images are reported when their sample is read.
     """
     names = _checked_names(class_names)
     if root is not None:
@@ -83,16 +84,16 @@ def open_dataset(
     if path.is_file():
         return open_list(path, names)
     if str(source) in _recipes():
-        raise UserError(f"the data set {str(source)!r} needs root: the folder where its images lie")
+        raise UserError(f"the data set {str(source)!r} needs root: the folder that holds its images")
     raise UserError(f"{source}: no such folder or list, and no data set of that name (known: {', '.join(sorted(_recipes()))})")
 
 
 def _photos(class_names: tuple[str, ...] | None) -> ImageDataset:
-    """Photos inside installed packages: enough to try a benchmark without any data."""
+    """Photos inside installed packages, to try a benchmark without any data."""
     found = [Path(str(files(package) / name)) for package, name in _PHOTO_FILES]
     there = [path for path in found if path.is_file()]
     if not there:
-        raise UserError("scikit-image and scikit-learn have lost their photos: reinstall them, or name your own images")
+        raise UserError("the photos of scikit-image and scikit-learn are missing: reinstall these packages, or name your own images")
     ids = tuple(path.name for path in there)
     return ImageDataset(PHOTOS, class_names or (), ids, tuple(None for _ in ids), lambda index: there[index])
 
@@ -120,10 +121,10 @@ def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDatas
         split: a split of the recipe.
 
     Returns:
-        the samples, ordered by class and file name (torchvision's layout: in its own order).
+        The samples, sorted by class and file name; in torchvision's layout, in the order of its files.
 
     Raises:
-        UserError: unknown recipe or split, no known layout below root, or a class folder that the recipe does not know.
+        UserError: an unknown recipe or split, no known layout below root, or a folder that is no class of the recipe.
     """
     recipe = load_recipe(name)
     root = Path(root)
@@ -134,7 +135,7 @@ def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDatas
         if path.exists():
             return LAYOUTS[layout["kind"]](recipe, layout, path, split)
     tried = ", ".join(layout["path"].format(split=split) for layout in recipe.layouts)
-    raise UserError(f"no {recipe.title} {split} images below {root}: looked for {tried}; obtain them with: {recipe.obtain}")
+    raise UserError(f"no {recipe.title} {split} images below {root}: looked for {tried}; get them with: {recipe.obtain}")
 
 
 def _recipes() -> dict[str, Any]:
@@ -149,11 +150,13 @@ def _from_folder(recipe: Recipe, layout: dict[str, str], path: Path, split: str)
 
 def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
     try:
-        with tarfile.open(path, "r:") as archive:  # uncompressed: members are read in place, nothing is ever extracted
+        with tarfile.open(path, "r:") as archive:  # uncompressed: members are read in place and never extracted
             entries = [entry for entry in archive if entry.isfile() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} is not a readable uncompressed tar file ({error}): unpack it, or make it anew") from None
-    named = {entry.name.removeprefix("./").removeprefix(f"{split}/"): entry for entry in entries}  # the last of a name counts, as in tar
+        raise UserError(f"{path} is not a readable uncompressed tar file ({error}): unpack it, or create it again") from None
+    named = {
+        entry.name.removeprefix("./").removeprefix(f"{split}/"): entry for entry in entries
+    }  # of several members with one name the last counts, as in tar
     members = [(name, named[name]) for name in sorted(named)]
 
     def read(entry: tarfile.TarInfo) -> bytes:
@@ -166,7 +169,7 @@ def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) ->
 
 def _from_recipe(recipe: Recipe, split: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]) -> ImageDataset:
     if not members:
-        raise UserError(f"{path} holds no images: expected one folder a class ({', '.join(recipe.classes)})")
+        raise UserError(f"{path} holds no images: expected one folder for each class ({', '.join(recipe.classes)})")
     dataset = _by_class_folder(recipe.name, recipe.classes, recipe.title, path, members, read)
     return replace(dataset, ids=tuple(f"{split}/{name}" for name in dataset.ids))
 
@@ -175,17 +178,19 @@ def _open_folder(path: Path, class_names: tuple[str, ...] | None) -> ImageDatase
     members, name = _image_files(path), path.resolve().name
     loose = [member for member, _ in members if "/" not in member]
     if not members:
-        raise UserError(f"{path} holds no images: expected one folder a class, or images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{path} holds no images: expected one folder for each class, or images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if len(loose) == len(members):
         return ImageDataset(name, class_names or (), tuple(loose), (None,) * len(loose), lambda index: members[index][1])
     if loose:
-        raise UserError(f"{path} has images ({', '.join(loose[:3])}) beside folders of images: expected one folder a class, or images only")
+        raise UserError(
+            f"{path} has images ({', '.join(loose[:3])}) beside folders of images: expected one folder for each class, or only images"
+        )
     classes = class_names or tuple(sorted({member.split("/")[0] for member, _ in members}))
     return _by_class_folder(name, classes, "class_names", path, members, lambda file: file)
 
 
 def _image_files(path: Path) -> list[tuple[str, Path]]:
-    """(name below the folder, file) of its images, sorted."""
+    """The images below a folder, sorted: (path relative to the folder, file)."""
     found = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
     hidden = [any(part.startswith(".") for part in name.parts) for name, _ in found]
     return [(name.as_posix(), file) for (name, file), skip in zip(found, hidden, strict=True) if not skip and not file.is_dir()]
@@ -209,20 +214,20 @@ def _by_class_folder(
 
 
 def _from_torchvision(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
-    """torchvision compares its files with published MD5 sums before it unpickles them, so no foreign pickle is ever opened."""
+    """Open CIFAR files through torchvision, which unpickles a file only if its MD5 sum is the published one."""
     import torchvision
 
     try:
         loaded = getattr(torchvision.datasets, layout["dataset"])(path.parent, train=split == "train", download=False)
     except RuntimeError as error:
-        raise UserError(f"{path} is not what torchvision wrote ({error}): remove it and obtain it anew: {recipe.obtain}") from None
+        raise UserError(f"{path} is not what torchvision wrote ({error}): remove it and get it again with: {recipe.obtain}") from None
     data: np.ndarray = loaded.data
     ids = tuple(f"{split}/{index:05d}" for index in range(len(data)))
     return ImageDataset(recipe.name, recipe.classes, ids, tuple(int(label) for label in loaded.targets), lambda index: data[index])
 
 
 def _in_terms_of(dataset: ImageDataset, class_names: tuple[str, ...] | None) -> ImageDataset:
-    """The same samples with labels that are indices into other class names."""
+    """The same samples, their labels turned into indices into other class names."""
     if class_names is None or class_names == dataset.class_names:
         return dataset
     indices = [index_of_name(name, class_names) for name in dataset.class_names]

@@ -1,4 +1,4 @@
-"""AggAtt: what a method does on all grids at once, from the grids on which it localises best to those on which it does worst.
+"""AggAtt: the mean maps of a method over many grids, binned from the best to the worst localisation.
 
 Rao, Boehle and Schiele, "Towards Better Understanding Attribution Methods", CVPR 2022; the same authors, "Better
 Understanding Differences in Attribution Methods via Systematic Evaluations", TPAMI 2024.
@@ -16,25 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.checks import check_whole
 from attribution.errors import UserError
 from evaluation.grids.scores import cell_shares, cell_totals, checked_maps, enlarged_chunks
 
 FRACTIONS = (0, 0.02, 0.05, 0.5, 0.95, 0.98, 1)  # of the paper
-_ROUNDING = 1e-6  # an edge this near to a whole number of maps is that number: 0.29 * 100 is 28.999999999999996
+_ROUNDING = 1e-6  # an edge this close to a whole number of maps counts as that number: 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """The maps of one head, sorted by localisation, cut into bins and averaged bin by bin.
+    """The maps of one head, sorted by localisation, divided into bins and averaged within each bin.
 
     Attributes:
         order: int64 [N], the maps from the best localised to the worst.
-        scores: float32 [N], localisation of each map, in the order in which the maps came.
-        bins: for each bin the indices of its maps, int64, best first; B bins, none empty.
-        maps: float32 [B, H, W], mean of the bin's positive enlarged maps, at their raw scale: strong maps dominate.
-        scale: the value at which a figure of all bins saturates, exceeded by 0.5 % of the pixels of all bin maps; 0 where hardly
-            any attribution is positive.
-        fractions: B + 1 edges, the shares of N at which the bins were really cut: (0, 0.02, 0.05, ...) where N allows it.
+        scores: float32 [N], localisation of each map, in the order of the input.
+        bins: B tensors int64, the indices of each bin's maps, best first; none is empty.
+        maps: float32 [B, H, W], mean of the bin's positive enlarged maps, not normalised: maps with large values dominate.
+        scale: the value at which a figure of all bins saturates: 0.5 % of the pixels of all bin maps exceed it. 0 if almost no
+            attribution is positive.
+        fractions: B + 1 edges, the shares of N at which the bins begin and end; (0, 0.02, 0.05, 0.5, ...) if N is large enough.
     """
 
     order: Tensor
@@ -54,27 +55,27 @@ def aggregate(
     *,
     compat: bool = False,
 ) -> Aggregate:
-    """Sort the maps of one head by localisation and average them in bins (AggAtt).
+    """Sort the maps of one head by localisation and average them within bins (AggAtt).
 
-    Sorted by score (as float32), highest first; equal scores by the positive attribution inside the cell, largest first; maps that are
-    equal in both keep their order. Perfect maps do tie, as scores come from float64 sums; the authors' program adds up in float32 and
-    sorts them by rounding noise.
+    Maps are sorted by score (as float32), highest first. Ties go to the map with more positive attribution inside the cell, then
+    to the earlier map. Perfect maps tie, because scores come from float64 sums; the authors' program sums in float32 and sorts
+    such maps by rounding errors.
 
-    A bin holds the maps from position ``fraction * N`` to the next, rounded down, so any N will do: a bin that gets no map is left
-    out, and ``fractions`` of the result says where the cuts are. The paper's bins need a multiple of 100.
+    A bin starts at position ``fraction * N``, rounded down, and ends where the next one starts. N can be any number: a bin without
+    maps is left out, and ``fractions`` of the result holds the actual edges. The paper's bins need a multiple of 100.
 
     Args:
         maps: float [N, h, w], signed maps of one head, one for each grid.
         cell: the head's cell, row by row from the top left.
         n: cells along each side.
         size: height and width of the grid in pixels, multiples of n.
-        fractions: edges of the bins, rising from 0 to 1.
-        compat: divide and cut as the authors' program: the divisor is ``int(N * (f[b+1] - f[b]))``, which is 44 instead of 45 for
-            N = 100 and the bin from 50 to 95 %, so that this bin map is too bright. Otherwise the divisor is the number of maps.
+        fractions: edges of the bins, increasing from 0 to 1.
+        compat: divide and cut like the authors' program. Its divisor is ``int(N * (f[b+1] - f[b]))``: for N = 100 and the bin from
+            50 to 95 % that is 44 instead of 45, so that this bin's map is too bright. By default the divisor is the number of maps.
 
     Raises:
-        UserError: maps, cell, n or size as ``localization_scores``; no map; edges that do not rise from 0 to 1; with compat, a
-            number of maps for which the authors' program would divide by 0.
+        UserError: arguments that ``localization_scores`` refuses; no map; edges that do not increase from 0 to 1; with compat, a
+            number of maps for which the authors' program divides by 0.
     """
     maps, edges = checked_maps(maps), _checked_fractions(fractions)
     if not len(maps):
@@ -97,46 +98,45 @@ def aggregate(
 
 
 def examples(aggregate: Aggregate, count: int) -> tuple[Tensor, ...]:
-    """Maps that stand for each bin: the one at its median position, then in turn the one before, the one after, two before, ...
+    """Example maps of each bin: the one at its median position, then its neighbours, alternately before and after it.
 
     Args:
         aggregate: of ``aggregate``.
-        count: how many of each bin; a smaller bin gives all that it has.
+        count: number of examples of each bin, at least 1; a smaller bin gives all its maps.
 
     Returns:
-        For each bin int64 [at most count], indices of maps (not positions in the order).
+        For each bin int64 [at most count], indices of maps (not positions in ``order``).
 
     Raises:
         UserError: a count below 1.
     """
-    if not isinstance(count, int) or count < 1:
-        raise UserError(f"count is {count!r}: expected the number of examples of each bin, 1 or more")
+    check_whole("count", count, 1)
     return tuple(bin_[_around_median(len(bin_))[:count]] for bin_ in aggregate.bins)
 
 
 def saturation(values: Tensor) -> float:
-    """The value that 0.5 % of all values exceed: at index int(0.995 of their number) in ascending order."""
+    """The value that 0.5 % of all values exceed: the one at index int(0.995 * number of values) in ascending order."""
     flat = values.detach().cpu().numpy().ravel()
-    index = int(len(flat) * 0.01 * 99.5)  # in this order, so that the index is the authors' to the last digit
+    index = int(len(flat) * 0.01 * 99.5)  # multiplied in this order, so that rounding gives the authors' index
     return float(np.partition(flat, index)[index])
 
 
 def _cuts(edges: Sequence[float], count: int, compat: bool) -> list[int]:
-    """Positions in the order at which the bins begin and end."""
+    """The positions in the order at which bins begin and end."""
     return [int(edge * count) if compat else math.floor(edge * count + _ROUNDING) for edge in edges]
 
 
 def _authors_divisors(edges: Sequence[float], cuts: Sequence[int]) -> list[int]:
-    """What the authors' program divides the sum of each bin by: the width of the bin times N, rounded down after a rounding error."""
+    """The divisors of the authors' program: the width of each bin times N, rounded down (which turns a rounding error into -1)."""
     count = cuts[-1]
     divisors = [int(count * (high - low)) for (low, high), (start, end) in zip(pairwise(edges), pairwise(cuts), strict=True) if start < end]
     if 0 in divisors:
-        raise UserError(f"compat with {count} maps divides by 0: give a number that the bins divide (a multiple of 100), or compat=False")
+        raise UserError(f"compat with {count} maps divides by 0: give a multiple of 100 maps, or compat=False")
     return divisors
 
 
 def _sum(maps: Tensor, members: Tensor, size: tuple[int, int]) -> Tensor:
-    """Positive enlarged maps added up: float64 [H, W], on the CPU."""
+    """The sum of positive enlarged maps: float64 [H, W], on the CPU."""
     total = torch.zeros(*size, dtype=torch.float64)
     for _, positive in enlarged_chunks(maps[members.to(maps.device)], size, torch.float32):
         total += positive.sum(dim=0, dtype=torch.float64).cpu()
@@ -144,7 +144,7 @@ def _sum(maps: Tensor, members: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _around_median(length: int) -> list[int]:
-    """All positions of a bin, nearest to the median first, of two equally near the earlier: for 4 it is 2, 1, 3, 0."""
+    """The positions of a bin, nearest to the median first. Ties go to the earlier position: 2, 1, 3, 0 for a length of 4."""
     return sorted(range(length), key=lambda position: (abs(position - length // 2), position))
 
 
@@ -155,5 +155,5 @@ def _checked_fractions(fractions: Any) -> tuple[float, ...]:
         edges = ()
     rising = all(low < high for low, high in pairwise(edges))
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not rising:
-        raise UserError(f"fractions are {fractions!r}: expected the edges of the bins, rising from 0 to 1, such as {FRACTIONS}")
+        raise UserError(f"fractions are {fractions!r}: expected the edges of the bins, increasing from 0 to 1, such as {FRACTIONS}")
     return edges

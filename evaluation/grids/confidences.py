@@ -1,4 +1,4 @@
-"""Confidence of a classifier in the labels of a data set's images."""
+"""How confident a classifier is in the label of each image: the probabilities by which images of grids are chosen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from attribution import __version__
 from attribution.checks import is_whole
 from attribution.errors import UserError
 from attribution.model.classifier import Classifier
-from attribution.provenance import digest_of
+from attribution.provenance import digest_of, pixels_digest
 from evaluation.data.dataset import ImageDataset
-from evaluation.grids.sets import Progress, load_cell
+from evaluation.grids.sets import Progress
 
 
 class Log(Protocol):
@@ -29,11 +29,11 @@ class Log(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Confidences:
-    """How sure one model is of the labels of some images.
+    """How confident one model is in the labels of some images.
 
     Attributes:
-        values: float64 [len(indices)], probability of the label where it is the prediction, else 0; NaN for a failure.
-        failures: (id, reason) of each image that could not be read, or that the model returned no finite scores for.
+        values: float64 [len(indices)], probability of the label if it is the predicted class, else 0; NaN for a failure.
+        failures: (id, reason) of each image that could not be read, or for which the model returned scores that are not finite.
     """
 
     values: np.ndarray
@@ -48,22 +48,22 @@ def label_confidences(
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> Confidences:
-    """How sure a model is of the labels of some images, by the preprocessing that it is evaluated with.
+    """Measure how confident a model is in the labels of some images, with the model's own preprocessing.
 
-    Images are read and forwarded in batches of the classifier's batch size. With a log each batch is a record, and batches that it
-    holds are not forwarded again; images that failed are tried again. A record stands for the model, the ids and the labels of the
-    batch, not for its pixels: begin another log when the files behind the ids have changed.
+    Images are read and forwarded in batches of the classifier's batch size. With a log, each batch is one record. It holds the
+    digest of each image's pixels: on the next run all images are read again, and only those are forwarded whose pixels differ
+    from the record's or that failed before.
 
     Args:
-        classifier: its classes are what the labels are indices into.
+        classifier: its class names are what the labels are indices into.
         dataset: the images.
-        indices: which of them; each needs a label.
-        log: where the batches are kept.
-        progress: called with (images done, all of them) after each batch.
+        indices: which images; each needs a label.
+        log: where the batches are recorded.
+        progress: called with (images done, images in all) after each batch.
 
     Raises:
-        UserError: an index out of range, a sample without a label, a label that is no class of the model, or a full disk. What is
-            wrong with a single image is returned instead.
+        UserError: an index out of range, a sample without a label, a label that is no class of the model, or a full disk. A
+            problem with a single image raises nothing; it is returned in ``failures``.
     """
     indices = checked_indices(dataset, indices)
     _check_labels(classifier, dataset, indices)
@@ -75,39 +75,52 @@ def label_confidences(
         batch = indices[start : start + classifier.batch_size]
         key = "confidence-" + digest_of([*identity, [[dataset.ids[index], dataset.labels[index]] for index in batch]])
         known = None if log is None else log.records.get(key)
-        found: list[float | None] = [None] * len(batch) if known is None else list(known["values"])
-        missing = [position for position, value in enumerate(found) if value is None]
-        for position, value in zip(missing, _judge(classifier, dataset, [batch[p] for p in missing]), strict=True):
-            if isinstance(value, UserError):
-                failures.append((dataset.ids[batch[position]], str(value)))
-            else:
-                found[position] = value
-        if log is not None and (known is None or known["values"] != found):
-            log.append(key, {"model": classifier.name, "data": dataset.name, "values": found})
-        values += found
+        digests, found = _judge(classifier, dataset, batch, {} if known is None else known)
+        numbers = [None if isinstance(value, UserError) else value for value in found]
+        failures += [(dataset.ids[index], str(value)) for index, value in zip(batch, found, strict=True) if isinstance(value, UserError)]
+        record = {"model": classifier.name, "data": dataset.name, "values": numbers, "pixels": digests}
+        if log is not None and (known is None or any(known.get(name) != value for name, value in record.items())):
+            log.append(key, record)
+        values += numbers
         if progress is not None:
             progress(len(values), len(indices))
     return Confidences(np.array([np.nan if value is None else value for value in values], dtype=np.float64), tuple(failures))
 
 
-def _judge(classifier: Classifier, dataset: ImageDataset, indices: Sequence[int]) -> list[float | UserError]:
-    """The confidence in each image, or what is wrong with it."""
+def _judge(
+    classifier: Classifier, dataset: ImageDataset, batch: Sequence[int], known: dict[str, Any]
+) -> tuple[list[str | None], list[float | UserError]]:
+    """The digest of each image of a batch, and its confidence or its error.
+
+    A confidence is taken from ``known``, the record of the batch, if it was measured on the same pixels.
+    """
+    recorded = dict(zip(batch, zip(known.get("pixels", ()), known.get("values", ()), strict=False), strict=False))
+    digests: dict[int, str] = {}
     found: dict[int, float | UserError] = {}
     inputs: dict[int, Tensor] = {}
-    for index in indices:
+    for index in batch:
         try:
-            inputs[index] = classifier.inputs(load_cell(dataset, index))
+            image = dataset.image(index)
+            digests[index] = pixels_digest(image)
+            pixels, value = recorded.get(index, (None, None))
+            if value is not None and pixels == digests[index]:
+                found[index] = value
+            else:
+                inputs[index] = classifier.inputs(image)
         except UserError as error:
             found[index] = error
+    found.update(_measure(classifier, dataset, inputs))
+    return [digests.get(index) for index in batch], [found[index] for index in batch]
+
+
+def _measure(classifier: Classifier, dataset: ImageDataset, inputs: dict[int, Tensor]) -> dict[int, float | UserError]:
+    """The confidence in each image, or its error: scores that are not finite must not cost the other images of the batch."""
     try:
-        found.update(_forward(classifier, dataset, inputs))
-    except UserError:  # one image that the model trips over must not cost the others of its batch
-        for index, single in inputs.items():
-            try:
-                found.update(_forward(classifier, dataset, {index: single}))
-            except UserError as error:
-                found[index] = error
-    return [found[index] for index in indices]
+        return {**_forward(classifier, dataset, inputs)}
+    except UserError as error:
+        if len(inputs) == 1:
+            return dict.fromkeys(inputs, error)
+        return {index: value for each in inputs.items() for index, value in _measure(classifier, dataset, dict([each])).items()}
 
 
 def _forward(classifier: Classifier, dataset: ImageDataset, inputs: dict[int, Tensor]) -> dict[int, float]:
@@ -116,8 +129,8 @@ def _forward(classifier: Classifier, dataset: ImageDataset, inputs: dict[int, Te
     probabilities = classifier.probabilities(torch.cat(list(inputs.values()))).cpu()
     labels = torch.tensor([dataset.labels[index] for index in inputs])
     of_label = probabilities.gather(1, labels[:, None])[:, 0]
-    sure = torch.where(probabilities.argmax(dim=1) == labels, of_label, 0.0)
-    return dict(zip(inputs, sure.tolist(), strict=True))
+    confident = torch.where(probabilities.argmax(dim=1) == labels, of_label, 0.0)
+    return dict(zip(inputs, confident.tolist(), strict=True))
 
 
 def checked_indices(dataset: ImageDataset, indices: Sequence[int]) -> list[int]:

@@ -7,16 +7,16 @@ Understanding Differences in Attribution Methods via Systematic Evaluations", TP
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attribution.checks import check_whole, is_whole
 from attribution.errors import UserError, describe
 
-LEAST_TOTAL = 1e-7  # a map with no more positive attribution than this has found nothing
+LEAST_TOTAL = 1e-7  # a map with no more positive attribution than this scores 0
 _CHUNK_VALUES = 2**22  # pixels of enlarged maps held at once, 32 MiB
 
 
@@ -24,7 +24,7 @@ def cell_slices(cell: int, n: int, height: int, width: int) -> tuple[slice, slic
     """Rows and columns of one cell of an n x n grid.
 
     Args:
-        cell: 0...n²-1, row by row from the top left.
+        cell: 0 to n² - 1, row by row from the top left.
         n: cells along each side.
         height, width: of the whole grid (an image, a map or a feature map), multiples of n.
 
@@ -32,7 +32,7 @@ def cell_slices(cell: int, n: int, height: int, width: int) -> tuple[slice, slic
         UserError: a cell that is not on the grid, or a side that n does not divide.
     """
     check_grid(n, (height, width))
-    if not _is_whole(cell) or not 0 <= cell < n * n:
+    if not is_whole(cell) or not 0 <= cell < n * n:
         raise UserError(f"cell is {cell!r}: a {n}x{n} grid has the cells 0 to {n * n - 1}, row by row from the top left")
     rows, columns = height // n, width // n
     row, column = divmod(int(cell), n)
@@ -40,10 +40,10 @@ def cell_slices(cell: int, n: int, height: int, width: int) -> tuple[slice, slic
 
 
 def positive_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The positive attribution at the grid's size.
+    """The positive part of maps at the grid's size.
 
-    Bilinear over the whole grid at once, and only then negative values become 0: next to a border between cells the two signs
-    cancel, and a coarse map reaches over it.
+    A map is enlarged bilinearly over the whole grid, and then its negative values become 0. Next to a border between two cells
+    values of opposite sign therefore cancel, and a coarse map reaches across the border.
 
     Args:
         maps: float [M, h, w], signed, at any resolution.
@@ -53,7 +53,7 @@ def positive_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
         float32 [M, H, W], 0 or more.
 
     Raises:
-        UserError: maps of another shape or dtype, or not finite; a size that is not two positive whole numbers.
+        UserError: maps of another shape or dtype, values that are not finite, or a size that is not two positive whole numbers.
     """
     _check_size(size)
     return _enlarged(checked_maps(maps).float(), size)
@@ -62,12 +62,12 @@ def positive_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def localization_scores(maps: Tensor, cells: Sequence[int] | Tensor, n: int, size: tuple[int, int]) -> Tensor:
     """Share of each map's positive attribution that lies inside its cell, in [0, 1]; higher is better.
 
-    ``chance`` is what a map scores that is the same everywhere. A map without positive attribution (a total of at most 1e-7) scores
-    0, so that it lowers a mean instead of dropping out of it. Computed in float64: a map that is all inside scores exactly 1, a
-    constant one exactly 1/n² (rounded to float32).
+    A constant map scores ``chance(n)``. A map without positive attribution (a total of at most 1e-7) scores 0, so that it lowers a
+    mean instead of being left out of it. Sums are in float64: a map that lies entirely inside its cell scores exactly 1, a constant
+    map exactly 1/n² (rounded to float32).
 
     Args:
-        maps: float [M, h, w], signed; enlarged and clipped as by ``positive_maps``.
+        maps: float [M, h, w], signed. They are enlarged and clipped as in ``positive_maps``.
         cells: M cells, row by row from the top left.
         n: cells along each side.
         size: height and width of the grid in pixels, multiples of n.
@@ -76,20 +76,20 @@ def localization_scores(maps: Tensor, cells: Sequence[int] | Tensor, n: int, siz
         float32 [M], on the CPU.
 
     Raises:
-        UserError: maps as ``positive_maps``; a number of cells other than M, a cell that is not on the grid, a size that n does not
-            divide.
+        UserError: maps that ``positive_maps`` refuses, a number of cells other than M, a cell that is not on the grid, or a size
+            that n does not divide.
     """
     return cell_shares(cell_totals(maps, n, size), cells)[0].float()
 
 
 def chance(n: int) -> float:
-    """The localisation of a map that is the same everywhere: 1/n²."""
+    """The localisation score of a constant map: 1/n²."""
     check_grid(n)
     return 1 / n**2
 
 
 def cell_totals(maps: Tensor, n: int, size: tuple[int, int]) -> Tensor:
-    """The positive attribution inside every cell after enlarging: float64 [M, n²], on the CPU (arguments as ``localization_scores``)."""
+    """The positive attribution inside every cell of each enlarged map: float64 [M, n²], on the CPU. Args: ``localization_scores``."""
     check_grid(n, size)
     maps = checked_maps(maps)
     totals = torch.zeros(len(maps), n * n, dtype=torch.float64)
@@ -100,16 +100,16 @@ def cell_totals(maps: Tensor, n: int, size: tuple[int, int]) -> Tensor:
 
 
 def cell_shares(totals: Tensor, cells: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Share and sum inside one cell of each map: [M, n²] and M cells -> float64 [M] twice.
+    """The share and the sum of each map's attribution inside its cell: totals [M, n²] and M cells -> float64 [M] twice.
 
-    The total is the sum over cells, so that cells without attribution add exact zeros and no rounding.
+    A map's total is the sum over its cells, so that cells without attribution add exact zeros and no rounding errors.
     """
     count, cell_count = totals.shape
     found = list(cells.tolist() if isinstance(cells, Tensor) else cells)
     if len(found) != count:
         raise UserError(f"{len(found)} cells for {count} maps: give each map the cell whose class it explains")
     for cell in found:
-        if not _is_whole(cell) or not 0 <= cell < cell_count:
+        if not is_whole(cell) or not 0 <= cell < cell_count:
             raise UserError(f"cell {cell!r} is not on the grid: expected whole numbers from 0 to {cell_count - 1}, row by row")
     inside = totals[torch.arange(count), torch.tensor([int(cell) for cell in found], dtype=torch.int64)]
     total = totals.sum(dim=1)
@@ -117,7 +117,7 @@ def cell_shares(totals: Tensor, cells: Sequence[int] | Tensor) -> tuple[Tensor, 
 
 
 def enlarged_chunks(maps: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Positive enlarged maps in parts that hold a bounded number of values: which maps, and [m, H, W]."""
+    """Positive enlarged maps in chunks of bounded size: (which maps, [m, H, W])."""
     step = max(1, _CHUNK_VALUES // (size[0] * size[1]))
     for start in range(0, len(maps), step):
         rows = slice(start, min(start + step, len(maps)))
@@ -125,34 +125,29 @@ def enlarged_chunks(maps: Tensor, size: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def checked_maps(maps: Any) -> Tensor:
-    """Finite float maps [M, h, w], without gradients, on a device that knows float64."""
+    """The maps, checked: finite, float [M, h, w]; without gradients, on a device that has float64."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim != 3 or not all(maps.shape[1:]):
-        raise UserError(f"the maps are {describe(maps)}: expected float [M, h, w], one map of the whole grid each")
+        raise UserError(f"the maps are {describe(maps)}: expected float [M, h, w], each a map of a whole grid")
     if not maps.isfinite().all():
         broken = int((~maps.isfinite()).flatten(1).any(dim=1).sum())
-        raise UserError(f"{broken} of {len(maps)} maps have values that are not finite: leave these maps out, or mend the method")
+        raise UserError(f"{broken} of {len(maps)} maps have values that are not finite: leave these maps out, or correct the method")
     maps = maps.detach()
     return maps.cpu() if maps.device.type == "mps" else maps
 
 
 def check_grid(n: Any, size: Any = None) -> None:
-    """Whether n is a number of cells and divides the grid's height and width."""
-    if not _is_whole(n) or n < 1:
-        raise UserError(f"n is {n!r}: expected the number of cells along each side of the grid, such as 2 or 3")
+    """Check that n is a number of cells and, with a size, divides the grid's height and width."""
+    check_whole("n", n, 1)
     if size is None:
         return
     _check_size(size)
     if size[0] % n or size[1] % n:
-        raise UserError(f"a grid of {size[0]}x{size[1]} does not fall into {n}x{n} equal cells: expected sides that {n} divides")
+        raise UserError(f"a grid of {size[0]}x{size[1]} cannot be cut into {n}x{n} equal cells: expected sides that {n} divides")
 
 
 def _check_size(size: Any) -> None:
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(_is_whole(side) and side > 0 for side in size):
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(is_whole(side) and side > 0 for side in size):
         raise UserError(f"size is {size!r}: expected (height, width) of the grid, two positive whole numbers")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Grid sets: which images stand in which cell, chosen so that the models are sure of every one of them.
+"""Grid sets: which image is in which cell of each grid.
 
-A grid is an image of n x n cells, each with an image of another class. An explanation of the class of one cell should fall on that
-cell (GridPG: Böhle, Fritz, Schiele, CVPR 2021; DiFull and DiPart: Rao, Böhle, Schiele, CVPR 2022, section 3). Only images that every model
-classifies correctly with high confidence are used, so a set belongs to a list of models. A set holds no pixels: cells are read again
-from the data and made at the size of the model that is judged.
+A grid is an image of n x n cells, each showing an image of a different class. An explanation of one cell's class should lie inside
+that cell (GridPG: Böhle, Fritz, Schiele, CVPR 2021; DiFull and DiPart: Rao, Böhle, Schiele, CVPR 2022, section 3). Only images are
+used that every model classifies correctly with high confidence, so a set belongs to a list of models. A set holds no pixels: the
+cells are read from the data set when a grid is needed, at the input size of the model that is evaluated.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from attribution import __version__
-from attribution.checks import is_whole
+from attribution.checks import LARGEST_SEED, check_seed, check_whole, is_number, is_whole
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
-from attribution.image import load_image
 from attribution.model.classifier import Classifier
 from evaluation.data.dataset import ImageDataset
 
 Progress = Callable[[int, int], None]
 FORMAT = 1
 _MAX_FILE_BYTES = 2**26
-_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,20 +37,21 @@ class GridSet:
 
     Attributes:
         data: name of the data set.
-        split: of the data set; None where it has none.
-        class_names: what labels are indices into.
+        split: of the data set; None if it has none.
+        class_names: names that labels are indices into.
         n: cells along each side.
-        threshold: least probability that every model gives to the label of every image.
+        threshold: every model gives the label of every image at least this probability.
         seed: of the draw.
-        repeat_corners: whether the bottom-right cell has the class of the top-left cell, with another image.
-        models: ``name`` and ``weights_digest`` of each model that had to be sure; empty where the images were chosen in another way.
-        ids: G tuples of n * n sample ids; none occurs twice.
+        repeat_corners: whether the bottom-right cell has the class of the top-left cell, with a different image.
+        models: ``name`` and ``weights_digest`` of each model whose confidence decided; empty if the images were chosen otherwise.
+        ids: G tuples of n * n sample ids, all different.
         labels: int64 [G, n * n].
-        indices: int64 [G, n * n], positions in the data set when the grids were made.
-        pool: how many images of the seeded permutation could be judged at most; None for all.
-        judged, kept: how many images were judged, and how many of these every model was sure of.
-        failures: (id, reason) of the images that could not be judged, by the first of the models where they fail with several.
-        versions: of the library and of torch, which the draw comes from.
+        indices: int64 [G, n * n], positions in the data set at the time of the draw.
+        pool: the greatest number of images that could be judged, the first of the seeded permutation; None for all.
+        judged: number of images judged.
+        kept: number of images in which every model reached the threshold.
+        failures: (id, reason) of the images that could not be judged. If several models failed, the reason of the first.
+        versions: of this library and of torch at the time of the draw.
 
     Raises:
         UserError: fields that contradict each other.
@@ -79,7 +78,7 @@ class GridSet:
         check_grid_settings(self.n, self.threshold, self.seed)
         shape = (len(self.ids), self.n**2)
         if not self.ids:
-            raise UserError("a grid set without grids: expected at least one")
+            raise UserError("the grid set has no grids: expected at least one")
         wrong = next((row for row in self.ids if len(row) != self.n**2), None)
         if wrong is not None:
             raise UserError(f"a grid of {len(wrong)} ids: expected {self.n**2}, one for each of {self.n}x{self.n} cells")
@@ -90,7 +89,7 @@ class GridSet:
                     f"{name} are {describe(array)}: expected int64 {list(shape)}, as there are {shape[0]} grids of {shape[1]} ids"
                 )
             if array.min() < 0:
-                raise UserError(f"{name} hold {array.min()}: expected none negative")
+                raise UserError(f"{name} hold {array.min()}: expected numbers of at least 0")
         if self.class_names and self.labels.max() >= len(self.class_names):
             raise UserError(
                 f"labels hold {self.labels.max()}, but there are {len(self.class_names)} class names: expected indices into them"
@@ -121,59 +120,61 @@ class GridSet:
     __hash__ = None  # type: ignore[assignment]
 
     def image(self, dataset: ImageDataset, index: int, classifier: Classifier) -> Tensor:
-        """One grid as an image of cells at the classifier's own input size.
+        """One grid as an image whose cells have the classifier's input size (h, w).
 
-        Each cell went through the classifier's resize and crop (what these pad has the mean colour), without its normalisation.
-        Bicubic resizing overshoots at sharp edges, so values are clamped: for such models the input made from the grid differs
-        there from the input made from the single image.
+        Each cell is resized and cropped as the classifier does (padding has the mean colour), and not normalised. Values are
+        clamped to [0, 1], because bicubic resizing overshoots at sharp edges: there the model input made from the grid differs
+        from that made from the single image.
 
         Args:
-            dataset: the data that the set was made from, with the same class names; its order may have changed.
+            dataset: the data set that the grids were drawn from, with the same class names. Its order may have changed.
             index: of the grid, 0 to G - 1.
-            classifier: whose preprocessing is used, (h, w) being its input size; it need not be one of ``models``.
+            classifier: its preprocessing is used. It need not be one of ``models``.
 
         Returns:
             float32 [3, n * h, n * w], RGB in [0, 1], on the CPU.
 
         Raises:
-            UserError: the data has lost an image of this grid, gives it another label, or cannot read it.
+            UserError: an image of this grid is missing from the data set, has another label there, or cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        cells = [_cell(classifier, load_cell(dataset, self._find(dataset, index, cell))) for cell in range(self.n**2)]
+        cells = [_cell(classifier, dataset.image(self._find(dataset, index, cell))) for cell in range(self.n**2)]
         rows = [torch.cat(cells[start : start + self.n], dim=2) for start in range(0, self.n**2, self.n)]
         return torch.cat(rows, dim=1)
 
     def _find(self, dataset: ImageDataset, index: int, cell: int) -> int:
-        """Where the data set has the image of a cell now."""
+        """The current index in the data set of the image of a cell."""
         name, label, found = self.ids[index][cell], int(self.labels[index, cell]), int(self.indices[index, cell])
         if found >= len(dataset) or dataset.ids[found] != name:
             if name not in dataset.ids:
-                raise UserError(f"{dataset.name} has no image {name!r}, which grid {index} needs: the data changed; choose the grids again")
+                raise UserError(
+                    f"{dataset.name} has no image {name!r}, which grid {index} needs: the data set has changed; draw the grids again"
+                )
             found = dataset.ids.index(name)
         if dataset.labels[found] not in (label, None):
             raise UserError(
                 f"{name!r} has label {dataset.labels[found]} in {dataset.name} and {label} in the grid set: open the data with the "
-                "class names of the set, or choose the grids again"
+                "class names of the set, or draw the grids again"
             )
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write ids, indices, labels and settings as JSON, whole or not at all; ``load`` gives an equal set back.
+        """Write ids, indices, labels and settings to a JSON file, completely or not at all. ``load`` returns an equal set.
 
         Raises:
             UserError: the file cannot be written.
         """
-        text = json.dumps(self._plain(), allow_nan=False, indent=1)  # escaped: file names need not be valid Unicode
+        text = json.dumps(self._plain(), allow_nan=False, indent=1)  # ASCII with escapes: file names need not be valid Unicode
         with whole_file(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> GridSet:
-        """Read a file that ``save`` wrote; nothing in it is believed unchecked.
+        """Read a file that ``save`` wrote. Every field is checked.
 
         Raises:
-            UserError: missing, larger than 64 MiB, damaged, or not a grid set; names the file and what is wrong in it.
+            UserError: the file is missing, larger than 64 MiB, damaged, or not a grid set. The message names the file and the field.
         """
         plain = _read_plain(Path(path))
         try:
@@ -199,17 +200,9 @@ class GridSet:
             raise UserError(f"{path} is not a valid grid set: {error}") from None
 
     def _plain(self) -> dict[str, Any]:
-        """Plain JSON types, as ``_FIELDS`` lists them."""
+        """The fields as JSON types, listed in ``_FIELDS``."""
         arrays = {"labels": self.labels.tolist(), "indices": self.indices.tolist()}
         return json.loads(json.dumps({"format": FORMAT, **vars(self), **arrays}))
-
-
-def load_cell(dataset: ImageDataset, index: int) -> Tensor:
-    """The image alone: a mask that cannot be read is no reason to leave an image out of a grid."""
-    try:
-        return load_image(dataset.read(index))
-    except UserError as error:
-        raise error if dataset.places is None else UserError(f"{dataset.places[index]}: {error}") from None
 
 
 def _cell(classifier: Classifier, image: Tensor) -> Tensor:
@@ -220,32 +213,30 @@ def _cell(classifier: Classifier, image: Tensor) -> Tensor:
 
 
 def check_grid_settings(n: int, threshold: float, seed: int) -> None:
-    if not is_whole(n) or n < 2:
-        raise UserError(f"grids of {n!r} cells a side: expected a whole number of at least 2")
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number) or not 0 < threshold <= 1:
+    check_whole("n", n, 2)
+    if not is_number(threshold) or not 0 < threshold <= 1:
         raise UserError(f"threshold is {threshold!r}: expected a confidence above 0 and at most 1")
-    if not is_whole(seed) or not 0 <= seed <= _LARGEST:
-        raise UserError(f"seed is {seed!r}: expected 0 to 2**63 - 1")
+    check_seed(seed)
 
 
 def _read_plain(path: Path) -> dict[str, Any]:
-    """The fields of a saved set, each of its own type; whether they fit together is another matter."""
+    """The fields of a saved set, each checked for its type. Whether they fit together is checked by ``GridSet``."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): name a saved grid set") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file that GridSet.save wrote") from None
     if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"{path} is larger than {_MAX_FILE_BYTES // 2**20} MiB: it is no saved grid set")
+        raise UserError(f"{path} is larger than {_MAX_FILE_BYTES // 2**20} MiB: expected a file that GridSet.save wrote")
     try:
         plain = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} is not a grid set, or is damaged ({reason}): choose the grids again") from None
+        raise UserError(f"{path} is not a grid set, or is damaged ({reason}): draw the grids again") from None
     if not isinstance(plain, dict) or not is_whole(plain.get("format")):
         raise UserError(f"{path} is not a grid set: expected a file that GridSet.save wrote")
     if plain["format"] != FORMAT:
-        raise UserError(f"{path} has format {plain['format']}, this library reads {FORMAT}: upgrade the library, or choose the grids again")
+        raise UserError(f"{path} has format {plain['format']}, this library reads {FORMAT}: upgrade the library, or draw the grids again")
     for name, (fits, expected) in _FIELDS.items():
         if name not in plain:
             raise UserError(f"{path} is not a valid grid set: {name!r} is missing")
@@ -259,7 +250,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return is_whole(value) and 0 <= value <= _LARGEST
+    return is_whole(value) and 0 <= value <= LARGEST_SEED
 
 
 def _is_model(value: Any) -> bool:
@@ -282,7 +273,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "split": (lambda value: value is None or _is_text(value), "a text or null"),
     "class_names": (lambda value: _is_list(value, _is_text), "a list of texts"),
     "n": (_is_count, "a whole number"),
-    "threshold": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+    "threshold": (is_number, "a number"),
     "seed": (_is_count, "a whole number"),
     "repeat_corners": (lambda value: isinstance(value, bool), "true or false"),
     "models": (lambda value: _is_list(value, _is_model), "a list of objects with name and weights_digest"),

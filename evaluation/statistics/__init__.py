@@ -1,4 +1,4 @@
-"""Intervals, paired tests, ranks and checks of scores."""
+"""Statistics of scores: intervals, paired tests, ranks, and checks of what a result rests on."""
 
 from evaluation.statistics.comparisons import (
     PAIRED_TESTS,

@@ -1,7 +1,7 @@
-"""How sure a number is: intervals, paired tests, and corrections for many tests.
+"""Compare methods on the same samples: paired tests, corrections for many tests, and a test against random orders.
 
-Everything works on plain arrays of one value a sample. Values that are not finite are left out and never counted, so each result
-says how many samples it rests on. Every draw takes a seed; the global generator is never touched.
+Functions take arrays with one value for each sample. Values that are not finite are left out, and each result says how many samples
+were used. Every random draw takes a seed; the global generator is not used.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from attribution.checks import check_choice, check_whole
 from attribution.errors import UserError
 from evaluation.statistics.intervals import bootstrap_interval, finite_pairs, resample_chunks, vector
 
-EXACT_COUNT = 13  # pairs up to which all 2^N sign vectors are enumerated: 8192, fewer than the default resamples
+EXACT_COUNT = 13  # with up to this many pairs all 2^N sign vectors are enumerated: at most 8192, fewer than the default resamples
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two methods on the same samples.
+    """The comparison of two methods on the same samples.
 
     Attributes:
-        difference: mean of first - second over the samples where both are finite.
+        difference: mean of first - second, over the samples for which both are finite.
         low, high: its 95 % bootstrap interval.
-        p: of the paired test, two-sided.
-        adjusted_p: p after Holm's correction over all pairs compared.
+        p: p-value of the two-sided paired test.
+        adjusted_p: p after Holm's correction over all pairs of methods.
         count: number of samples used.
     """
 
@@ -43,30 +44,29 @@ class Comparison:
 
 
 def sign_flip(a: ArrayLike, b: ArrayLike, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided paired sign-flip test: are two methods exchangeable on each sample?
+    """Two-sided paired sign-flip test of the hypothesis that two methods are exchangeable on each sample.
 
-    With differences d and random signs s, p = (1 + #{|mean(s d)| >= |mean d|}) / (B + 1). Up to 13 pairs all 2^N sign vectors are
-    enumerated and p is the share of them, the identity included, that is at least as extreme: exact.
+    With differences d and random signs s, p = (1 + #{|mean(s d)| >= |mean d|}) / (B + 1). With at most 13 pairs the test is exact: all
+    2^N sign vectors are enumerated, and p is the share of them whose |mean(s d)| is at least |mean d|.
 
     Args:
-        a, b: float [N], two methods on the same samples; pairs with a member that is not finite are left out.
-        resamples: B, number of sign vectors drawn beyond 13 pairs.
+        a, b: float [N], two methods on the same samples. Pairs with a value that is not finite are left out.
+        resamples: B, number of sign vectors drawn if there are more than 13 pairs.
         seed: of the draws.
 
     Returns:
-        p in (0, 1]; NaN without a pair. 1 where no pair differs.
+        p in (0, 1]; 1 if no pair differs; NaN without pairs.
 
     Raises:
         UserError: arrays of other shapes, or resamples below 1.
     """
-    if resamples < 1:
-        raise UserError(f"resamples is {resamples}: expected at least 1")
+    check_whole("resamples", resamples, 1)
     differences = _differences(a, b)
     count = len(differences)
     if count == 0:
         return np.nan
     total = differences.sum()
-    # sums of the same numbers in another order differ by rounding: relative to what is summed, since the sum itself may be near 0
+    # Sums in another order differ by rounding errors. The tolerance is relative to the absolute values: the sum may be near 0.
     threshold = abs(total) - 1e-12 * np.abs(differences).sum()
 
     def extreme(flips: np.ndarray) -> int:
@@ -80,16 +80,17 @@ def sign_flip(a: ArrayLike, b: ArrayLike, *, resamples: int = 9999, seed: int = 
 
 
 def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided Wilcoxon signed-rank test of paired values (scipy's, exact where that is feasible).
+    """Two-sided Wilcoxon signed-rank test of paired values (scipy's, exact if feasible).
 
-    Pairs that do not differ are ranked and then dropped (Pratt, 1959). Splitting their ranks instead gives the same statistic with
-    a variance that counts the zeros as if they had random signs, far too cautious for scores with many equal pairs (hit or miss).
+    Pairs that do not differ are ranked and then dropped (Pratt, 1959). The alternative, splitting their ranks, gives the same
+    statistic with a larger variance, as if the zeros had random signs. It is far too conservative for scores with many equal pairs,
+    such as hit or miss.
 
     Args:
-        a, b: float [N], two methods on the same samples; pairs with a member that is not finite are left out.
+        a, b: float [N], two methods on the same samples. Pairs with a value that is not finite are left out.
 
     Returns:
-        p in (0, 1]; NaN without a pair, 1 where no pair differs.
+        p in (0, 1]; 1 if no pair differs; NaN without pairs.
 
     Raises:
         UserError: arrays of other shapes.
@@ -99,13 +100,13 @@ def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
         return np.nan
     if not differences.any():
         return 1.0
-    with warnings.catch_warnings():  # older releases of scipy warn where they leave the exact distribution
+    with warnings.catch_warnings():  # older releases of scipy warn if they use no exact distribution
         warnings.simplefilter("ignore")
         return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """Holm's step-down adjustment (1979): controls the chance of any false rejection in the family.
+    """Holm's step-down adjustment (1979), which controls the probability of any false rejection in the family.
 
     Args:
         p_values: float [M] in [0, 1]; NaN stays NaN and does not count in the family.
@@ -127,7 +128,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> np.ndarray:
-    """Benjamini and Hochberg's step-up adjustment (1995): controls the share of false rejections among all rejections.
+    """Benjamini and Hochberg's step-up adjustment (1995), which controls the expected share of false rejections among rejections.
 
     Args:
         p_values: float [M] in [0, 1]; NaN stays NaN and does not count in the family.
@@ -144,21 +145,20 @@ def benjamini_hochberg(p_values: ArrayLike) -> np.ndarray:
 def pairwise_tests(
     scores: Mapping[str, ArrayLike], *, test: Literal["sign_flip", "wilcoxon"] = "sign_flip", seed: int = 0
 ) -> dict[tuple[str, str], Comparison]:
-    """Compare every two methods on the same samples.
+    """Compare every pair of methods on the same samples.
 
     Args:
-        scores: float [N] of each method; index n is the same sample in all. A pair of methods uses the samples finite in both.
+        scores: float [N] for each method, the same samples in the same order. A pair of methods uses the samples finite in both.
         test: a name in ``PAIRED_TESTS``.
         seed: of the bootstrap and of the sign flips; the same for every pair.
 
     Returns:
-        One comparison for each two methods, keyed by their names in the order of the mapping.
+        One comparison for each pair of methods, keyed by their names in the order of the mapping.
 
     Raises:
         UserError: an unknown test, or arrays of other shapes.
     """
-    if test not in PAIRED_TESTS:
-        raise UserError(f"unknown test {test!r}: expected one of {', '.join(PAIRED_TESTS)}")
+    check_choice("test", test, PAIRED_TESTS)
     arrays = {name: vector(values, f"scores of {name}") for name, values in scores.items()}
     pairs = list(combinations(arrays, 2))
     intervals, p_values = [], []
@@ -173,14 +173,14 @@ def pairwise_tests(
 
 
 def random_order_test(observed: float, null: ArrayLike) -> float:
-    """One-sided: does an order score higher than random orders of the same regions?
+    """One-sided test of whether an order scores higher than random orders of the same regions.
 
     Args:
-        observed: score of the order, higher is better (negate it where lower is, as for deletion).
+        observed: score of the order, higher is better (negate scores of which lower is better, such as deletion).
         null: float [R], scores of random orders; NaN is left out.
 
     Returns:
-        p = (1 + #{null >= observed}) / (R + 1); NaN where observed is.
+        p = (1 + #{null >= observed}) / (R + 1); NaN if observed is NaN.
 
     Raises:
         UserError: null of another shape.
@@ -198,17 +198,17 @@ def _differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def _random_bits(generator: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """uint8 [rows, count] of 0 and 1; whole words are drawn a row, so the chunks do not change the numbers."""
+    """Random uint8 [rows, count] of 0 and 1. Each row draws whole words, so that chunks of rows do not change the numbers."""
     words = generator.integers(0, 2**64, (rows, -(-count // 64)), dtype=np.uint64)
     return np.unpackbits(words.view(np.uint8), axis=1, count=count)
 
 
 def _adjusted(p_values: ArrayLike, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Adjust those that are not NaN as one family."""
+    """Adjust the p-values that are not NaN as one family."""
     adjusted = vector(p_values, "p-values").copy()
     known = ~np.isnan(adjusted)
     if ((adjusted[known] < 0) | (adjusted[known] > 1)).any():
-        raise UserError("p-values out of [0, 1]: expected probabilities, NaN where there is no test")
+        raise UserError("p-values out of [0, 1]: expected probabilities, or NaN for no test")
     if known.any():
         adjusted[known] = adjust(adjusted[known])
     return adjusted

@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap, and of shares by Wilson."""
+"""Confidence intervals: of means and ratios by the bootstrap, of shares by Wilson's formula."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import ndtr, ndtri
 
+from attribution.checks import check_choice, check_whole, is_number
 from attribution.errors import UserError, describe
 
-BCA_COUNT = 30  # values from which "auto" takes BCa: with fewer its acceleration is mostly noise
+BCA_COUNT = 30  # from this many values "auto" uses BCa: with fewer its acceleration is mostly noise
 _CHUNK_VALUES = 2**22  # floats of resamples held at once, 32 MiB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and how far it might be off.
+    """An estimate with its confidence interval.
 
     Attributes:
         estimate: the mean or ratio; NaN without values.
-        low, high: ends of the interval; NaN where there is none, as for one value.
+        low, high: ends of the interval; NaN if there is none, as for a single value.
         level: nominal coverage in (0, 1).
-        method: "wilson", "bca", "percentile", or "percentile (bca undefined)" where BCa was wanted and does not exist.
+        method: "wilson", "bca", "percentile", or "percentile (bca undefined)" if BCa was asked for and is undefined.
         count: number of finite values (or pairs) used.
     """
 
@@ -49,15 +50,16 @@ def bootstrap_interval(
     """Bootstrap interval of a mean.
 
     Args:
-        values: float [N], one a sample; those that are not finite are left out.
-        groups: N labels of clusters, such as the class of each image: whole clusters are then drawn.
+        values: float [N], one for each sample; values that are not finite are left out.
+        groups: N labels of clusters, such as the class of each image; whole clusters are then drawn.
         resamples: B, number of draws.
         level: nominal coverage in (0, 1).
-        method: "percentile"; "bca", bias-corrected and accelerated (Efron, 1987); "auto", BCa from 30 values on without groups.
+        method: "percentile"; "bca", bias-corrected and accelerated (Efron, 1987); "auto", which is BCa for at least 30 values
+            without groups, else percentile.
         seed: of the draws.
 
     Returns:
-        The interval; low and high are NaN for fewer than two values (clusters), and equal the value where all are the same.
+        The interval. low and high are NaN for fewer than two values (or clusters); if all values are equal, they equal this value.
 
     Raises:
         UserError: arrays of other shapes, or a setting out of range.
@@ -67,10 +69,10 @@ def bootstrap_interval(
 
 
 def share_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share (1927): unlike a bootstrap's it is not empty where all or none are hits.
+    """Wilson's interval of a share (1927). Unlike a bootstrap interval, it has a width if all or none are hits.
 
     Args:
-        hits: [N], 0 or 1 (or bool) a sample; those that are not finite are left out.
+        hits: [N], 0 or 1 (or bool) for each sample; values that are not finite are left out.
         level: nominal coverage in (0, 1).
 
     Returns:
@@ -82,9 +84,8 @@ def share_interval(hits: ArrayLike, *, level: float = 0.95) -> Interval:
     values = vector(hits, "hits")
     values = values[np.isfinite(values)]
     if not np.isin(values, (0, 1)).all():
-        raise UserError("hits hold values other than 0 and 1: expected one of both for each sample")
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: expected a number between 0 and 1, such as 0.95")
+        raise UserError("hits hold values other than 0 and 1: expected 0 or 1 for each sample")
+    _check_level(level)
     if not len(values):
         return Interval(np.nan, np.nan, np.nan, level, "wilson", 0)
     found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
@@ -101,16 +102,16 @@ def bootstrap_ratio(
     method: Literal["auto", "bca", "percentile"] = "auto",
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval of a ratio of means; numerator and denominator of a sample are drawn together.
+    """Bootstrap interval of a ratio of means. The numerator and the denominator of a sample are drawn together.
 
     Args:
         numerators: float [N].
-        denominators: float [N]. Pairs with a member that is not finite are left out.
+        denominators: float [N]. Pairs with a value that is not finite are left out.
         groups, resamples, level, method, seed: as in ``bootstrap_interval``.
 
     Returns:
-        The interval. The estimate is NaN where the denominators sum to 0; low and high are NaN where those of a draw do, since
-        the ratio is then unbounded.
+        The interval. The estimate is NaN if the denominators sum to 0. low and high are NaN if the denominators of a draw sum to 0,
+        since the ratio is then unbounded.
 
     Raises:
         UserError: arrays of other shapes, or a setting out of range.
@@ -121,7 +122,7 @@ def bootstrap_ratio(
     if method == "auto":
         wanted = "bca" if count >= BCA_COUNT and groups is None else "percentile"
     constant = count > 0 and np.ptp(above) == 0 and np.ptp(below) == 0
-    # a mean of equal values differs from them by rounding, so the value itself is taken
+    # the mean of equal values can differ from them by a rounding error: take the value itself
     estimate = float(_ratio(above[0], below[0]) if constant else _ratio(above.sum(), below.sum()))
     if groups is not None:
         codes = _codes(groups, len(kept))[kept]
@@ -140,18 +141,26 @@ def bootstrap_ratio(
 
 
 def vector(values: Any, name: str) -> np.ndarray:
-    """The values as float64 [N], one a sample; a UserError that names them for anything else."""
+    """The values as float64 [N].
+
+    Raises:
+        UserError: anything else; the message begins with ``name``.
+    """
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         array = None
     if array is None or array.ndim != 1:
-        raise UserError(f"{name}: received {describe(values if array is None else array)}, expected numbers [N], one a sample")
+        raise UserError(f"{name}: received {describe(values if array is None else array)}, expected numbers [N], one for each sample")
     return array
 
 
 def same_length(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two float64 [N] of the same samples; a UserError that names them where their lengths differ."""
+    """Both arrays as float64 [N].
+
+    Raises:
+        UserError: arrays of different lengths; the message names them.
+    """
     first, second = vector(a, name_a), vector(b, name_b)
     if len(first) != len(second):
         raise UserError(f"{name_a} have {len(first)} values and {name_b} {len(second)}: give both on the same samples")
@@ -159,25 +168,27 @@ def same_length(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[n
 
 
 def finite_pairs(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of which both members are finite, and bool [N], which these are."""
+    """The pairs of finite values as two arrays, and bool [N], which pairs these are."""
     first, second = same_length(a, b, name_a, name_b)
     kept = np.isfinite(first) & np.isfinite(second)
     return first[kept], second[kept], kept
 
 
 def _check_bootstrap(resamples: int, level: float, method: str) -> None:
-    if resamples < 1:
-        raise UserError(f"resamples is {resamples}: expected at least 1")
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: expected a coverage between 0 and 1, such as 0.95")
-    if method not in ("auto", "bca", "percentile"):
-        raise UserError(f"unknown method {method!r}: expected 'auto', 'bca' or 'percentile'")
+    check_whole("resamples", resamples, 1)
+    _check_level(level)
+    check_choice("method", method, ("auto", "bca", "percentile"))
+
+
+def _check_level(level: float) -> None:
+    if not is_number(level) or not 0 < level < 1:
+        raise UserError(f"level is {level}: expected a number between 0 and 1, such as 0.95")
 
 
 def _codes(groups: Iterable[Hashable], count: int) -> np.ndarray:
-    """int [N], the groups numbered as they appear."""
+    """int [N], the groups numbered in the order of their first appearance."""
     seen: dict[Hashable, int] = {}
-    labels = groups.tolist() if hasattr(groups, "tolist") else groups  # elements of a tensor are hashed by identity, not by value
+    labels = groups.tolist() if hasattr(groups, "tolist") else groups  # elements of a tensor hash by identity, not by value
     try:
         codes = np.array([seen.setdefault(label, len(seen)) for label in labels], dtype=np.int64)
     except TypeError:
@@ -188,7 +199,7 @@ def _codes(groups: Iterable[Hashable], count: int) -> np.ndarray:
 
 
 def _sums_by_group(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Sum of each group that has a value: the mean over whole clusters is a ratio of sums, however many values each holds."""
+    """The sum of each group that has a value. The mean over whole clusters of different sizes is a ratio of such sums."""
     _, present = np.unique(codes, return_inverse=True)
     return np.bincount(present, weights=values)
 
@@ -200,7 +211,7 @@ def _ratio(above: Any, below: Any) -> np.ndarray:
 
 
 def resample_chunks(resamples: int, count: int) -> list[int]:
-    """Numbers of rows, summing to resamples, of which each chunk of [rows, count] fits the memory set aside."""
+    """Split resamples into numbers of rows, so that each chunk [rows, count] fits into the memory set aside."""
     rows = max(1, _CHUNK_VALUES // count)
     return [min(rows, resamples - start) for start in range(0, resamples, rows)]
 
@@ -215,14 +226,14 @@ def _resampled_ratios(above: np.ndarray, below: np.ndarray, resamples: int, seed
 
 
 def _bca_shares(draws: np.ndarray, estimate: float, above: np.ndarray, below: np.ndarray, tails: np.ndarray) -> np.ndarray:
-    """float [2], the quantiles of the draws that bound the interval (Efron and Tibshirani, 1993, eq. 14.10, 14.14 and 14.15).
+    """float [2], the quantiles of the draws that bound the BCa interval (Efron and Tibshirani, 1993, eq. 14.10, 14.14, 14.15).
 
-    Not scipy's bootstrap: it holds a jackknife of N x N values, where leaving one out of a ratio of sums takes N.
+    scipy's bootstrap is not used, because its jackknife holds N x N values; for a ratio of sums, leaving one out needs only N.
     """
     bias = ndtri(((draws < estimate).mean() + (draws <= estimate).mean()) / 2)
     left_out = _ratio(above.sum() - above, below.sum() - below)
     deviations = left_out.mean() - left_out
-    with np.errstate(divide="ignore", invalid="ignore"):  # a degenerate distribution ends as NaN, which the caller handles
+    with np.errstate(divide="ignore", invalid="ignore"):  # a degenerate distribution gives NaN, which the caller handles
         acceleration = (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
         shifted = bias + ndtri(tails)
         return ndtr(bias + shifted / (1 - acceleration * shifted))

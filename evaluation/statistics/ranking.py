@@ -1,4 +1,4 @@
-"""In which order methods come, which of them cannot be told apart, and whether two orders agree."""
+"""Rank methods, group those that do not differ significantly, and compare two rankings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from attribution.checks import check_choice
 from attribution.errors import UserError
 from evaluation.statistics.comparisons import Comparison
 from evaluation.statistics.intervals import same_length
@@ -18,19 +19,19 @@ from evaluation.statistics.intervals import same_length
 def significance_groups(
     estimates: Mapping[str, float], comparisons: Mapping[tuple[str, str], Comparison], level: float = 0.05
 ) -> dict[str, tuple[str, ...]]:
-    """Compact letter display by insert and absorb (Piepho, 2004): methods that share a letter are not separated.
+    """Compact letter display by insert-and-absorb (Piepho, 2004): methods that share a letter do not differ significantly.
 
     Args:
         estimates: the methods, best first; only their order is used.
-        comparisons: of each two of them, in either order, as from ``pairwise_tests``.
-        level: two methods are separated where their adjusted p is below it; NaN does not separate.
+        comparisons: one for each pair of methods, in either order, as from ``pairwise_tests``.
+        level: two methods differ if their adjusted p is below this level; NaN does not count as a difference.
 
     Returns:
-        The letters of each method, "a" ... "z", "aa" ...; two methods have one in common if and only if they are not separated.
+        The letters of each method: "a" to "z", then "aa" and so on. Two methods share a letter if and only if they do not differ.
         The first method has "a".
 
     Raises:
-        UserError: two methods without a comparison.
+        UserError: a pair of methods without a comparison.
     """
     names = list(estimates)
     columns = [frozenset(range(len(names)))] if names else []
@@ -42,17 +43,16 @@ def significance_groups(
 
 
 def ranks(estimates: Mapping[str, float], direction: Literal["higher", "lower"]) -> dict[str, float]:
-    """Rank of each method, 1 = best; equal estimates share the mean of their ranks, and NaN shares the last ones.
+    """Rank of each method, 1 for the best. Equal estimates share the mean of their ranks; all NaN share the mean of the last ranks.
 
     Args:
-        estimates: one number a method.
+        estimates: one number for each method.
         direction: which is better, "higher" or "lower".
 
     Raises:
         UserError: another direction.
     """
-    if direction not in ("higher", "lower"):
-        raise UserError(f"direction is {direction!r}: expected 'higher' or 'lower'")
+    check_choice("direction", direction, ("higher", "lower"))
     values = np.array(list(estimates.values()), dtype=np.float64)
     known = ~np.isnan(values)
     places = np.full(len(values), (known.sum() + 1 + len(values)) / 2)
@@ -61,13 +61,13 @@ def ranks(estimates: Mapping[str, float], direction: Literal["higher", "lower"])
 
 
 def rank_agreement(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b between two scores of the same methods: do two metrics rank them alike?
+    """Kendall's tau-b between two scores of the same methods: how far two metrics rank the methods alike.
 
     Args:
-        a, b: float [M], one a method; pairs with a NaN are left out.
+        a, b: float [M], one for each method; pairs with a NaN are left out.
 
     Returns:
-        In [-1, 1], 1 for the same order; NaN for fewer than two pairs or where a or b is constant.
+        In [-1, 1], 1 for the same order; NaN for fewer than two pairs, or if a or b is constant.
 
     Raises:
         UserError: arrays of other shapes.
@@ -84,19 +84,19 @@ def _comparison(comparisons: Mapping[tuple[str, str], Comparison], first: str, s
     for pair in ((first, second), (second, first)):
         if pair in comparisons:
             return comparisons[pair]
-    raise UserError(f"no comparison of {first} and {second}: give one for each two methods, as pairwise_tests does")
+    raise UserError(f"no comparison of {first} and {second}: give one for each pair of methods, as pairwise_tests returns them")
 
 
 def _split(columns: list[frozenset[int]], first: int, second: int) -> list[frozenset[int]]:
-    """Part two methods: duplicate each column that holds both, without one of them each; absorb columns that another contains."""
+    """Separate two methods: replace each column with both by two columns without one of them; drop columns inside others."""
     apart = [column for column in columns if not {first, second} <= column]
     halves = [column - {gone} for column in columns if {first, second} <= column for gone in (first, second)]
-    # no column contains another before, so only a half can be absorbed, and only by a column that was not split
+    # Before the split no column contains another. So only a half can lie inside a column, and only inside one that was not split.
     return apart + [half for half in halves if not any(half <= column for column in apart)]
 
 
 def _letter(index: int) -> str:
-    """0 -> a, 25 -> z, 26 -> aa, as columns of a spreadsheet are named."""
+    """Letters like the columns of a spreadsheet: 0 is a, 25 is z, 26 is aa."""
     letters = ""
     index += 1
     while index:

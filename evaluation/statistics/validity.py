@@ -1,4 +1,4 @@
-"""What a result rests on: the samples that weaken it, and how much of its spread is the method's own randomness."""
+"""Check what a result rests on: samples that weaken it, and the variation that a method's own randomness causes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from scipy import stats
 from attribution.errors import UserError, describe
 from evaluation.statistics.intervals import vector
 
-SATURATED = 0.999  # a probability above it leaves gradients and orders to rounding
-STABLE = 0.8  # rank correlation between seeds from which an order is called stable
+SATURATED = 0.999  # above this probability, gradients and orders depend on rounding errors
+STABLE = 0.8  # an order is stable if the rank correlation between seeds is at least this
 
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """How much of the spread is the method's own randomness.
+    """The variation of scores between seeds, next to that between samples.
 
     Attributes:
         seed_sd: standard deviation over seeds (n - 1), averaged over samples.
         image_sd: standard deviation over samples (n - 1) of the means over seeds; NaN for one sample.
-        rank_correlation: mean Spearman correlation between pairs of seeds; NaN where nothing varies.
+        rank_correlation: mean Spearman correlation between pairs of seeds; NaN if nothing varies.
         seeds: number of seeds.
-        stable: whether rank_correlation is at least 0.8; False where it is NaN.
+        stable: whether rank_correlation is at least 0.8; False if it is NaN.
     """
 
     seed_sd: float
@@ -36,14 +36,14 @@ class SeedSpread:
 
 @dataclass(frozen=True)
 class Validity:
-    """How many samples a result can rest on.
+    """The number of samples that a result rests on, and of those that weaken it.
 
     Attributes:
         total: samples tried.
-        finite: of these, how many have a finite value.
-        constant_maps: how many have the same attribution everywhere, so that any order of theirs is arbitrary.
-        saturated: how many have a confidence above 0.999, where gradients vanish.
-        failed: how many raised an error.
+        finite: samples with a finite value.
+        constant_maps: samples with a constant map, whose order of pixels is arbitrary.
+        saturated: samples with a confidence above 0.999, where gradients vanish.
+        failed: samples for which the method raised an error.
     """
 
     total: int
@@ -54,19 +54,19 @@ class Validity:
 
 
 def seed_spread(scores: ArrayLike, maps: ArrayLike | None = None) -> SeedSpread:
-    """What the seed of a stochastic method changes, next to what the image changes.
+    """Measure the variation between seeds of a stochastic method, next to the variation between images.
 
     Args:
-        scores: float [S, N], S seeds of N samples; samples that are not finite under every seed are left out.
-        maps: [S, N, ...], the attributions: seeds are then compared by the ranks of the positions of each map, averaged over the
-            samples, instead of by the ranks of the samples.
+        scores: float [S, N], of S seeds and N samples. Samples that are not finite for every seed are left out.
+        maps: [S, N, ...], the attributions. With maps, the rank correlation between seeds is that of the positions of a map, averaged
+            over samples; without, that of the samples.
 
     Raises:
         UserError: fewer than two seeds, or arrays of other shapes.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2:
-        raise UserError(f"scores are {describe(values)}: expected float [S, N] with at least 2 seeds, one row a seed")
+        raise UserError(f"scores are {describe(values)}: expected float [S, N] with one row for each of at least 2 seeds")
     kept = np.isfinite(values).all(axis=0)
     finite = values[:, kept]
     compared = [finite]
@@ -86,18 +86,18 @@ def seed_spread(scores: ArrayLike, maps: ArrayLike | None = None) -> SeedSpread:
 
 
 def is_saturated(confidence: ArrayLike) -> np.ndarray:
-    """Which probabilities are above 0.999: float [N] in [0, 1] -> bool [N]. NaN is not."""
+    """Whether each probability, float [N] in [0, 1], is above 0.999: bool [N], False for NaN."""
     return vector(confidence, "confidence") > SATURATED
 
 
 def count_validity(values: ArrayLike, constant: ArrayLike, saturated: ArrayLike, failed: ArrayLike) -> Validity:
-    """Count what weakens a result.
+    """Count the samples that weaken a result.
 
     Args:
-        values: float [N], the score of each sample, NaN where there is none.
-        constant: bool [N], whether its map is constant.
+        values: float [N], the score of each sample, NaN for none.
+        constant: bool [N], whether the map of the sample is constant.
         saturated: bool [N], as from ``is_saturated``.
-        failed: bool [N], whether it raised an error.
+        failed: bool [N], whether the method raised an error.
 
     Raises:
         UserError: arrays of other shapes or types.
@@ -114,16 +114,16 @@ def count_validity(values: ArrayLike, constant: ArrayLike, saturated: ArrayLike,
 
 
 def _seed_correlation(rows: np.ndarray) -> float:
-    """Mean Spearman correlation of each two rows of [S, P]; pairs with a constant row are left out."""
+    """Mean Spearman correlation over pairs of rows of [S, P]; pairs with a constant row are left out."""
     if rows.shape[1] < 2:
         return np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):  # a constant row has no correlation: NaN, left out below
+    with np.errstate(divide="ignore", invalid="ignore"):  # a constant row gives NaN, which is left out below
         correlations = np.corrcoef(stats.rankdata(rows, axis=1))
     return _mean(correlations[np.triu_indices(len(rows), 1)])
 
 
 def _mean(values: ArrayLike) -> float:
-    """Mean of those that are not NaN; NaN without any."""
+    """Mean of the values that are not NaN; NaN without any."""
     array = np.asarray(values, dtype=np.float64)
     known = array[~np.isnan(array)]
     return float(known.mean()) if len(known) else np.nan

@@ -230,7 +230,7 @@ def test_a_fill_that_is_the_truth_already_is_said() -> None:
         scores="logits",
     )
     found = at.explain_failure(torch.ones(3, SIDE, SIDE), model, "cat", regions=GRID)
-    assert bool(found.shown.right[0]) and "To the model the fill alone is cat" in found.text
+    assert bool(found.shown.right[0]) and "The fill alone is predicted as cat" in found.text
     assert "the fill alone" not in failure(weights[[1, 0, 2]], "dog").text
 
 
@@ -257,7 +257,7 @@ def test_several_fills_are_refused_before_anything_runs() -> None:
     calls: list[int] = []
     assert isinstance(wrapped.module, nn.Module)
     wrapped.module.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(at.UserError, match="names several: a failure is explained under one"):
+    with pytest.raises(at.UserError, match="names several fills: give one"):
         at.explain_failure(torch.ones(3, SIDE, SIDE), wrapped, "cat", regions=GRID, fill="black+blur")
     assert not calls
 

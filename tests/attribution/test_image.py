@@ -267,5 +267,5 @@ def test_limit_size_shrinks_the_long_side_and_keeps_the_aspect_ratio(cat: Tensor
     assert limit_size(cat, 451) is cat
     assert limit_size(cat, None) is cat
     assert limit_size(cat[:, :2], 100).shape == (3, 1, 100)
-    with pytest.raises(at.UserError, match="max_side is 0: give a positive number"):
+    with pytest.raises(at.UserError, match="max_side is 0: expected a whole number of at least 1"):
         limit_size(cat, 0)

@@ -155,7 +155,7 @@ def test_every_search_works_in_a_lower_precision(search: str, fill: str) -> None
 def test_neuron_paths_are_those_of_float32() -> None:
     module = tiny_vit()
     used = classifier(module, precision="bfloat16")
-    found, plain = (at.neuron_path(each, photo(16), 1) for each in (used, classifier(module)))
+    found, plain = (at.neuron_path(photo(16), each, 1) for each in (used, classifier(module)))
     assert used.precision == "bfloat16" and torch.equal(found.neurons, plain.neurons)
     assert torch.allclose(found.activations, plain.activations) and torch.allclose(found.gradients, plain.gradients)
 

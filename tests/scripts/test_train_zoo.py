@@ -91,7 +91,7 @@ def test_settings_of_a_checkpoint_must_agree(train_zoo: ModuleType, images: Path
     torch.save({"settings": {"epochs": 9}}, tmp_path / "cnn.checkpoint.pt")
     code, printed = trained(train_zoo, images, tmp_path)
     assert code == 2
-    assert "name another --out" in printed
+    assert "give another --out" in printed
 
 
 def test_no_data(train_zoo: ModuleType, tmp_path: Path) -> None:

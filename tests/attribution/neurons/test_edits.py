@@ -147,13 +147,13 @@ def test_one_image() -> None:
         for edit in EDITS:
             batch = torch.as_tensor(np.asarray(neurons))[None]
             expected = edited_probabilities(used, used.inputs(picture), batch, edit, factor=3.0, means=means)
-            found = edited_probability(used, picture, neurons, "c", edit, factor=3.0, means=means)
+            found = edited_probability(picture, used, neurons, "c", edit, factor=3.0, means=means)
             assert isinstance(found, float) and found == pytest.approx(float(expected[0, 2]), abs=1e-7)
-    path = at.neuron_path(used, picture, 1, steps=3)
-    removed = edited_probability(used, picture, path.neurons, path.target)
+    path = at.neuron_path(picture, used, 1, steps=3)
+    removed = edited_probability(picture, used, path.neurons, path.target)
     assert removed != pytest.approx(path.target_score, abs=1e-4)
-    two = edited_probability(used, picture, [1, 2], 0, layers=["blocks.1.mlp.fc2", "blocks.2.mlp.fc2"])
-    assert two == pytest.approx(edited_probability(used, picture, [-1, 1, 2], 0), abs=1e-7)
+    two = edited_probability(picture, used, [1, 2], 0, layers=["blocks.1.mlp.fc2", "blocks.2.mlp.fc2"])
+    assert two == pytest.approx(edited_probability(picture, used, [-1, 1, 2], 0), abs=1e-7)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -270,28 +270,35 @@ def test_bad_neurons(neurons: Tensor) -> None:
 def test_other_errors() -> None:
     used, inputs, neurons = toy_classifier(ToyTransformer()), toy_images(3), PATHS
     for edit, options, message in [
-        ("double", {}, "unknown edit 'double': expected one of remove, enhance, mean"),
+        ("double", {}, "edit is 'double': expected one of remove, enhance, mean"),
         ("mean", {}, "needs means: received nothing"),
         ("mean", {"means": torch.zeros(12, 3)}, r"needs means: received float32 \[12, 3\], expected float \[3, 12\]"),
     ]:
         with pytest.raises(at.UserError, match=message):
             edited_probabilities(used, inputs, neurons, edit, **options)
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(at.UserError, match="expected 0 to 1"):
+        with pytest.raises(at.UserError, match=f"share is {share}: expected a number from 0 to 1"):
             pruned_probabilities(used, inputs, neurons, share)
     for depth in (-1, 4):
-        with pytest.raises(at.UserError, match=f"depth is {depth}: expected 0 to 3 layers"):
+        with pytest.raises(at.UserError, match=f"depth is {depth}: expected a whole number from 0 to 3"):
             pruned_probabilities(used, inputs, neurons, depth=depth)
     for wrong in ([1, 2], [1, 2, 12], 3, [0.5, 1, 2]):
         with pytest.raises(at.UserError, match="expected whole numbers"):
-            edited_probability(used, photo(SIDE), wrong, 0)
+            edited_probability(photo(SIDE), used, wrong, 0)
     with pytest.raises(at.UserError, match="out of range"):
-        edited_probability(used, photo(SIDE), [1, 2, 3], 9)
+        edited_probability(photo(SIDE), used, [1, 2, 3], 9)
+
+
+def test_the_classifier_may_still_come_first() -> None:
+    used, picture = toy_classifier(ToyTransformer()), photo(SIDE)
+    expected = edited_probability(picture, used, [1, 2, 3], 0)
+    with pytest.warns(DeprecationWarning, match=r"is now edited_probability\(image, classifier, \.\.\.\)"):
+        assert edited_probability(used, picture, [1, 2, 3], 0) == expected
 
 
 def test_a_cnn_has_no_neurons_to_edit(cnn: at.Classifier, small_cat: Tensor) -> None:
     with pytest.raises(at.NotApplicable, match="expected a vision transformer"):
-        edited_probability(cnn, small_cat, [0], 0)
+        edited_probability(small_cat, cnn, [0], 0)
 
 
 # What the public reference implementation computed

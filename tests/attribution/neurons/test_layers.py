@@ -136,7 +136,7 @@ def test_recorded_values_imposed_again_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_path_in_each_architecture(name: str) -> None:
     used = classifier(ARCHITECTURES[name][0]())
-    path = neuron_path(used, photo(16), target=1, steps=3)
+    path = neuron_path(photo(16), used, target=1, steps=3)
     assert path.layers == find_neurons(used).names and path.place == find_neurons(used).place
     assert path.target_score == pytest.approx(float(used.probabilities(used.inputs(photo(16)))[0, 1]), abs=1e-6)
     assert (path.forwards, path.backwards) == (1 + 3 * 3, 3 * 3)
@@ -156,7 +156,7 @@ def test_layers_by_name() -> None:
     assert (named.names, named.modules, named.width, named.start, named.stop) == (every.names, every.modules, 12, 0, 1)
     later = find_neurons(used, every.names[1:])
     assert (later.names, later.start, later.stop) == (every.names[1:], 0, 1)
-    path = neuron_path(used, toy_images(1)[0].sigmoid(), steps=2, layers=every.names[1:])
+    path = neuron_path(toy_images(1)[0].sigmoid(), used, steps=2, layers=every.names[1:])
     assert path.layers == every.names[1:] and path.neurons.shape == (2,)
 
 

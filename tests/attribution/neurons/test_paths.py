@@ -410,7 +410,7 @@ def test_the_score_is_its_parts() -> None:
 
 def test_plain_is_json() -> None:
     used = toy_classifier(ToyTransformer(), class_names=["a", "b", "c", "d"])
-    path = neuron_path(used, toy_photo(), "c", steps=3, top=2)
+    path = neuron_path(toy_photo(), used, "c", steps=3, top=2)
     plain = json.loads(json.dumps(path.plain(), allow_nan=False))
     assert plain["neurons"] == path.neurons.tolist() and plain["target_name"] == path.target_name == "c"
     assert plain["score"] == path.score and plain["layers"] == list(path.layers) and plain["place"] == "class token"
@@ -438,11 +438,11 @@ def test_the_functions_are_the_finder() -> None:
     for output in ("probability", "logit"):
         whole = PathFinder(used, inputs, [1], steps=3, output=output)
         pairs = [
-            (neuron_path(used, toy_photo(), 1, "exact", 3, output=output, reranked=4), whole.search("exact", reranked=4)),
-            (neuron_path(used, toy_photo(), 1, steps=3, output=output, top=2, compat=True), whole.search(top=2, compat=True)),
-            (activation_path(used, toy_photo(), 1, steps=3, output=output), whole.activation()),
-            (influence_pattern_path(used, toy_photo(), 1, 3, output=output), whole.influence_pattern()),
-            (layer_gradient_path(used, toy_photo(), 1, 3, output=output), whole.layer_integrated_gradients()),
+            (neuron_path(toy_photo(), used, 1, "exact", 3, output=output, reranked=4), whole.search("exact", reranked=4)),
+            (neuron_path(toy_photo(), used, 1, steps=3, output=output, top=2, compat=True), whole.search(top=2, compat=True)),
+            (activation_path(toy_photo(), used, 1, steps=3, output=output), whole.activation()),
+            (influence_pattern_path(toy_photo(), used, 1, 3, output=output), whole.influence_pattern()),
+            (layer_gradient_path(toy_photo(), used, 1, 3, output=output), whole.layer_integrated_gradients()),
         ]
         for found, expected in pairs:
             assert torch.equal(found.neurons, expected[0].neurons) and found.method == expected[0].method
@@ -454,10 +454,10 @@ def test_the_predicted_class_is_explained_by_default() -> None:
     used = toy_classifier(ToyTransformer(seed=14), class_names=["a", "b", "c", "d"])
     for seed in range(4):
         logits = used.logits(used.inputs(toy_photo(seed)))[0]
-        path = neuron_path(used, toy_photo(seed), steps=2)
+        path = neuron_path(toy_photo(seed), used, steps=2)
         assert path.target == int(logits.argmax()) and path.class_names == ("a", "b", "c", "d")
         assert path.target_score == pytest.approx(float(logits.softmax(dim=0).max()), abs=1e-6)
-        logit = neuron_path(used, toy_photo(seed), "b", steps=2, output="logit")
+        logit = neuron_path(toy_photo(seed), used, "b", steps=2, output="logit")
         assert logit.target == 1 and logit.target_score == pytest.approx(float(logits[1]), abs=1e-5)
 
 
@@ -467,8 +467,8 @@ def test_the_predicted_class_is_explained_by_default() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": True}, "steps is True"),
-        ({"mode": "fast"}, "mode='fast': expected 'reference'"),
-        ({"output": "loss"}, "output='loss': expected 'probability' or 'logit'"),
+        ({"mode": "fast"}, "mode is 'fast': expected one of reference, exact, removal"),
+        ({"output": "loss"}, "output is 'loss': expected one of probability, logit"),
         ({"top": 0}, "top is 0: expected a whole number from 1 to 12"),
         ({"top": 13}, "top is 13"),
         ({"top": True}, "top is True"),
@@ -481,7 +481,7 @@ def test_the_predicted_class_is_explained_by_default() -> None:
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(at.UserError, match=message):
-        neuron_path(toy_classifier(ToyTransformer()), toy_photo(), **options)
+        neuron_path(toy_photo(), toy_classifier(ToyTransformer()), **options)
 
 
 def test_errors_of_the_finder() -> None:
@@ -498,21 +498,30 @@ def test_errors_of_the_finder() -> None:
     with pytest.raises(at.UserError, match="2 seeds for 3 images"):
         used.random(like, [0, 1])
     for nearest in (0, 12):
-        with pytest.raises(at.UserError, match=f"nearest is {nearest}: expected 1 to 11"):
+        with pytest.raises(at.UserError, match=f"nearest is {nearest}: expected a whole number from 1 to 11"):
             used.random(like, [0, 1, 2], nearest=nearest)
 
 
 def test_a_narrow_mlp_needs_no_settings() -> None:
     """Fewer hidden units than candidates are reported by default."""
     for mode in ("reference", "exact"):
-        path = neuron_path(toy_classifier(ToyTransformer(hidden=5)), toy_photo(), steps=2, mode=mode)
+        path = neuron_path(toy_photo(), toy_classifier(ToyTransformer(hidden=5)), steps=2, mode=mode)
         assert sorted(path.candidates[0].tolist()) == list(range(5))
 
 
 @pytest.mark.parametrize("function", [neuron_path, activation_path, influence_pattern_path, layer_gradient_path])
 def test_what_is_no_vision_transformer(function: Callable[..., NeuronPath], cnn: at.Classifier, small_cat: Tensor) -> None:
     with pytest.raises(at.NotApplicable, match="expected a vision transformer"):
-        function(cnn, small_cat)
+        function(small_cat, cnn)
+
+
+@pytest.mark.parametrize("function", [neuron_path, activation_path, influence_pattern_path, layer_gradient_path])
+def test_the_classifier_may_still_come_first(function: Callable[..., NeuronPath]) -> None:
+    used, picture = toy_classifier(ToyTransformer()), toy_photo()
+    expected = function(picture, used, 1, steps=2)
+    with pytest.warns(DeprecationWarning, match=rf"is now {function.__name__}\(image, classifier, \.\.\.\)"):
+        found = function(used, picture, 1, steps=2)
+    assert torch.equal(found.neurons, expected.neurons) and found.score == expected.score and found.target == 1
 
 
 # The model is left as it was
@@ -528,15 +537,15 @@ def calls(used: at.Classifier) -> dict[str, Callable[[], Any]]:
 
     return {
         "find": lambda: find_neurons(used).start,
-        "reference": lambda: neuron_path(used, toy_photo(), steps=2).score,
-        "exact": lambda: neuron_path(used, toy_photo(), 1, "exact", 2, reranked=2).score,
-        "activation": lambda: activation_path(used, toy_photo(), steps=2).score,
-        "influence": lambda: influence_pattern_path(used, toy_photo(), steps=2).score,
-        "layer gradient": lambda: layer_gradient_path(used, toy_photo(), steps=2).score,
+        "reference": lambda: neuron_path(toy_photo(), used, steps=2).score,
+        "exact": lambda: neuron_path(toy_photo(), used, 1, "exact", 2, reranked=2).score,
+        "activation": lambda: activation_path(toy_photo(), used, steps=2).score,
+        "influence": lambda: influence_pattern_path(toy_photo(), used, steps=2).score,
+        "layer gradient": lambda: layer_gradient_path(toy_photo(), used, steps=2).score,
         "finder": lambda: [p.score for p in made().search()],
         "finder, influence": lambda: [p.score for p in made().influence_pattern()],
         "joint": lambda: made().joint(paths).tolist(),
-        "edited": lambda: edited_probability(used, toy_photo(), [1, 2, 3], 0),
+        "edited": lambda: edited_probability(toy_photo(), used, [1, 2, 3], 0),
         "edited, batch": lambda: edited_probabilities(used, inputs, paths).tolist(),
         "pruned": lambda: pruned_probabilities(used, inputs, paths, 0.5).tolist(),
         "means": lambda: mean_activations(used, inputs).tolist(),
@@ -615,10 +624,10 @@ def test_the_mode_of_the_model_and_of_the_caller_does_not_matter(name: str) -> N
 
 def test_dropout_does_not_matter() -> None:
     used = small_classifier(tiny_vit(drop_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5))
-    expected = neuron_path(used, photo(16), 0, steps=3)
+    expected = neuron_path(photo(16), used, 0, steps=3)
     used.module.train()
     with unchanged(used.module):
-        found = neuron_path(used, photo(16), 0, steps=3)
+        found = neuron_path(photo(16), used, 0, steps=3)
     assert torch.equal(found.neurons, expected.neurons) and found.score == expected.score
 
 

@@ -1,4 +1,4 @@
-"""Folders and lists of a user's own images; the recipes are in test_data.py."""
+"""Folders and lists of a user's own images; the recipes are in test_recipes.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import attribution as at
+from attribution.provenance import pixels_digest
 from evaluation.data.dataset import ImageDataset
 from evaluation.data.recipes import load_recipe, open_dataset
 from evaluation.metrics.localization import box_mask
@@ -93,7 +94,7 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 
 def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(at.UserError, match="holds no images: expected one folder a class, or images"):
+    with pytest.raises(at.UserError, match="holds no images: expected one folder for each class, or images"):
         open_dataset(tmp_path)
     write_image(tmp_path / "cat" / "a.png")
     write_image(tmp_path / "loose.png")
@@ -213,7 +214,7 @@ def test_labels_are_names_or_indices(labels: str, class_names: tuple | None, nam
         ("a.png,cat\n", "list.csv line 1: no column 'path' among 'a.png', 'cat': expected a header such as 'path,label'"),
         ("path,lable\na.png,cat", "list.csv line 1: unknown columns 'lable': expected some of path, label, mask, x0"),
         ("path,label,path\n", "list.csv line 1: a column appears twice"),
-        ("path,x0,y0,x1\n", "list.csv line 1: a box takes the four columns x0, y0, x1, y1"),
+        ("path,x0,y0,x1\n", "list.csv line 1: a box needs the four columns x0, y0, x1, y1"),
         ("path,label\na.png,cat\n\nb.png\n", r"list.csv line 4: 1 fields, but the header has 2 columns \(path, label\)"),
         ("path,label\n,cat\n", "list.csv line 2: the path is empty"),
         ('path,label\n"a\n.png",cat\nb.png,"c"at\n', "list.csv line 4: not a row of a table"),
@@ -279,9 +280,9 @@ def test_masks_and_boxes_that_do_not_fit_the_image(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8)).save(tmp_path / "clear.png")
     path = write_list(tmp_path, "path,mask,x0,y0,x1,y1\na.png,wide.png,,,,\nb.png,clear.png,,,,\nc.png,,8,0,9,2\n")
     dataset = open_dataset(path)
-    with pytest.raises(at.UserError, match=r"line 2: the mask .*wide\.png is bool \[6, 9\], the image 8x6: expected bool \[6, 8\]"):
+    with pytest.raises(at.UserError, match=r"line 2: the mask .*wide\.png is bool \[6, 9\], the image is 8x6: expected bool \[6, 8\]"):
         dataset[0]
-    with pytest.raises(at.UserError, match=r"line 3: the mask .*clear\.png has transparency, which is neither"):
+    with pytest.raises(at.UserError, match=r"line 3: the mask .*clear\.png has transparency, and a transparent pixel is neither"):
         dataset[1]
     with pytest.raises(at.UserError, match=r"line 4: box \(8, 0, 9, 2\) lies outside the image of 8x6 pixels"):
         dataset[2]
@@ -324,6 +325,21 @@ def test_ids_are_unique_and_every_sample_has_its_fields() -> None:
         ImageDataset("short", (), ("a",), (None,), pixels, groups=("x", "y"))
 
 
+def test_a_digest_is_that_of_the_pixels(tmp_path: Path) -> None:
+    """Not that of the file's name, its bytes, the label or the mask."""
+    dataset = open_dataset(write_list(tmp_path, "path,mask\na.png,missing.png\nb.png,\nc.png,\n"))
+    assert [dataset.digest(index) for index in (0, 1)] == [pixels_digest(image_of(seed)) for seed in (0, 1)]
+    assert torch.equal(dataset.image(0), image_of(0)), "the mask, which cannot be read, does not matter"
+    before = dataset.digest(1)
+    Image.fromarray(pixels(1)).save(tmp_path / "b.png", compress_level=0)
+    assert dataset.digest(1) == before
+    write_image(tmp_path / "b.png", seed=7)
+    assert dataset.digest(1) == pixels_digest(image_of(7)) != before
+    (tmp_path / "c.png").unlink()
+    with pytest.raises(at.UserError, match=r"list.csv line 4: .*c.png: no such file"):
+        dataset.digest(2)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 2**62))
 def test_a_larger_choice_extends_a_smaller_one(size: int, count: int, more: int, seed: int) -> None:
@@ -352,16 +368,17 @@ def test_labelled_samples_only() -> None:
     everything = dataset.choose(None, 4)
     assert dataset.choose(3, 4, labels_only=True) == tuple(index for index in everything if index % 3 == 0)[:3]
     assert set(dataset.choose(None, labels_only=True)) == set(range(0, 20, 3))
-    with pytest.raises(at.UserError, match="numbers has no labels: expected one folder a class, or a list with a column 'label'"):
+    with pytest.raises(at.UserError, match="numbers has no labels: expected one folder for each class, or a list with a column 'label'"):
         numbered(4, (None,) * 4).choose(2, labels_only=True)
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0])
 def test_bad_choices(count: object) -> None:
-    with pytest.raises(at.UserError, match="samples requested: expected a whole number of at least 1, or None for all"):
+    with pytest.raises(at.UserError, match="expected a whole number of at least 1"):
         numbered(3).choose(count)
-    with pytest.raises(at.UserError, match="seed is -1"):
-        numbered(3).choose(1, seed=-1)
+    for seed in (-1, 2**63, True, 0.5):
+        with pytest.raises(at.UserError, match=f"seed is {seed}: expected a whole number from 0 to"):
+            numbered(3).choose(1, seed=seed)  # type: ignore[arg-type]
 
 
 def test_photos_of_installed_packages() -> None:

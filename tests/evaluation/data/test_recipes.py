@@ -146,7 +146,9 @@ class Trap:
 def test_a_batch_other_than_torchvisions_is_refused_and_not_unpickled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_batches(tmp_path, monkeypatch)
     (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(at.UserError, match=r"cifar-10-batches-py is not what torchvision wrote \(.*corrupted.*obtain it anew: python -c"):
+    with pytest.raises(
+        at.UserError, match=r"cifar-10-batches-py is not what torchvision wrote \(.*corrupted.*get it again with: python -c"
+    ):
         load_dataset("cifar10", tmp_path)
     assert not (tmp_path / "sprung").exists()
 
@@ -170,7 +172,7 @@ def test_unknown_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("root", ["", "missing"])
 def test_no_layout_below_the_root(root: str, tmp_path: Path) -> None:
-    message = r"no CIFAR-10 test images below .*: looked for test\.tar, test, cifar-10-batches-py; obtain them with: python -c"
+    message = r"no CIFAR-10 test images below .*: looked for test\.tar, test, cifar-10-batches-py; get them with: python -c"
     with pytest.raises(at.UserError, match=message):
         load_dataset("cifar10", tmp_path / root)
 
@@ -187,7 +189,7 @@ def test_foreign_class_folders(tmp_path: Path) -> None:
 def test_no_images(tmp_path: Path) -> None:
     (tmp_path / "test" / "cat").mkdir(parents=True)
     (tmp_path / "test" / "cat" / "notes.txt").touch()
-    with pytest.raises(at.UserError, match=r"test holds no images: expected one folder a class \(airplane, .*truck\)"):
+    with pytest.raises(at.UserError, match=r"test holds no images: expected one folder for each class \(airplane, .*truck\)"):
         load_dataset("cifar10", tmp_path)
     write_tar(tmp_path / "train.tar", {"cat/notes.txt": b""})
     with pytest.raises(at.UserError, match=r"train\.tar holds no images"):
@@ -207,7 +209,7 @@ def test_damaged_tar(damage: str, tmp_path: Path) -> None:
     if damage == "folder":
         path.unlink()
         path.mkdir()
-    with pytest.raises(at.UserError, match=r"test\.tar is not a readable uncompressed tar file \(.+\): unpack it, or make it anew"):
+    with pytest.raises(at.UserError, match=r"test\.tar is not a readable uncompressed tar file \(.+\): unpack it, or create it again"):
         load_dataset("cifar10", tmp_path)
 
 

@@ -211,7 +211,7 @@ def test_other_float_types(dtype: torch.dtype) -> None:
         ({"cells": [0, 4]}, "cell 4 is not on the grid: expected whole numbers from 0 to 3"),
         ({"cells": [-1, 0]}, "cell -1"),
         ({"cells": [0, 0.5]}, "cell 0.5"),
-        ({"n": 3}, "a grid of 8x8 does not fall into 3x3 equal cells"),
+        ({"n": 3}, "a grid of 8x8 cannot be cut into 3x3 equal cells"),
         ({"n": 0}, "n is 0"),
         ({"n": 2.0}, "n is 2.0"),
         ({"size": (8, 7)}, "a grid of 8x7"),

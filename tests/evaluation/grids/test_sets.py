@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 import attribution as at
@@ -178,6 +179,63 @@ def test_a_mended_image_is_judged_and_the_others_are_not_forwarded_again(tmp_pat
         assert last.module.forwarded == 0
 
 
+def painted_files(folder: Path, rows: list[tuple[int, int, float]]) -> ImageDataset:
+    """``painted_dataset`` as PNG files, 000.png and so on."""
+    for index, (_, answer, confidence) in enumerate(rows):
+        write_painted(folder / f"{index:03d}.png", answer, confidence)
+    memory = painted_dataset([*rows])
+    return replace(memory, read=lambda index: folder / memory.ids[index])
+
+
+def write_painted(path: Path, answer: int, confidence: float) -> None:
+    pixels = (255 * picture(answer, confidence)).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def test_replaced_pixels_under_the_same_names_are_measured_again(tmp_path: Path) -> None:
+    dataset = painted_files(tmp_path, [(i % 5, i % 5, 0.8) for i in range(7)])
+    with open_log(tmp_path / "log.jsonl") as log:
+        assert label_confidences(painted(), dataset, range(7), log=log).values == pytest.approx(0.8, abs=1e-6)
+    write_painted(tmp_path / "001.png", 1, 0.4)
+    write_painted(tmp_path / "005.png", 3, 1.0)  # another class than its label, 0
+    changed, again = painted(), painted()
+    with open_log(tmp_path / "log.jsonl") as log:
+        found = label_confidences(changed, dataset, range(7), log=log)
+    assert found.values == pytest.approx([0.8, 0.4, 0.8, 0.8, 0.8, 0, 0.8], abs=1e-6) and found.failures == ()
+    assert changed.module.forwarded == 2 + 2, "only the replaced images"
+    with open_log(tmp_path / "log.jsonl") as log:
+        assert np.array_equal(label_confidences(again, dataset, range(7), log=log).values, found.values)
+    assert again.module.forwarded == 0
+    (tmp_path / "002.png").unlink()
+    with open_log(tmp_path / "log.jsonl") as log:
+        lost = label_confidences(again, dataset, range(7), log=log)
+    assert again.module.forwarded == 0 and np.isnan(lost.values).tolist() == [i == 2 for i in range(7)]
+    assert lost.failures == (("002.png", f"{tmp_path / '002.png'}: no such file"),)
+
+
+def test_the_same_pixels_in_other_files_forward_nothing(tmp_path: Path) -> None:
+    """What counts is the pixels, not the bytes or the time of a file."""
+    dataset, moved, again = painted_files(tmp_path, [(i % 5, i % 5, 0.8) for i in range(5)]), tmp_path / "moved", painted()
+    moved.mkdir()
+    for name in dataset.ids:
+        Image.open(tmp_path / name).save(moved / name, compress_level=0)
+    with open_log(tmp_path / "log.jsonl") as log:
+        values = label_confidences(painted(), dataset, range(5), log=log).values
+        found = label_confidences(again, replace(dataset, read=lambda index: moved / dataset.ids[index]), range(5), log=log).values
+    assert again.module.forwarded == 0 and np.array_equal(found, values)
+
+
+def test_records_without_digests_are_measured_again(tmp_path: Path) -> None:
+    """Version 0.1 wrote them: nobody knows which pixels they stand for."""
+    dataset, again = painted_dataset(ROWS[:4]), painted()
+    with open_log(tmp_path / "log.jsonl") as log:
+        values = label_confidences(painted(), dataset, range(4), log=log).values
+        for key, record in list(log.records.items()):
+            log.append(key, {"model": record["model"], "data": record["data"], "values": [0.5] * len(record["values"])})
+        assert np.array_equal(label_confidences(again, dataset, range(4), log=log).values, values)
+    assert again.module.forwarded == 2 + 4
+
+
 @pytest.mark.parametrize(
     ("rows", "indices", "message"),
     [
@@ -295,10 +353,10 @@ def test_too_few_images_says_what_limits() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "0 grids asked for: expected a whole number of at least 1"),
-        ({"count": 1.5}, "1.5 grids asked for"),
-        ({"count": True}, "True grids asked for"),
-        ({"n": 1}, "grids of 1 cells a side: expected a whole number of at least 2"),
+        ({"count": 0}, "count is 0: expected a whole number of at least 1"),
+        ({"count": 1.5}, "count is 1.5"),
+        ({"count": True}, "count is True"),
+        ({"n": 1}, "n is 1: expected a whole number of at least 2"),
         ({"threshold": 0}, "threshold is 0: expected a confidence above 0 and at most 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"seed": -1}, "seed is -1"),
@@ -406,7 +464,9 @@ def test_the_data_may_be_reordered_but_not_changed() -> None:
     turned = ImageDataset("turned", NAMES, ("new", *dataset.ids[::-1]), (None, *dataset.labels[::-1]), lambda i: dataset.read(4 - i))
     assert torch.equal(grids.image(turned, 0, classifier), image)
     assert torch.equal(grids.image(replace(dataset, labels=(None,) * 4), 0, classifier), image)
-    with pytest.raises(at.UserError, match=r"painted has no image '003.png', which grid 0 needs: the data changed; choose the grids again"):
+    with pytest.raises(
+        at.UserError, match=r"painted has no image '003.png', which grid 0 needs: the data set has changed; draw the grids again"
+    ):
         grids.image(replace(dataset, ids=(*dataset.ids[:3], "other")), 0, classifier)
     with pytest.raises(at.UserError, match=r"'003.png' has label 1 in painted and 3 in the grid set: open the data with the class names"):
         grids.image(replace(dataset, labels=(*dataset.labels[:3], 1)), 0, classifier)
@@ -445,11 +505,11 @@ def change(name: str, value: Any) -> Callable[[dict], None]:
         (lambda plain: plain.pop("ids"), "'ids' is missing"),
         (change("format", 2), "has format 2, this library reads 1"),
         (change("format", "1"), "is not a grid set: expected a file that GridSet.save wrote"),
-        (change("n", 1), "grids of 1 cells a side"),
+        (change("n", 1), "n is 1: expected a whole number of at least 2"),
         (change("n", 3), "a grid of 4 ids: expected 9, one for each of 3x3 cells"),
         (change("n", 2.0), "'n' is 2.0, expected a whole number"),
         (change("n", True), "'n' is true"),
-        (change("threshold", float("nan")), "threshold is nan"),
+        (change("threshold", float("nan")), "'threshold' is NaN, expected a number"),
         (change("threshold", "0.9"), "'threshold' is \"0.9\", expected a number"),
         (change("seed", -1), "'seed' is -1"),
         (change("repeat_corners", 0), "'repeat_corners' is 0, expected true or false"),
@@ -490,10 +550,10 @@ def test_files_that_are_no_grid_set(tmp_path: Path, data: bytes) -> None:
 
 def test_a_cut_file_a_large_one_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = saved(tmp_path)
-    with pytest.raises(at.UserError, match=r"none\.json cannot be read .*name a saved grid set"):
+    with pytest.raises(at.UserError, match=r"none\.json cannot be read .*give a file that GridSet.save wrote"):
         GridSet.load(tmp_path / "none.json")
     monkeypatch.setattr("evaluation.grids.sets._MAX_FILE_BYTES", path.stat().st_size - 1)
-    with pytest.raises(at.UserError, match="it is no saved grid set"):
+    with pytest.raises(at.UserError, match=r"expected a file that GridSet\.save wrote"):
         GridSet.load(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(at.UserError, match="is not a grid set, or is damaged"):

@@ -424,10 +424,10 @@ def test_the_command_shows_a_path(run_command: Run, tmp_path: Path, monkeypatch:
     assert code == 0, err
     assert "chelsea.png: cat" in out and "layer integrated gradients" in out
     kept = json.loads((tmp_path / "chelsea-zoo-vit-path.json").read_text(encoding="utf-8"))
-    path = at.neuron_path("zoo:vit", at.demo_image_path(), steps=3)
+    path = at.neuron_path(at.demo_image_path(), "zoo:vit", steps=3)
     assert kept["neurons"] == path.neurons.tolist()
     assert kept["edits"]["neuron_path"]["remove"] == pytest.approx(
-        at.edited_probability("zoo:vit", at.demo_image_path(), path.neurons, path.target), abs=1e-6
+        at.edited_probability(at.demo_image_path(), "zoo:vit", path.neurons, path.target), abs=1e-6
     )
     with Image.open(tmp_path / "chelsea-zoo-vit-path.png") as picture:
         assert min(picture.size) > 400
@@ -469,7 +469,7 @@ def test_the_command_on_data(run_command: Run, folder: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (("--model", "zoo:cnn"), "no MLP over tokens"),
-        (("--mode", "fast"), "mode='fast'"),
+        (("--mode", "fast"), "mode is 'fast'"),
         (("--target", "unicorn"), "no class 'unicorn'"),
         (("nowhere.png",), "no such file"),
         (("--data", "photos", "--kept", "a"), "--kept is 'a'"),

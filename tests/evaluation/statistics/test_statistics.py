@@ -475,8 +475,8 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: es.bootstrap_interval(np.zeros((2, 2))), r"values: received float64 \[2, 2\], expected numbers \[N\]"),
     (lambda: es.bootstrap_interval("cat"), "values: received 'cat'"),
     (lambda: es.bootstrap_interval([1, 2], resamples=0), "resamples is 0"),
-    (lambda: es.bootstrap_interval([1, 2], level=95), "level is 95: expected a coverage between 0 and 1"),
-    (lambda: es.bootstrap_interval([1, 2], method="basic"), "unknown method 'basic'"),  # type: ignore[arg-type]
+    (lambda: es.bootstrap_interval([1, 2], level=95), "level is 95: expected a number between 0 and 1"),
+    (lambda: es.bootstrap_interval([1, 2], method="basic"), "method is 'basic'"),  # type: ignore[arg-type]
     (lambda: es.bootstrap_interval([1, 2], groups=[0]), "groups have 1 labels for 2 values"),
     (lambda: es.bootstrap_interval([1, 2], groups=np.zeros((2, 1))), r"groups are float64 \[2, 1\]: expected one hashable label"),
     (lambda: es.bootstrap_ratio([1, 2], [1]), "numerators have 2 values and denominators 1"),
@@ -485,11 +485,14 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: es.wilcoxon([1, 2], [1]), "a have 2 values"),
     (lambda: es.holm([0.5, 1.5]), r"p-values out of \[0, 1\]"),
     (lambda: es.benjamini_hochberg([-0.5]), r"p-values out of \[0, 1\]"),
-    (lambda: es.pairwise_tests({"a": [1], "b": [1]}, test="t"), "unknown test 't': expected one of sign_flip, wilcoxon"),  # type: ignore[arg-type]
+    (lambda: es.pairwise_tests({"a": [1], "b": [1]}, test="t"), "test is 't': expected one of sign_flip, wilcoxon"),  # type: ignore[arg-type]
     (lambda: es.pairwise_tests({"a": [1], "b": [1, 2]}), "scores of a have 1 values and scores of b 2"),
     (lambda: ranking.significance_groups({"a": 1, "b": 0}, {}), "no comparison of a and b"),
     (lambda: ranking.ranks({"a": 1}, "up"), "direction is 'up'"),  # type: ignore[arg-type]
-    (lambda: validity.seed_spread([[1.0, 2.0]]), r"scores are float64 \[1, 2\]: expected float \[S, N\] with at least 2 seeds"),
+    (
+        lambda: validity.seed_spread([[1.0, 2.0]]),
+        r"scores are float64 \[1, 2\]: expected float \[S, N\] with one row for each of at least 2 seeds",
+    ),
     (lambda: validity.seed_spread([1.0, 2.0]), r"scores are float64 \[2\]"),
     (lambda: validity.seed_spread(np.zeros((2, 3)), np.zeros((2, 4, 5))), r"maps are float64 \[2, 4, 5\]: expected \[2, 3, P\]"),
     (lambda: validity.count_validity([1.0], [True, False], [True], [True]), r"constant is bool \[2\]: expected bool \[1\]"),
