@@ -27,7 +27,7 @@ from evaluation.grids.draw import make_grids
 from evaluation.grids.localize import GridMethod, head_map
 from evaluation.grids.model import GridModel, heads_of
 from evaluation.grids.scores import localization_scores
-from evaluation.grids.sets import GridSet, load_cell
+from evaluation.grids.sets import GridSet
 from evaluation.grids.view import GridView
 from evaluation.metrics.registry import Measure
 from evaluation.study.attempts import Broken, attempted
@@ -101,7 +101,7 @@ def _confidences(
 def _pixels(dataset: ImageDataset, index: int) -> str:
     """Digest of an image's pixels, or why it cannot be read: no record is kept under that."""
     try:
-        return pixels_digest(load_cell(dataset, index))
+        return pixels_digest(dataset.image(index))
     except UserError as error:
         return str(error)
 

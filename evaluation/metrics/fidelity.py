@@ -86,7 +86,7 @@ def mu_fidelity(
     drops = scores[:1] - scores[1:]
     if drops.max() - drops.min() <= _ROUNDING * scores.abs().max():  # ranks of rounding errors would look like a correlation
         return 0.0
-    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, cells.labels.flatten(), claim.values.double().flatten())
+    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, cells.labels.flatten(), claim.heat.double().flatten())
     return _spearman(drops.numpy(), (dropped * worth).sum(dim=1).numpy())
 
 
@@ -140,7 +140,7 @@ def infidelity(
     loaded, claim = judged_on(image, explanation, regions)
     score = _scorer(classifier, target, output)
     hidden = classifier.inputs(classifier_fill(loaded, fill, classifier))
-    contributions = to_input(classifier, claim.values).to(hidden.device)[None, None].expand_as(hidden).double() / 3
+    contributions = to_input(classifier, claim.heat).to(hidden.device)[None, None].expand_as(hidden).double() / 3
     generator = _generator(seed)
 
     def hide_squares(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ def sensitivity(
     def maps(images: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:  # captum takes the norm of each row of what is no tuple
         batch = images[0] if isinstance(images, tuple) else images
         with torch.enable_grad():  # captum switches gradients off, and most methods need them
-            return (torch.stack([judged_on(one, explain_function(one.clone()))[1].values for one in batch]),)
+            return (torch.stack([judged_on(one, explain_function(one.clone()))[1].heat for one in batch]),)
 
     def perturb(images: Tensor) -> Tensor:
         noise = torch.rand(images.shape, generator=generator)

@@ -22,16 +22,19 @@ Partition = Regions | Tensor | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What an explanation says of an image. Scores that a method stored are no part of it.
+    """What an explanation says of an image. Scores that a method stored are never used as scores.
 
     Attributes:
-        values: float32 [H, W] on the CPU, signed: the map. An order without a map stands as its ranks, (R - position) / R in each
-            pixel of a region, which is 1 in the first.
+        values: float32 [H, W] on the CPU, signed: the map by which pixels and regions are ranked. An order without a map stands as its
+            ranks, (R - position) / R in each pixel of a region, which is 1 in the first.
+        heat: float32 [H, W] on the CPU, signed: the map whose values count, as in muFidelity and the pointing games. It is the heatmap of
+            a search, and otherwise the same as ``values``.
         regions: the partition that ``order`` ranks; None where there is no order.
         order: int64 [R] on the CPU, region ids, most important first; None where there is only a map.
     """
 
     values: Tensor
+    heat: Tensor
     regions: Regions | None = None
     order: Tensor | None = None
 
@@ -72,7 +75,7 @@ def judged(explanation: Judged, regions: Partition | None = None) -> Claim:
         return _of_explanation(explanation)
     given = _as_tensor(explanation)
     if given is not None and given.ndim == 2 and given.is_floating_point() and given.numel():
-        return Claim(_finite(given))
+        return Claim(_finite(given), _finite(given))
     if given is not None and given.ndim == 1 and given.dtype != torch.bool and not given.is_floating_point():
         return _of_order(given, regions)
     raise UserError(
@@ -112,10 +115,11 @@ def _of_explanation(explanation: Explanation) -> Claim:
     if explanation.pixel_map is None and not ordered:
         raise UserError("the explanation has neither a map of pixels nor an order of regions: expected one of them")
     values = explanation.to_pixels("rank") if explanation.pixel_map is None else explanation.pixel_map
+    heat = _finite(explanation.values)
     if not ordered:
-        return Claim(_finite(values))
+        return Claim(_finite(values), heat)
     assert explanation.order is not None
-    return Claim(_finite(values), explanation.regions, explanation.order.cpu())
+    return Claim(_finite(values), heat, explanation.regions, explanation.order.cpu())
 
 
 def _of_order(order: Tensor, regions: Partition | None) -> Claim:
@@ -125,7 +129,8 @@ def _of_order(order: Tensor, regions: Partition | None) -> Claim:
     if not torch.equal(order.sort().values, torch.arange(partition.count)):
         raise UserError(f"the order has {len(order)} ids: expected each of 0 to {partition.count - 1} once, most important first")
     ranks = 1 - order.argsort().double() / len(order)
-    return Claim(ranks.float()[partition.labels.cpu()], partition, order)
+    values = ranks.float()[partition.labels.cpu()]
+    return Claim(values, values, partition, order)
 
 
 def _as_tensor(value: Any) -> Tensor | None:

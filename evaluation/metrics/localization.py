@@ -135,7 +135,7 @@ def box_mask(boxes: Sequence[Any] | np.ndarray | Tensor, height: int, width: int
 
 
 def _map_and_mask(explanation: Judged, mask: Mask, regions: Partition | None) -> tuple[Tensor, Tensor]:
-    values, mask = judged(explanation, regions).values, _checked_mask(mask)
+    values, mask = judged(explanation, regions).heat, _checked_mask(mask)
     if mask.shape != values.shape:
         raise UserError(f"the mask is {list(mask.shape)}, the map {list(values.shape)}: give a mask at the resolution of the map")
     return values, mask

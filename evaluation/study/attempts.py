@@ -42,7 +42,7 @@ def attempted_each(compute: Callable[[], Iterable[T]]) -> Iterator[T]:
     """``attempted`` for each value of an iterable: what was yielded before a failure is kept."""
     values = iter(attempted(compute))
     while (value := attempted(partial(next, values, _END))) is not _END:
-        yield value  # type: ignore[misc]
+        yield value
 
 
 def together(items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> Iterator[tuple[T, R | Broken]]:

@@ -76,15 +76,25 @@ def test_a_map_scores_as_the_explanation_that_carries_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_an_order_scores_as_the_explanation_that_carries_it(name: str) -> None:
-    """That of a search, whatever scores are stored with it."""
-    order, expected = FOUND.order, EVALUATORS[name](FOUND)
-    liar = replace(FOUND, insertion_scores=torch.rand(10), deletion_scores=torch.rand(10), probabilities=torch.ones(2), evaluations=0)
-    assert EVALUATORS[name](liar) == expected
+    """That of a search without its trajectories, which make its heatmap."""
+    bare = replace(FOUND, insertion_scores=None, deletion_scores=None)
+    order, expected = FOUND.order, EVALUATORS[name](bare)
     labels = REGIONS.labels
     for same in (order, order.int(), order.numpy(), order.tolist(), tuple(order.tolist())):
         assert EVALUATORS[name](same, regions=REGIONS) == expected
     assert EVALUATORS[name](order, regions=labels) == EVALUATORS[name](order, regions=labels.numpy()) == expected
     assert EVALUATORS[name](order.flip(0), regions=REGIONS) != expected
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_scores_that_a_search_stores_are_no_scores(name: str) -> None:
+    """Curves and ROAD depend on the order alone. Metrics of values judge the heatmap, as if it had come from anywhere else."""
+    liar = replace(FOUND, insertion_scores=torch.rand(10), deletion_scores=torch.rand(10), probabilities=torch.ones(2), evaluations=0)
+    if name.startswith(("perturbation", "road")):
+        assert EVALUATORS[name](liar) == EVALUATORS[name](FOUND)
+    else:
+        assert EVALUATORS[name](FOUND) == EVALUATORS[name](FOUND.heatmap)
+        assert EVALUATORS[name](liar) == EVALUATORS[name](liar.heatmap)
 
 
 def test_an_order_is_judged_as_a_map_by_its_ranks() -> None:
