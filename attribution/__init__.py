@@ -7,17 +7,21 @@
 'cat'
 """
 
-from attribution.baselines import METHOD_PRESETS, METHODS, attribute
-from attribution.classifier import Classifier
+from __future__ import annotations
+
+from attribution.baselines import METHOD_PRESETS
+from attribution.baselines.attribute import METHODS, attribute
 from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, NotMisclassified, UserError
 from attribution.explain import explain, polish
 from attribution.explanation import Explanation
 from attribution.failure import FailureExplanation, explain_failure
-from attribution.image import FILLS, demo_image_path, load_image, make_fill
-from attribution.loading import load_classifier, save_classifier
+from attribution.fills import FILLS, make_fill
+from attribution.image import demo_image_path, load_image
 from attribution.many import explain_many
 from attribution.masking import MaskedInputs
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier, save_classifier
 from attribution.neurons import NeuronPath, activation_path, edited_probability, influence_pattern_path, neuron_path
 from attribution.objective import MeanObjective, Scores, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS, Preset

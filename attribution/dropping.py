@@ -14,20 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attribution.classifier import Classifier, Preprocessing, Wrapping, even_chunks
 from attribution.errors import NotApplicable, UserError, describe
+from attribution.fills import Fill, classifier_fill, is_drop
 from attribution.hooks import edited_inputs
-from attribution.loading import load_classifier
-from attribution.masking import RegionInputs
+from attribution.masking import MaskedInputs, RegionInputs
+from attribution.model.classifier import Classifier, Wrapping
+from attribution.model.forwarding import even_chunks
+from attribution.model.loading import load_classifier
+from attribution.model.preprocessing import Preprocessing
 from attribution.regions import Regions, make_regions
 
-DROP = "drop"
+
+def masked_inputs(
+    classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
+) -> tuple[Classifier, RegionInputs]:
+    """Inputs of any subsets of an image's regions under a fill, and the classifier that takes them: another one for "drop".
+
+    Raises:
+        UserError: see ``make_fill``; "drop" with regions that cut patches.
+        NotApplicable: "drop" with a model that is no vision transformer.
+    """
+    if is_drop(fill):
+        return dropping(classifier, image, labels)
+    return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
+
+
 _SLACK = 0.25  # share of a patch that may belong to other regions, as at borders that fall between pixels
-
-
-def is_drop(fill: Any) -> bool:
-    """Whether a fill takes tokens away instead of painting."""
-    return isinstance(fill, str) and fill == DROP
 
 
 def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Classifier, RegionInputs]:

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.budget import default_budget
-from attribution.classifier import Classifier
-from attribution.dropping import DROP, dropping, follow_patches, is_drop
+from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
-from attribution.image import FILLS, MAX_SIDE, Fill, ImageSource, limit_size, load_image, make_fill
-from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs, RegionInputs, prefix_rows
+from attribution.fills import Fill, drops, several_fills
+from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
+from attribution.masking import prefix_probabilities
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
 from attribution.presets import BALANCED, PRESETS, Preset
-from attribution.regions import Regions, make_regions
-from attribution.search import SEARCHES, Objective, Progress
+from attribution.provenance import plain_settings, provenance
+from attribution.regions import is_method, make_regions
+from attribution.search import SEARCHES
+from attribution.search.budget import default_budget
+from attribution.search.contract import Objective, Progress
 
 
 def explain(
@@ -102,12 +101,12 @@ def explain(
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
     with classifier.forwarding(batch_size):
         loaded = original = load_image(image).cpu()
-        if _is_method(regions):
+        if is_method(regions):
             loaded = limit_size(loaded, max_side)
         published = isinstance(regions, str) and regions == chosen.regions
         options = {**(chosen.region_options if published else {}), **(region_options or {})}
         cut = make_regions(loaded, regions, **options)
-        if drops(fill) and _is_method(regions):
+        if drops(fill) and is_method(regions):
             cut = follow_patches(classifier, cut)
         photo_size = (original.shape[1], original.shape[2])
         masked = [masked_inputs(classifier, loaded, cut.labels, each, photo_size) for each in several_fills(fill)]
@@ -182,7 +181,7 @@ def polish(
         UserError: a heatmap without regions, or any input that does not fit.
     """
     cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
-    if cut is not None and _is_method(regions) and drops(options.get("fill", "black")):
+    if cut is not None and is_method(regions) and drops(options.get("fill", "black")):
         cut = follow_patches(classifier, cut)
     if cut is None:
         raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")
@@ -202,119 +201,6 @@ def polish(
         evaluations=evaluations,
         **options,
     )
-
-
-def _is_method(regions: Any) -> bool:
-    """Whether these are a way to cut an image, not its regions."""
-    return isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions))
-
-
-def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
-    """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
-    return {
-        "model": classifier.name,
-        "weights_digest": classifier.weights_digest,
-        "device": str(classifier.device),
-        "precision": classifier.precision,
-        "settings": plain_settings(settings),
-        "versions": versions(),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-
-
-def masked_inputs(
-    classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
-) -> tuple[Classifier, RegionInputs]:
-    """Inputs of any subsets of an image's regions under a fill, and the classifier that takes them: another one for "drop".
-
-    Raises:
-        UserError: see ``make_fill``; "drop" with regions that cut patches.
-        NotApplicable: "drop" with a model that is no vision transformer.
-    """
-    if is_drop(fill):
-        return dropping(classifier, image, labels)
-    return classifier, MaskedInputs(classifier, image, labels, classifier_fill(image, fill, classifier, photo_size))
-
-
-def picture_of_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """``classifier_fill``, and the model's mean colour where tokens are dropped: what a person is shown in the place of hidden regions."""
-    return classifier_fill(image, "model_mean" if is_drop(fill) else fill, classifier, photo_size)
-
-
-def several_fills(fill: Fill) -> list[Fill]:
-    """The fills that a text such as "black+blur+mean" names; any other fill alone."""
-    if isinstance(fill, str) and "+" in fill:
-        names = fill.split("+")
-        if all(name in FILLS or name in ("model_mean", DROP) for name in names):
-            if len(set(names)) < len(names):
-                raise UserError(f"fill {fill!r} names one twice: give each once")
-            return list(names)
-    return [fill]
-
-
-def drops(fill: Fill) -> bool:
-    """Whether tokens are taken away under this fill, or under one of several."""
-    return any(map(is_drop, several_fills(fill)))
-
-
-def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """``make_fill``, and "model_mean": the classifier's mean colour, zero after its normalisation.
-
-    Raises:
-        UserError: see ``make_fill``; "drop", which is no image.
-    """
-    if is_drop(fill):
-        raise UserError("fill 'drop' takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity")
-    if isinstance(fill, str) and fill == "model_mean":
-        return make_fill(image, classifier.preprocessing.mean)
-    return make_fill(image, fill, photo_size)
-
-
-def prefix_probabilities(classifier: Classifier, masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
-    return prefix_scores(classifier.probabilities, masked, order, target)
-
-
-def prefix_scores(score: Callable[[Tensor], Tensor], masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Score of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each.
-
-    Args:
-        score: inputs [n, 3, h, w] -> [n, C], such as ``classifier.probabilities`` or ``classifier.logits``.
-        masked: R regions.
-        order: int64 [R], region ids, most important first.
-        target: class index.
-    """
-    shown = prefix_rows(order)
-    both = torch.cat([score(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
-    insertion, deletion = both.cpu().split(len(shown))
-    return insertion, deletion
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return dict(_versions())
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in (
-        "vision-attribution",
-        "torch",
-        "torchvision",
-        "timm",
-        "captum",
-        "numpy",
-        "scipy",
-        "scikit-image",
-        "scikit-learn",
-        "opencv-contrib-python-headless",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _preset(name: str | None) -> Preset:
@@ -362,20 +248,3 @@ def _complete(order: Tensor, size: int) -> Tensor:
     missing = torch.ones(size, dtype=torch.bool)
     missing[order] = False
     return torch.cat([order, missing.nonzero()[:, 0]])
-
-
-def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them; arrays and objects by what they are."""
-    return {key: _plain_value(value) for key, value in values.items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return plain_settings({str(k): v for k, v in value.items()})
-    if isinstance(value, tuple | list):
-        return [_plain_value(v) for v in value]
-    if isinstance(value, np.integer | np.floating):
-        return value.item()
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return repr(value) if isinstance(value, Classifier) else describe(value)

@@ -165,7 +165,7 @@ class Explanation:
 
     def plot(self, **options: Any) -> Figure:
         """The figure of ``attribution.plotting.plot_explanation``."""
-        from attribution.plotting import plot_explanation
+        from attribution.figures.explanation import plot_explanation
 
         return plot_explanation(self, **options)
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier
-from attribution.dropping import is_drop
+from attribution.dropping import masked_inputs
 from attribution.errors import NotMisclassified, UserError
-from attribution.explain import explain, masked_inputs, picture_of_fill, several_fills
+from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.image import Fill, ImageSource, load_image
-from attribution.loading import load_classifier
+from attribution.fills import Fill, is_drop, picture_of_fill, several_fills
+from attribution.image import ImageSource, load_image
 from attribution.masking import RegionInputs, prefix_rows
-from attribution.search import Progress
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
+from attribution.search.contract import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +100,7 @@ class FailureExplanation:
 
     def plot(self) -> Figure:
         """The figure of ``attribution.failure_plotting.plot_failure``."""
-        from attribution.failure_plotting import plot_failure
+        from attribution.figures.failure import plot_failure
 
         return plot_failure(self)
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
-import re
 import threading
 import warnings
-from collections.abc import Callable
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +22,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # no format that runs 
 _INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
-Fill = str | Tensor | np.ndarray | Image.Image | tuple[float, ...]
 
 
 def load_image(source: ImageSource) -> Tensor:
@@ -79,67 +73,6 @@ def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
     scale = max_side / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-
-
-def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None) -> Tensor:
-    """The image that stands where regions are hidden.
-
-    Args:
-        image: float32 [3, H, W] in [0, 1].
-        fill: a key of ``FILLS`` (black, white, gray, mean: the image's own mean colour, blur: a heavy Gaussian blur of the
-            image), a colour as '#rrggbb' or three numbers in [0, 1], or an image of the same size in any form that
-            ``load_image`` takes.
-        photo_size: (height, width) that the image had before ``limit_size``; a fill image of that size is shrunk likewise.
-
-    Returns:
-        float32 [3, H, W] in [0, 1].
-
-    Raises:
-        UserError: an unknown name, a colour out of range or an image of another size.
-    """
-    if isinstance(fill, str):
-        if fill in FILLS:
-            return FILLS[fill](image)
-        if re.fullmatch(r"#[0-9a-fA-F]{6}", fill):
-            return _constant(image, [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        if not os.path.isfile(fill):  # unlike Path.is_file, also False for a name too long to exist
-            raise UserError(f"unknown fill {fill!r}: expected one of {', '.join(FILLS)}, a colour such as '#808080', or an image file")
-        filled = load_image(fill)
-    elif isinstance(fill, tuple | list):
-        return _constant(image, _checked_colour(fill))
-    elif isinstance(fill, Tensor | np.ndarray) and fill.ndim == 1:
-        return _constant(image, _checked_colour(fill.tolist()))
-    else:
-        filled = load_image(fill)
-    if tuple(filled.shape[1:]) == photo_size:
-        filled = limit_size(filled, max(image.shape[1:]))
-    if filled.shape != image.shape:
-        raise UserError(f"the fill image is {_size(filled)}, the image {_size(image)}: give a fill of the same size, or a colour")
-    return filled.to(image)
-
-
-def _checked_colour(colour: Any) -> list[float]:
-    numeric = len(colour) == 3 and all(isinstance(value, Real) for value in colour)
-    if not numeric or not all(0 <= value <= 1 for value in colour):
-        raise UserError(f"fill colour {colour!r}: expected three numbers in [0, 1], red, green and blue")
-    return [float(value) for value in colour]
-
-
-def _constant(image: Tensor, colour: list[float]) -> Tensor:
-    return image.new_tensor(colour)[:, None, None].expand_as(image).contiguous()
-
-
-def _blurred(image: Tensor) -> Tensor:
-    """Gaussian blur with a standard deviation of 1/20 of the long side: shapes of objects are gone, colours stay."""
-    from torchvision.transforms.v2.functional import gaussian_blur
-
-    height, width = image.shape[-2:]
-    sigma = max(height, width) / 20
-    sizes = []
-    for side in (width, height):
-        reach = min(int(3 * sigma + 0.5), side - 1)  # reflection needs a border narrower than the image
-        sizes.append(2 * reach + 1)
-    return gaussian_blur(image, sizes, [sigma, sigma]).clamp(0, 1)  # its weights sum to 1 up to rounding
 
 
 def _read_file(path: Path) -> bytes:
@@ -239,14 +172,5 @@ def _to_rgb(image: Tensor) -> Tensor:
     return image.contiguous()
 
 
-def _size(image: Tensor) -> str:
+def describe_size(image: Tensor) -> str:
     return f"{image.shape[-1]}x{image.shape[-2]}"
-
-
-FILLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "black": torch.zeros_like,
-    "white": torch.ones_like,
-    "gray": lambda image: torch.full_like(image, 0.5),
-    "mean": lambda image: image.mean(dim=(1, 2), keepdim=True).expand_as(image).contiguous(),
-    "blur": _blurred,
-}

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError
-from attribution.explain import drops, explain
+from attribution.explain import explain
 from attribution.explanation import Explanation
+from attribution.fills import drops
 from attribution.image import ImageSource
-from attribution.loading import load_classifier
-from attribution.search import Progress
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
+from attribution.search.contract import Progress
 
 
 def explain_many(

@@ -8,12 +8,34 @@ cropped or normalised again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier, even_chunks
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import even_chunks
+
+
+def prefix_probabilities(classifier: Classifier, masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
+    return prefix_scores(classifier.probabilities, masked, order, target)
+
+
+def prefix_scores(score: Callable[[Tensor], Tensor], masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Score of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each.
+
+    Args:
+        score: inputs [n, 3, h, w] -> [n, C], such as ``classifier.probabilities`` or ``classifier.logits``.
+        masked: R regions.
+        order: int64 [R], region ids, most important first.
+        target: class index.
+    """
+    shown = prefix_rows(order)
+    both = torch.cat([score(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
+    insertion, deletion = both.cpu().split(len(shown))
+    return insertion, deletion
+
 
 _CHUNK_VALUES = 2**24  # floats of masked full-size images held at once while the contributions are made
 _INPUT_VALUES = 2**25  # floats of model inputs held at once, 128 MiB

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError, describe
 from attribution.masking import RegionInputs
+from attribution.model.classifier import Classifier
 
 WITH_GRADIENT = 3  # images that one counts as, forward and back
 

@@ -15,6 +15,12 @@ from torch import Tensor
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
 
+
+def is_method(regions: Any) -> bool:
+    """Whether these are a way to cut an image, not its regions."""
+    return isinstance(regions, str) or (callable(regions) and not isinstance(regions, Regions))
+
+
 PUBLISHED_COUNT = 49  # 7x7 cells of 30 pixels at 224x224, SMDL and LiMA
 _PUBLISHED_SIDE = 224
 

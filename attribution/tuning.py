@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attribution.classifier import PRECISIONS, Classifier
 from attribution.errors import UserError
-from attribution.image import ImageSource, limit_size, load_image, make_fill
+from attribution.fills import make_fill
+from attribution.image import ImageSource, limit_size, load_image
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import PRECISIONS
 
 _HOPELESS = 3.0  # times slower than plain float32 in a second call: not timed any further
 _TRIED = 16  # images on a CPU, which a few fill

@@ -5,24 +5,31 @@
 >>> summary = ev.summarise(ev.run_benchmark(settings, "out/benchmark"))  # doctest: +SKIP
 """
 
-from evaluation.benchmark import run_benchmark
-from evaluation.data import load_dataset, load_recipe, open_dataset
-from evaluation.dataset import ImageDataset, Sample
-from evaluation.fidelity import infidelity, mu_fidelity, sensitivity
+from __future__ import annotations
+
+from evaluation.benchmark.measure import run_benchmark
+from evaluation.benchmark.methods import MethodSpec
+from evaluation.benchmark.report import write_report
+from evaluation.benchmark.results import Results
+from evaluation.benchmark.settings import BenchmarkSettings, make_settings, read_settings
+from evaluation.benchmark.summary import Summary, summarise, summary_csv
+from evaluation.data.dataset import ImageDataset, Sample
+from evaluation.data.recipes import load_dataset, load_recipe, open_dataset
 from evaluation.grids.aggregate import Aggregate, aggregate
+from evaluation.grids.draw import choose_grids
 from evaluation.grids.localize import GridMethod, grid_localization, grid_maps
-from evaluation.grids.networks import GridModel
+from evaluation.grids.model import GridModel
 from evaluation.grids.scores import localization_scores
-from evaluation.grids.sets import GridSet, choose_grids
-from evaluation.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
-from evaluation.metrics import METRICS, Metric
-from evaluation.perturbation import PROTOCOLS, Curves, Protocol, perturbation_curves, random_order_curves, road
-from evaluation.ranking import significance_groups
-from evaluation.report import write_report
-from evaluation.results import Results
-from evaluation.settings import BenchmarkSettings, MethodSpec, make_settings, read_settings
-from evaluation.statistics import bootstrap_interval, holm, pairwise_tests, share_interval, sign_flip, wilcoxon
-from evaluation.summary import Summary, summarise, summary_csv
+from evaluation.grids.sets import GridSet
+from evaluation.metrics.curves import Curves, perturbation_curves, random_order_curves
+from evaluation.metrics.fidelity import infidelity, mu_fidelity, sensitivity
+from evaluation.metrics.localization import box_mask, chance_level, energy_pointing_game, pointing_game, relevance_rank_accuracy
+from evaluation.metrics.protocol import PROTOCOLS, Protocol
+from evaluation.metrics.registry import METRICS, Metric
+from evaluation.metrics.road import road
+from evaluation.statistics.comparisons import holm, pairwise_tests, sign_flip, wilcoxon
+from evaluation.statistics.intervals import bootstrap_interval, share_interval
+from evaluation.statistics.ranking import significance_groups
 
 __all__ = [
     "METRICS",

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from attribution.files import whole_file
 from evaluation.pareto.figures import plot_pareto
-from evaluation.pareto.runner import read_pareto, run_pareto
+from evaluation.pareto.measure import read_pareto, run_pareto
 from evaluation.pareto.settings import BUDGETS, SAMPLED_BUDGETS, ParetoSettings
 from evaluation.pareto.summary import Row, pareto_csv, summarise_pareto
-from evaluation.statistics import Interval
+from evaluation.statistics.intervals import Interval
 
 
 def main(

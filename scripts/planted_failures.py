@@ -23,7 +23,7 @@ import attribution as at
 import evaluation as ev
 from attribution.files import whole_file
 from evaluation.failures.planted import OURS, chance, judge_planted, plant_failures
-from evaluation.statistics import holm, sign_flip
+from evaluation.statistics.comparisons import holm, sign_flip
 
 
 def main(

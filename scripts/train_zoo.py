@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError
 from attribution.files import whole_file
-from attribution.loading import load_classifier
-from attribution.zoo import MEAN, STD, build_cnn, build_vit
-from evaluation.data import ImageDataset, load_dataset
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
+from attribution.model.zoo import MEAN, STD, build_cnn, build_vit
+from evaluation.data.recipes import ImageDataset, load_dataset
 
 CHECKPOINT_SECONDS = 60.0
 QUICK_TEST = 2000  # images of the accuracy shown after each epoch; the last one is measured on all

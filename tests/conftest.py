@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attribution as at
-from attribution.cli import main
+from vision_attribution import main
 
 SHARED = Path(__file__).parents[2] / "shared"
 

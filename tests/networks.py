@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import attribution as at
-from attribution.baselines import Task
+from attribution.task import Task
 
 
 def vgg(seed: int = 0, inplace: bool = False) -> nn.Sequential:

@@ -32,13 +32,13 @@ def test_the_wheel_holds_what_the_demo_needs_and_no_datasets_package(wheel: Path
         "evaluation/py.typed",
         "evaluation/recipes/cifar10.toml",
         "evaluation/templates/report.html.j2",
-        "attribution/cli/explain.py",
+        "vision_attribution/explain.py",
     ):
         assert name in names
     for model in ("cnn", "vit"):
         assert f"attribution/assets/{model}.safetensors" in names
         assert f"attribution/assets/{model}.md" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"attribution", "evaluation"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"attribution", "evaluation", "vision_attribution"}
 
 
 @pytest.mark.slow

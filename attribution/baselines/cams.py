@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attribution.baselines.layers import FeatureLayer, find_feature_layer
-from attribution.baselines.task import Output, Task, enlarged
-from attribution.classifier import even_chunks
 from attribution.errors import UserError
 from attribution.hooks import edited_outputs, record_outputs
+from attribution.model.forwarding import even_chunks
+from attribution.network.maps import FeatureLayer, find_feature_layer
+from attribution.task import Output, Task, enlarged
 
 Layer = str | nn.Module | FeatureLayer | None
 _LEAST_SCORE = 1e-6  # of Ablation-CAM's denominator

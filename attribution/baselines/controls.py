@@ -6,8 +6,8 @@ import torch
 from skimage import filters
 from torch import Tensor
 
-from attribution.baselines.task import Task
 from attribution.errors import UserError
+from attribution.task import Task
 
 
 def random(task: Task) -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule, IdentityRule
 from torch import Tensor, nn
 
-from attribution.baselines.layers import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
-from attribution.baselines.task import Channels, Output, Task, over_channels, seeded
 from attribution.errors import NotApplicable, UserError
+from attribution.fills import make_fill
 from attribution.hooks import evaluation_mode, one_module_a_call
-from attribution.image import make_fill
+from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
+from attribution.task import Channels, Output, Task, over_channels, seeded
 
 _SMOOTH = {"smooth_grad": "smoothgrad", "smooth_grad_squared": "smoothgrad_sq", "var_grad": "vargrad"}
 _OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and what they run

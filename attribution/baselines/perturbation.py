@@ -18,10 +18,10 @@ from captum.attr._core.lime import get_exp_kernel_similarity_function
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from attribution.baselines.task import Output, Task, enlarged, seeded
-from attribution.classifier import even_chunks
 from attribution.errors import UserError
+from attribution.model.forwarding import even_chunks
 from attribution.regions import make_regions
+from attribution.task import Output, Task, enlarged, seeded
 
 RegionOptions = Mapping[str, Any] | None
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.baselines import rules
-from attribution.baselines.attention import AttentionRules, attention_modules, open_attention, reads_class_token
-from attribution.baselines.layers import STRUCTURAL, module_calls, operations, token_grid
-from attribution.baselines.task import Output, Task, enlarged
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import replaced_forwards
+from attribution.network.attention import AttentionRules, attention_modules, open_attention, reads_class_token
+from attribution.network.maps import STRUCTURAL, module_calls, operations, token_grid
+from attribution.task import Output, Task, enlarged
 
 _ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU)
 _RULED = (*_ACTIVATIONS, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout, nn.Flatten, nn.Identity)

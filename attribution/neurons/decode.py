@@ -11,12 +11,13 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from attribution.classifier import Classifier, even_chunks
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import frozen_parameters, record_inputs, record_outputs
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import even_chunks
 from attribution.neurons.edits import mean_logit_changes
+from attribution.neurons.finder import rows_at_once
 from attribution.neurons.layers import NeuronLayers, find_neurons
-from attribution.neurons.path import rows_at_once
 
 DecodeMode = Literal["centred", "raw", "scaled"]
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.classifier import Classifier, even_chunks
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource
-from attribution.loading import load_classifier
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import even_chunks
+from attribution.model.loading import load_classifier
+from attribution.neurons.finder import rows_at_once
 from attribution.neurons.layers import NeuronLayers, find_neurons
-from attribution.neurons.path import rows_at_once
 
 Edit = Literal["remove", "enhance", "mean"]
 EDITS = ("remove", "enhance", "mean")

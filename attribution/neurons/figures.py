@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgba
 from torch import Tensor
 
 from attribution.errors import UserError
+from attribution.figures.style import DELETION, INK, INSERTION, Figure
 from attribution.image import load_image
 from attribution.neurons.decode import Decoded, Exemplar
 from attribution.neurons.path import NeuronPath
-from attribution.plotting import DELETION, INK, INSERTION, Figure
 
 _SIGNIFICANT = 0.05
 _MUTED = "#6b7280"

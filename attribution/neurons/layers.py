@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError
 from attribution.hooks import edited_inputs, frozen_parameters, record_inputs, record_outputs
+from attribution.model.classifier import Classifier
 
 _MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 

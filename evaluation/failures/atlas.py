@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import shlex
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-import torch
 from markupsafe import Markup
-from PIL import Image
 
-from attribution.errors import UserError
-from attribution.explain import picture_of_fill
-from attribution.explanation import Explanation
-from attribution.regions import Regions
+from evaluation.failures.pictures import failure_pictures, rounded
 from evaluation.failures.results import Failed
 from evaluation.failures.settings import FailureSettings
 from evaluation.failures.summary import FailureSummary
-from evaluation.figures import FAMILY_COLOURS, THUMBNAIL, has_interval
-from evaluation.pages import page, write_text
-from evaluation.statistics import Interval
+from evaluation.statistics.intervals import Interval
+from evaluation.study.page import page, write_text
+from evaluation.study.style import has_interval
 
-TRUTH, MISTAKE = FAMILY_COLOURS["gradient"], FAMILY_COLOURS["region search"]  # blue and orange, told apart by colour-blind readers
-_SIDE = 256  # longest side of an image on the page, pixels
-_LOSSLESS = 64  # images up to this side are stored without loss
 _MOST_THUMBNAILS = 10  # of a cluster
 _SHARES = {
     "repaired": "made right by hiding or keeping some regions",
@@ -112,7 +100,7 @@ def _page(summary: FailureSummary) -> dict[str, Any]:
     lists += [(f"shortcut-{at}", f"shortcut {at}: {s.kind}", list(s.samples)) for at, s in enumerate(summary.shortcuts)]
     samples, tiles = [], []
     for failed in results.failures:
-        pictures, drawn = _pictures(failed, summary)
+        pictures, drawn = failure_pictures(failed, summary)
         member_of = [key for key, _, members in lists if failed.sample in members]
         samples.append({**_facts(failed, summary), "lists": member_of, **drawn})
         tiles.append(_tile(failed, summary, pictures))
@@ -150,8 +138,8 @@ def _facts(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
     results, found = summary.results, failed.found
     curves = {
         name if name.startswith("mistake") else f"truth_{name}": {
-            "true": _rounded(each["true"]),
-            "predicted": _rounded(each["predicted"]),
+            "true": rounded(each["true"]),
+            "predicted": rounded(each["predicted"]),
             "right": [int(right) for right in each["right"]],
         }
         for name, each in found["curves"].items()
@@ -166,60 +154,16 @@ def _facts(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
         "predicted": failed.predicted,
         "group": failed.group,
         "cluster": summary.cluster_of.get(failed.sample, -1),
-        "confidence": _rounded([found["probability_true"], found["probability_predicted"]]),
+        "confidence": rounded([found["probability_true"], found["probability_predicted"]]),
         "text": found["text"],
         "command": command(results.settings, results.classifier.name, failed.sample),
         "orders": {"truth": found["truth_order"], "mistake": found["mistake_order"]},
-        "area": {"truth": _rounded(found["truth_area"], 4), "mistake": _rounded(found["mistake_area"], 4)},
+        "area": {"truth": rounded(found["truth_area"], 4), "mistake": rounded(found["mistake_area"], 4)},
         "curves": curves,
-        "signed": _rounded(found["causes"]),
+        "signed": rounded(found["causes"]),
         "peak": sum(value > 0 for value in found["causes"]),  # the regions before the peak are those above 0
         "sets": sets,
     }
-
-
-def _pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The photo and the signed map of the tile, and what the script draws from; nothing where the stored explanation is gone."""
-    try:
-        explanation = failed.explanation()
-    except UserError:  # moved or removed since
-        return [], {"labels": None}
-    assert explanation.regions is not None
-    labels, photo = explanation.regions.labels.numpy(), _image(explanation.image)
-    settings, shown, lossless = summary.results.settings, _shrunk(photo, _SIDE), max(photo.size) <= _LOSSLESS
-    signed = _signed(photo, np.asarray(failed.found["causes"])[labels])
-    drawn = {
-        "width": shown.width,
-        "height": shown.height,
-        "image": None if max(photo.size) <= THUMBNAIL else _uri(shown, lossless),  # None: that of the tile
-        "labels": base64.b64encode(zlib.compress(_nearest(labels, shown.size).astype("<u2").tobytes(), 9)).decode("ascii"),
-        "fill": _fill(picture_of_fill(explanation.image, settings.fill, summary.results.classifier), lossless),
-        "heat": {name: _rounded(_heat(explanation, failed.found, name)) for name in ("truth", "mistake")},
-    }
-    return [_picture(photo, lossless), _picture(signed, lossless)], drawn
-
-
-def _heat(explanation: Explanation, found: Any, towards: str) -> list[float]:
-    """float [R] by region id: ``Explanation.to_pixels("gain")`` towards the true class or towards the predicted one."""
-    whose, prefix = ("true", "") if towards == "truth" else ("predicted", "mistake_")
-    order = torch.tensor(found[f"{towards}_order"])
-    one_pixel_each = replace(
-        explanation,
-        regions=Regions(torch.arange(len(order))[None]),
-        order=order,
-        insertion_scores=torch.tensor(found["curves"][f"{prefix}shown"][whose]),
-        deletion_scores=torch.tensor(found["curves"][f"{prefix}hidden"][whose]),
-    )
-    values: list[float] = one_pixel_each.to_pixels("gain")[0].tolist()
-    return values
-
-
-def _signed(photo: Image.Image, values: np.ndarray) -> Image.Image:
-    """float [H, W] in [-1, 1] over the gray photo: the mistake's causes in orange, the truth's support in blue."""
-    gray = 0.25 + 0.75 * np.asarray(photo.convert("L"), dtype=float) / 255
-    colours = np.where(values[..., None] > 0, _rgb(TRUTH), _rgb(MISTAKE))
-    alpha = 0.8 * np.abs(values)[..., None]
-    return Image.fromarray(((1 - alpha) * gray[..., None] * 255 + alpha * colours).round().astype(np.uint8))
 
 
 def _tile(failed: Failed, summary: FailureSummary, pictures: list[dict[str, Any]]) -> dict[str, Any]:
@@ -309,57 +253,6 @@ def _embedded(data: Any) -> Markup:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-def _image(tensor: torch.Tensor) -> Image.Image:
-    """An image float [3, H, W] in [0, 1]."""
-    return Image.fromarray((tensor.permute(1, 2, 0).numpy().clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    copy = image.copy()
-    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return copy
-
-
-def _nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map at another size (width, height): the label at the centre of each pixel."""
-    rows = ((np.arange(size[1]) + 0.5) * labels.shape[0] / size[1]).astype(int)
-    columns = ((np.arange(size[0]) + 0.5) * labels.shape[1] / size[0]).astype(int)
-    picked: np.ndarray = labels[rows[:, None], columns]
-    return picked
-
-
-def _picture(image: Image.Image, lossless: bool) -> dict[str, Any]:
-    small = _shrunk(image, THUMBNAIL)
-    return {"uri": _uri(small, lossless), "width": small.width, "height": small.height, "tiny": lossless}
-
-
-def _uri(image: Image.Image, lossless: bool) -> str:
-    """A data URI: PNG where nothing may be lost, else JPEG."""
-    buffer = io.BytesIO()
-    if lossless:
-        image.save(buffer, format="png", optimize=True)
-    else:
-        image.save(buffer, format="jpeg", quality=86, optimize=True)
-    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _fill(fill: torch.Tensor, lossless: bool) -> str:
-    """A colour "#rrggbb" where the fill is one, else its picture."""
-    image = _image(fill)
-    colours = image.getcolors(1)
-    if colours is None:
-        return _uri(_shrunk(image, _SIDE), lossless)
-    return "#{:02x}{:02x}{:02x}".format(*colours[0][1])  # type: ignore[misc]
-
-
-def _rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)], dtype=float)
-
-
-def _rounded(values: Iterable[float], digits: int = 3) -> list[float]:
-    return [round(float(value), digits) for value in values]
 
 
 def _percent(interval: Interval) -> str:

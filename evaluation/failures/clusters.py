@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attribution.errors import UserError
-from attribution.explain import picture_of_fill
+from attribution.fills import picture_of_fill
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import MOST_CLUSTERS
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.baselines import attribute
-from attribution.classifier import Classifier
+from attribution.baselines.attribute import attribute
 from attribution.errors import NotApplicable, UserError
 from attribution.failure import FailureExplanation, explain_failure
-from evaluation.dataset import ImageDataset
-from evaluation.localization import energy_pointing_game, pointing_game
+from attribution.model.classifier import Classifier
+from evaluation.data.dataset import ImageDataset
+from evaluation.metrics.localization import energy_pointing_game, pointing_game
 
 OURS = ("causing regions", "first region of the mistake", "map towards the mistake")
 GRADIENT_METHODS = ("saliency", "input_x_gradient", "integrated_gradients", "smooth_grad", "guided_backprop", "grad_cam", "layer_cam")

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from evaluation.failures.atlas import conclusion, write_atlas
 from evaluation.failures.summary import SIGNIFICANCE, FailureSummary, failures_csv, pairs_csv, plain_summary
-from evaluation.figures import has_interval
-from evaluation.pages import write_text
-from evaluation.report import ReportFiles
-from evaluation.statistics import Interval
+from evaluation.statistics.intervals import Interval
+from evaluation.study.page import write_text
+from evaluation.study.report import ReportFiles
+from evaluation.study.style import has_interval
 
 _MOST_ROWS = 10  # of a table in the terminal
 _NOTICED = 0.1  # share of failures whose class is in the fill already, from which that is said

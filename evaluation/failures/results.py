@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attribution.classifier import Classifier
 from attribution.explanation import Explanation
-from evaluation.dataset import ImageDataset
+from attribution.model.classifier import Classifier
+from evaluation.data.dataset import ImageDataset
 from evaluation.failures.settings import FailureSettings
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError
-from attribution.explain import plain_settings
-from attribution.image import Fill
+from attribution.fills import Fill
+from attribution.model.classifier import Classifier
+from attribution.provenance import plain_settings
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
-from evaluation.perturbation import Protocol
-from evaluation.settings import check_fields
+from evaluation.metrics.protocol import Protocol
+from evaluation.study.settings import check_fields
 
 MOST_CLUSTERS = 8  # that are tried where the number is not given
 

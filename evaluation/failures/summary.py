@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 from collections import Counter
@@ -16,13 +14,15 @@ import numpy as np
 from scipy import ndimage, stats
 
 from attribution.errors import UserError
-from attribution.explain import versions
 from attribution.failure import AREAS
-from evaluation.benchmark import sample_seed
+from attribution.provenance import versions
 from evaluation.failures.causes import CELLS, CausePlace, cause_place, cell_words
 from evaluation.failures.clusters import cause_features, cluster_numbers, coordinates, medoid_of, tightness_test
 from evaluation.failures.results import Failed, FailureResults
-from evaluation.statistics import Interval, bootstrap_interval, holm, share_interval
+from evaluation.statistics.comparisons import holm
+from evaluation.statistics.intervals import Interval, bootstrap_interval, share_interval
+from evaluation.study.identity import sample_seed
+from evaluation.study.tables import csv_number, csv_text, plain_values
 
 SIGNIFICANCE = 0.05
 _FEW = 2  # regions
@@ -398,16 +398,16 @@ def failures_csv(summary: FailureSummary) -> str:
     for failed in results.failures:
         found = failed.found
         row: list[Any] = [results.classifier.name, failed.sample, failed.group or "", names[failed.label], names[failed.predicted]]
-        row += [_number(found["probability_true"]), _number(found["probability_predicted"])]
+        row += [csv_number(found["probability_true"]), csv_number(found["probability_predicted"])]
         for kind in ("cause", "sufficient"):
             each = found[kind]
-            row += [""] * 4 if each is None else [len(each["regions"]), *(_number(each[name]) for name in ("area", "true", "predicted"))]
-        row += [_number(_highest(failed, limit)) for limit in AREAS]
-        row += [_number(summary.border_share.get(failed.sample)), _number(failed.on_mask), _number(failed.chance_on_mask)]
+            row += [""] * 4 if each is None else [len(each["regions"]), *(csv_number(each[name]) for name in ("area", "true", "predicted"))]
+        row += [csv_number(_highest(failed, limit)) for limit in AREAS]
+        row += [csv_number(summary.border_share.get(failed.sample)), csv_number(failed.on_mask), csv_number(failed.chance_on_mask)]
         cluster = summary.cluster_of[failed.sample]
         row += ["" if cluster < 0 else cluster, "yes" if failed.sample in suspected else "", _relative(results, failed.truth)]
         rows.append([*row, found["text"]])
-    return _csv(_FAILURE_COLUMNS, rows)
+    return csv_text(_FAILURE_COLUMNS, rows)
 
 
 def pairs_csv(summary: FailureSummary) -> str:
@@ -415,10 +415,18 @@ def pairs_csv(summary: FailureSummary) -> str:
     results, names = summary.results, summary.results.classifier.class_names
     rows: list[list[Any]] = []
     for pair in summary.pairs:
-        areas = [_number(getattr(i, end)) for i in (pair.cause_area, pair.sufficient_area) for end in ("estimate", "low", "high")]
-        row = [results.classifier.name, names[pair.label], names[pair.predicted], pair.seen, _number(pair.share), pair.count, pair.repaired]
+        areas = [csv_number(getattr(i, end)) for i in (pair.cause_area, pair.sufficient_area) for end in ("estimate", "low", "high")]
+        row = [
+            results.classifier.name,
+            names[pair.label],
+            names[pair.predicted],
+            pair.seen,
+            csv_number(pair.share),
+            pair.count,
+            pair.repaired,
+        ]
         rows.append([*row, *areas])
-    return _csv(_PAIR_COLUMNS, rows)
+    return csv_text(_PAIR_COLUMNS, rows)
 
 
 def plain_summary(summary: FailureSummary) -> dict[str, Any]:
@@ -437,16 +445,16 @@ def plain_summary(summary: FailureSummary) -> dict[str, Any]:
         "right": results.right,
         "explained": len(results.failures),
         "confusions": [{"label": names[a], "predicted": names[b], "images": n} for (a, b), n in results.confusions.items()],
-        "pairs": [_plain({**vars(pair), "label": names[pair.label], "predicted": names[pair.predicted]}) for pair in summary.pairs],
-        "shares": _plain(summary.shares),
-        "shares_by_chance": _plain(summary.by_chance),
-        "true_class_in_fill": _plain(summary.fill_right),
-        "highest_confidence": {f"{limit:g}": _plain(interval) for limit, interval in summary.highest.items()},
-        "clusters": [_plain({**vars(c), "top_pair": [names[index] for index in c.top_pair]}) for c in summary.clusters],
+        "pairs": [plain_values({**vars(pair), "label": names[pair.label], "predicted": names[pair.predicted]}) for pair in summary.pairs],
+        "shares": plain_values(summary.shares),
+        "shares_by_chance": plain_values(summary.by_chance),
+        "true_class_in_fill": plain_values(summary.fill_right),
+        "highest_confidence": {f"{limit:g}": plain_values(interval) for limit, interval in summary.highest.items()},
+        "clusters": [plain_values({**vars(c), "top_pair": [names[index] for index in c.top_pair]}) for c in summary.clusters],
         "unclustered": summary.unclustered,
-        "suspected": [_plain({**vars(s), "label": names[s.label], "predicted": names[s.predicted]}) for s in summary.suspected],
-        "shortcuts": [_plain(vars(shortcut)) for shortcut in summary.shortcuts],
-        "groups": [_plain(vars(row)) for row in summary.groups],
+        "suspected": [plain_values({**vars(s), "label": names[s.label], "predicted": names[s.predicted]}) for s in summary.suspected],
+        "shortcuts": [plain_values(vars(shortcut)) for shortcut in summary.shortcuts],
+        "groups": [plain_values(vars(row)) for row in summary.groups],
         "failures": [
             {
                 "sample": failed.sample,
@@ -454,7 +462,7 @@ def plain_summary(summary: FailureSummary) -> dict[str, Any]:
                 "label": names[failed.label],
                 "predicted": names[failed.predicted],
                 **{name: value for name, value in failed.found.items() if name not in left_out},
-                "border_share": _plain(summary.border_share.get(failed.sample)),
+                "border_share": plain_values(summary.border_share.get(failed.sample)),
                 "on_object": failed.on_mask,
                 "on_object_by_chance": failed.chance_on_mask,
                 "cluster": summary.cluster_of[failed.sample],
@@ -466,27 +474,5 @@ def plain_summary(summary: FailureSummary) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it: intervals as objects, what is not a number as null."""
-    if isinstance(value, Interval):
-        return _plain(vars(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _relative(results: FailureResults, path: Path) -> str:
     return Path(os.path.relpath(path, results.out)).as_posix()
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    return buffer.getvalue()
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"

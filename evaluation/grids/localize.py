@@ -12,21 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.baselines import METHOD_PRESETS, METHODS, run_method
+from attribution.baselines import METHOD_PRESETS
+from attribution.baselines.attribute import METHODS, run_method
 from attribution.baselines.options import check_options, option_names
 from attribution.baselines.smoothing import Smoothing, smoothed
-from attribution.baselines.task import Task
-from attribution.classifier import Classifier
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.explain import prefix_probabilities
 from attribution.explanation import Explanation
-from attribution.loading import load_classifier
-from attribution.masking import MaskedInputs
+from attribution.masking import MaskedInputs, prefix_probabilities
+from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.objective import ScoreWeights, SubmodularObjective
 from attribution.regions import REGIONS, Regions, make_regions
 from attribution.search import SEARCHES
-from evaluation.grids.networks import GridModel, GridView, heads_of, join_cells, split_cells
+from attribution.task import Task
+from evaluation.grids.model import GridModel, heads_of, join_cells, split_cells
 from evaluation.grids.scores import cell_slices, localization_scores
+from evaluation.grids.view import GridView
 
 REGION_COUNT = 49  # regions of a whole grid, about
 _INSIDE = ("gradient", "transformer")  # families that look inside the network: under DiFull at the head's own cell only

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,17 @@ import torch
 from torch import Tensor
 
 from attribution import __version__
-from attribution.classifier import Classifier
+from attribution.checks import is_whole
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.image import load_image
-from evaluation.dataset import ImageDataset, some_names
-from evaluation.records import RecordLog, digest_of
+from attribution.model.classifier import Classifier
+from evaluation.data.dataset import ImageDataset
 
 Progress = Callable[[int, int], None]
 FORMAT = 1
 _MAX_FILE_BYTES = 2**26
 _LARGEST = 2**63 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Confidences:
-    """How sure one model is of the labels of some images.
-
-    Attributes:
-        values: float64 [len(indices)], probability of the label where it is the prediction, else 0; NaN for a failure.
-        failures: (id, reason) of each image that could not be read, or that the model returned no finite scores for.
-    """
-
-    values: np.ndarray
-    failures: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +76,7 @@ class GridSet:
     versions: dict[str, str] = field(default_factory=lambda: {"attribution": __version__, "torch": str(torch.__version__)})
 
     def __post_init__(self) -> None:
-        _check_settings(self.n, self.threshold, self.seed)
+        check_grid_settings(self.n, self.threshold, self.seed)
         shape = (len(self.ids), self.n**2)
         if not self.ids:
             raise UserError("a grid set without grids: expected at least one")
@@ -153,7 +140,7 @@ class GridSet:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        cells = [_cell(classifier, _load(dataset, self._find(dataset, index, cell))) for cell in range(self.n**2)]
+        cells = [_cell(classifier, load_cell(dataset, self._find(dataset, index, cell))) for cell in range(self.n**2)]
         rows = [torch.cat(cells[start : start + self.n], dim=2) for start in range(0, self.n**2, self.n)]
         return torch.cat(rows, dim=1)
 
@@ -217,224 +204,7 @@ class GridSet:
         return json.loads(json.dumps({"format": FORMAT, **vars(self), **arrays}))
 
 
-def label_confidences(
-    classifier: Classifier,
-    dataset: ImageDataset,
-    indices: Sequence[int],
-    *,
-    log: RecordLog | None = None,
-    progress: Progress | None = None,
-) -> Confidences:
-    """How sure a model is of the labels of some images, by the preprocessing that it is evaluated with.
-
-    Images are read and forwarded in batches of the classifier's batch size. With a log each batch is a record, and batches that it
-    holds are not forwarded again; images that failed are tried again. A record stands for the model, the ids and the labels of the
-    batch, not for its pixels: begin another log when the files behind the ids have changed.
-
-    Args:
-        classifier: its classes are what the labels are indices into.
-        dataset: the images.
-        indices: which of them; each needs a label.
-        log: where the batches are kept.
-        progress: called with (images done, all of them) after each batch.
-
-    Raises:
-        UserError: an index out of range, a sample without a label, a label that is no class of the model, or a full disk. What is
-            wrong with a single image is returned instead.
-    """
-    indices = _checked_indices(dataset, indices)
-    _check_labels(classifier, dataset, indices)
-    own = classifier.identity
-    identity = [own.name, own.weights, own.preprocessing, __version__, dataset.name, *own.precision]
-    values: list[float | None] = []
-    failures: list[tuple[str, str]] = []
-    for start in range(0, len(indices), classifier.batch_size):
-        batch = indices[start : start + classifier.batch_size]
-        key = "confidence-" + digest_of([*identity, [[dataset.ids[index], dataset.labels[index]] for index in batch]])
-        known = None if log is None else log.records.get(key)
-        found: list[float | None] = [None] * len(batch) if known is None else list(known["values"])
-        missing = [position for position, value in enumerate(found) if value is None]
-        for position, value in zip(missing, _judge(classifier, dataset, [batch[p] for p in missing]), strict=True):
-            if isinstance(value, UserError):
-                failures.append((dataset.ids[batch[position]], str(value)))
-            else:
-                found[position] = value
-        if log is not None and (known is None or known["values"] != found):
-            log.append(key, {"model": classifier.name, "data": dataset.name, "values": found})
-        values += found
-        if progress is not None:
-            progress(len(values), len(indices))
-    return Confidences(np.array([np.nan if value is None else value for value in values], dtype=np.float64), tuple(failures))
-
-
-def make_grids(
-    dataset: ImageDataset,
-    confidences: Sequence[np.ndarray],
-    indices: Sequence[int] | None = None,
-    *,
-    count: int | None,
-    n: int = 2,
-    threshold: float = 0.99,
-    seed: int = 0,
-    repeat_corners: bool = False,
-    models: Sequence[dict[str, str | None]] = (),
-    split: str | None = None,
-    pool: int | None = None,
-    failures: Sequence[tuple[str, str]] = (),
-) -> GridSet:
-    """Draw grids from the images that every model is sure of (Rao, Böhle, Schiele, CVPR 2022, section 3 and their code).
-
-    The images kept are shuffled once within each class. Each grid takes n * n different classes, every tuple of classes that
-    still have images being equally likely, and the next image of each; no image is used twice. The draw depends on the images
-    kept, the seed, n and repeat_corners alone; a larger count begins with the grids of a smaller one.
-
-    Args:
-        dataset: the images; those without a label are passed over.
-        confidences: one array for each model, float [len(indices)] in [0, 1], as ``label_confidences`` gives them: the probability
-            of the label, 0 where another class is predicted, NaN where it is not known. An image is kept when all are at least
-            the threshold. Without any, all of indices are kept.
-        indices: which images the confidences belong to, in their order, which has no influence; None for all of the data set.
-        count: how many grids; None for as many as the draw gives.
-        n: cells along each side, at least 2.
-        threshold: above 0, at most 1.
-        seed: 0 to 2**63 - 1.
-        repeat_corners: draw n * n - 1 classes, and give the bottom-right cell another image of the class of the top-left cell.
-        models, split, pool, failures: kept in the set.
-
-    Raises:
-        UserError: settings out of range, arrays of other lengths, or too few images for so many grids.
-    """
-    _check_settings(n, threshold, seed)
-    if count is not None and (not _is_whole(count) or count < 1):
-        raise UserError(f"{count!r} grids asked for: expected a whole number of at least 1, or None for as many as can be made")
-    if indices is None and len(confidences) == 0:
-        raise UserError("neither confidences nor indices were given: expected the confidences of one model or more, or the images to use")
-    judged = _checked_indices(dataset, range(len(dataset)) if indices is None else indices)
-    if len(set(judged)) < len(judged):
-        raise UserError(f"indices hold {Counter(judged).most_common(1)[0][0]} more than once: give each image once")
-    sure = np.ones(len(judged), dtype=bool)
-    for number, values in enumerate(confidences):
-        sure &= _checked_confidences(values, number, len(judged)) >= threshold
-    by_class = _by_class(dataset, [index for index, good in zip(judged, sure, strict=True) if good])
-    labelled = sum(dataset.labels[index] is not None for index in judged)
-    grids = _draw(by_class, count, n, repeat_corners, torch.Generator().manual_seed(int(seed)))
-    if not grids or (count is not None and len(grids) < count):
-        asked = f"{'grids' if count is None else f'{count} grids'} of {n}x{n}"
-        needs = f"{n * n - 1} different classes, one of them twice" if repeat_corners else f"{n * n} different classes"
-        fewer = f"ask for at most {len(grids)}, " if grids else "make smaller grids, " if n > 2 else ""
-        broken = f"{len(failures)} could not be judged, the first: {failures[0][0]} ({failures[0][1]}); " if failures else ""
-        raise UserError(
-            f"{dataset.name}: {asked} asked for, {len(grids)} can be made with seed {seed}; every model is sure (confidence at least "
-            f"{threshold:g}) of {_counts(dataset, by_class, labelled)}; a grid takes {n * n} images of {needs}, and no image is used "
-            f"twice; {broken}lower the threshold, {fewer}or give more images"
-        )
-    return GridSet(
-        data=dataset.name,
-        split=split,
-        class_names=dataset.class_names,
-        n=int(n),
-        threshold=float(threshold),
-        seed=int(seed),
-        repeat_corners=bool(repeat_corners),
-        models=tuple(models),
-        ids=tuple(tuple(dataset.ids[index] for index in grid) for grid in grids),
-        labels=np.array([[dataset.labels[index] for index in grid] for grid in grids], dtype=np.int64),
-        indices=np.array(grids, dtype=np.int64),
-        pool=pool,
-        judged=labelled,
-        kept=sum(map(len, by_class.values())),
-        failures=tuple(failures),
-    )
-
-
-def choose_grids(
-    dataset: ImageDataset,
-    classifiers: Sequence[Classifier],
-    *,
-    count: int | None,
-    n: int = 2,
-    threshold: float = 0.99,
-    seed: int = 0,
-    repeat_corners: bool = False,
-    pool: int | None = None,
-    split: str | None = None,
-    log: RecordLog | None = None,
-    progress: Progress | None = None,
-) -> GridSet:
-    """Judge the labelled images of a data set by some models and draw grids from those that all are sure of.
-
-    Args:
-        dataset: opened with the class names of the models, which all have the same classes.
-        classifiers: at least one.
-        count, n, threshold, seed, repeat_corners, split: see ``make_grids``.
-        pool: judge only so many images, the first of ``dataset.choose(None, seed, labels_only=True)``; None for all. The grids
-            depend on it, as images outside are not used.
-        log: keeps what was judged, so that a run that was killed goes on where it stopped (see ``label_confidences``).
-        progress: called with (images judged, images times models).
-
-    Raises:
-        UserError: see ``label_confidences`` and ``make_grids``; no classifier.
-    """
-    if not classifiers:
-        raise UserError("no classifier was given: expected at least one that is sure of the images")
-    _check_settings(n, threshold, seed)
-    indices = dataset.choose(pool, seed, labels_only=True)
-    total = len(indices) * len(classifiers)
-    judged: list[Confidences] = []
-    for number, classifier in enumerate(classifiers):
-
-        def report(done: int, _: int, before: int = number * len(indices)) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
-        judged.append(label_confidences(classifier, dataset, indices, log=log, progress=report))
-    return make_grids(
-        dataset,
-        [confidences.values for confidences in judged],
-        indices,
-        count=count,
-        n=n,
-        threshold=threshold,
-        seed=seed,
-        repeat_corners=repeat_corners,
-        models=[{"name": classifier.name, "weights_digest": classifier.weights_digest} for classifier in classifiers],
-        split=split,
-        pool=None if pool is None else int(pool),
-        failures=list({name: (name, reason) for found in reversed(judged) for name, reason in found.failures}.values()),
-    )
-
-
-def _judge(classifier: Classifier, dataset: ImageDataset, indices: Sequence[int]) -> list[float | UserError]:
-    """The confidence in each image, or what is wrong with it."""
-    found: dict[int, float | UserError] = {}
-    inputs: dict[int, Tensor] = {}
-    for index in indices:
-        try:
-            inputs[index] = classifier.inputs(_load(dataset, index))
-        except UserError as error:
-            found[index] = error
-    try:
-        found.update(_forward(classifier, dataset, inputs))
-    except UserError:  # one image that the model trips over must not cost the others of its batch
-        for index, single in inputs.items():
-            try:
-                found.update(_forward(classifier, dataset, {index: single}))
-            except UserError as error:
-                found[index] = error
-    return [found[index] for index in indices]
-
-
-def _forward(classifier: Classifier, dataset: ImageDataset, inputs: dict[int, Tensor]) -> dict[int, float]:
-    if not inputs:
-        return {}
-    probabilities = classifier.probabilities(torch.cat(list(inputs.values()))).cpu()
-    labels = torch.tensor([dataset.labels[index] for index in inputs])
-    of_label = probabilities.gather(1, labels[:, None])[:, 0]
-    sure = torch.where(probabilities.argmax(dim=1) == labels, of_label, 0.0)
-    return dict(zip(inputs, sure.tolist(), strict=True))
-
-
-def _load(dataset: ImageDataset, index: int) -> Tensor:
+def load_cell(dataset: ImageDataset, index: int) -> Tensor:
     """The image alone: a mask that cannot be read is no reason to leave an image out of a grid."""
     try:
         return load_image(dataset.read(index))
@@ -449,99 +219,13 @@ def _cell(classifier: Classifier, image: Tensor) -> Tensor:
     return (inputs * std + mean).clamp(0, 1).cpu()
 
 
-def _by_class(dataset: ImageDataset, indices: Sequence[int]) -> dict[int, list[int]]:
-    """Labelled images by class, both in ascending order, so that the order of judging does not matter."""
-    found: dict[int, list[int]] = {}
-    for label, index in sorted((label, index) for index in indices if (label := dataset.labels[index]) is not None):
-        found.setdefault(label, []).append(index)
-    return found
-
-
-def _draw(by_class: dict[int, list[int]], count: int | None, n: int, repeat_corners: bool, generator: torch.Generator) -> list[list[int]]:
-    """As many grids of indices as were asked for, or as there are images for."""
-    unused = {label: _shuffled(images, generator) for label, images in by_class.items()}
-    grids: list[list[int]] = []
-    while count is None or len(grids) < count:
-        classes = _draw_classes(unused, n, repeat_corners, generator)
-        if classes is None:
-            break
-        grids.append([unused[label].pop() for label in classes])
-    return grids
-
-
-def _draw_classes(unused: dict[int, list[int]], n: int, repeat_corners: bool, generator: torch.Generator) -> list[int] | None:
-    """Classes of the cells of a grid, uniform over all tuples that there are images for; None when there is no such tuple."""
-    there = [label for label, images in unused.items() if images]
-    if not repeat_corners:
-        return _shuffled(there, generator)[: n * n] if len(there) >= n * n else None
-    # the first cell needs a class of two images: drawn on its own, since the first such class of one permutation would favour tuples in
-    # which classes of one image follow it
-    pairs = [label for label in there if len(unused[label]) >= 2]
-    if not pairs or len(there) < n * n - 1:
-        return None
-    corner = _shuffled(pairs, generator)[0]
-    others = _shuffled([label for label in there if label != corner], generator)
-    return [corner, *others[: n * n - 2], corner]
-
-
-def _shuffled(values: list[int], generator: torch.Generator) -> list[int]:
-    return [values[position] for position in torch.randperm(len(values), generator=generator).tolist()]
-
-
-def _counts(dataset: ImageDataset, by_class: dict[int, list[int]], judged: int) -> str:
-    """How many images were kept, and of which classes there are few."""
-    known = {label for label in dataset.labels if label is not None} | set(range(len(dataset.class_names)))
-    counts = {label: len(by_class.get(label, ())) for label in known}
-    names = [
-        f"{dataset.class_names[label] if dataset.class_names else f'class {label}'} {counts[label]}"
-        for label in sorted(known, key=lambda label: (counts[label], label))
-    ]
-    kept = sum(counts.values())
-    return f"{kept} of {judged} images, in {len(by_class)} of {len(known)} classes, fewest first: {some_names(names) or 'no class'}"
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_settings(n: int, threshold: float, seed: int) -> None:
-    if not _is_whole(n) or n < 2:
+def check_grid_settings(n: int, threshold: float, seed: int) -> None:
+    if not is_whole(n) or n < 2:
         raise UserError(f"grids of {n!r} cells a side: expected a whole number of at least 2")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number) or not 0 < threshold <= 1:
         raise UserError(f"threshold is {threshold!r}: expected a confidence above 0 and at most 1")
-    if not _is_whole(seed) or not 0 <= seed <= _LARGEST:
+    if not is_whole(seed) or not 0 <= seed <= _LARGEST:
         raise UserError(f"seed is {seed!r}: expected 0 to 2**63 - 1")
-
-
-def _checked_indices(dataset: ImageDataset, indices: Sequence[int]) -> list[int]:
-    wrong = [index for index in indices if not _is_whole(index) or not 0 <= index < len(dataset)]
-    if wrong:
-        raise UserError(f"index {wrong[0]!r} is out of range: {dataset.name} has images 0 to {len(dataset) - 1}")
-    return [int(index) for index in indices]
-
-
-def _check_labels(classifier: Classifier, dataset: ImageDataset, indices: Sequence[int]) -> None:
-    labels = {index: dataset.labels[index] for index in indices}
-    for index, label in labels.items():
-        if label is None:
-            raise UserError(f"{dataset.ids[index]} has no label: choose labelled samples, as dataset.choose does with labels_only=True")
-    largest = max((label for label in labels.values() if label is not None), default=0)
-    if labels and largest >= classifier.num_classes:
-        raise UserError(
-            f"{dataset.name} has the label {largest}, {classifier.name} has classes 0 to {classifier.num_classes - 1}: open the data with "
-            "class_names=classifier.class_names"
-        )
-
-
-def _checked_confidences(values: Any, number: int, length: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.shape != (length,) or array.dtype.kind not in "fiu":
-        raise UserError(f"confidences of model {number} are {describe(values)}: expected float [{length}], one for each image judged")
-    if bool(((array < 0) | (array > 1)).any()):
-        raise UserError(
-            f"confidences of model {number} are {np.nanmin(array):.4g} to {np.nanmax(array):.4g}: expected probabilities in [0, 1]"
-        )
-    return array
 
 
 def _read_plain(path: Path) -> dict[str, Any]:
@@ -558,7 +242,7 @@ def _read_plain(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{path} is not a grid set, or is damaged ({reason}): choose the grids again") from None
-    if not isinstance(plain, dict) or not _is_whole(plain.get("format")):
+    if not isinstance(plain, dict) or not is_whole(plain.get("format")):
         raise UserError(f"{path} is not a grid set: expected a file that GridSet.save wrote")
     if plain["format"] != FORMAT:
         raise UserError(f"{path} has format {plain['format']}, this library reads {FORMAT}: upgrade the library, or choose the grids again")
@@ -575,7 +259,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return _is_whole(value) and 0 <= value <= _LARGEST
+    return is_whole(value) and 0 <= value <= _LARGEST
 
 
 def _is_model(value: Any) -> bool:

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from attribution.plotting import Figure
-from evaluation.figures import FAMILY_COLOURS, INK, MUTED, PAPER, draw_matrix, figure_style, has_interval
-from evaluation.neurons.runner import EDITED
+from attribution.figures.style import Figure
+from evaluation.neurons.measure import EDITED
 from evaluation.neurons.summary import NeuronSummary, Whose, changed
-from evaluation.statistics import Interval, bootstrap_interval
+from evaluation.statistics.intervals import Interval, bootstrap_interval
+from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, draw_matrix, figure_style, has_interval
 
 EDIT_NAMES = {"remove": "removed", "enhance": "enhanced", "mean": "at their mean"}
 _MOST_CLASSES = 12  # in small multiples

@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attribution.figures.style import Figure
 from attribution.files import slug, whole_file
 from attribution.neurons.decode import Exemplar, exemplars
 from attribution.neurons.figures import shown_exemplar
-from attribution.plotting import Figure
-from evaluation.figures import figure_style, has_interval
 from evaluation.neurons.figures import EDIT_NAMES, plot_agreement, plot_changes, plot_class_paths, plot_pruning, plot_similarity
-from evaluation.neurons.runner import EDITED
+from evaluation.neurons.measure import EDITED
 from evaluation.neurons.settings import PATHS
 from evaluation.neurons.summary import QUANTITIES, NeuronSummary, Whose, changes_csv, exemplar_inputs, plain_summary, pruning_csv
-from evaluation.pages import inline_svg, page, picture, write_text
-from evaluation.report import ReportFiles
-from evaluation.statistics import Interval
+from evaluation.statistics.intervals import Interval
+from evaluation.study.page import inline_svg, page, picture, write_text
+from evaluation.study.report import ReportFiles
+from evaluation.study.style import figure_style, has_interval
 
 _SIGNIFICANT = 0.05
 _MOST_GALLERY = 20  # classes whose paths the page shows with images

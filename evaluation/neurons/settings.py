@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError
-from attribution.explain import plain_settings
+from attribution.model.classifier import Classifier
 from attribution.neurons.path import STEPS
-from evaluation.settings import check_fields
+from attribution.provenance import plain_settings
+from evaluation.study.settings import check_fields
 
 PATHS = {
     "neuron_path": "the published search",

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from attribution.errors import NotApplicable
-from attribution.explain import versions
 from attribution.neurons.classes import Similarity, class_similarity, path_frequency
 from attribution.neurons.decode import Decoded, NeuronDecoder
-from evaluation.neurons.runner import EDITED, Measured, NeuronResults, relative
-from evaluation.statistics import Interval, bootstrap_interval, holm, sign_flip
+from attribution.provenance import versions
+from evaluation.neurons.measure import EDITED, Measured, NeuronResults, relative
+from evaluation.statistics.comparisons import holm, sign_flip
+from evaluation.statistics.intervals import Interval, bootstrap_interval
 
 Whose = Literal["own", "class"]
 QUANTITIES = {

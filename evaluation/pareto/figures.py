@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from attribution.plotting import Figure
-from evaluation.figures import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style, has_interval
+from attribution.figures.style import Figure
 from evaluation.pareto.settings import POLISHED, SAMPLED
 from evaluation.pareto.summary import Row
+from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style, has_interval
 
 _DASHES: dict[str, Any] = {"rise": "-", "kernel_shap": (0, (5, 1.5)), "hsic": (0, (1.2, 1.4)), "occlusion": (0, (6, 1.5, 1.2, 1.5))}
 

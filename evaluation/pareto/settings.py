@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attribution.classifier import Classifier
 from attribution.errors import UserError
+from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.pareto.settings import REFERENCE, ParetoResults
-from evaluation.statistics import Interval, bootstrap_interval, sign_flip
+from evaluation.statistics.comparisons import sign_flip
+from evaluation.statistics.intervals import Interval, bootstrap_interval
 
 
 @dataclass(frozen=True)

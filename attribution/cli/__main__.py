@@ -1,5 +1,0 @@
-"""python -m attribution.cli"""
-
-from attribution.cli import main
-
-main()

@@ -1,0 +1,168 @@
+"""Figures (matplotlib): each function returns a Figure and never shows or keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from scipy.ndimage import distance_transform_edt
+
+from attribution.errors import UserError
+from attribution.figures.drawn import DrawnExplanation, DrawnRegions
+from attribution.figures.style import DELETION, INK, INSERTION, Figure, border_segments, draw_colorbar, draw_title
+
+_NUMBERED = 30  # more rank numbers than this cannot be read on a slide
+
+
+def plot_explanation(explanation: DrawnExplanation, share: float = 0.95) -> Figure:
+    """One explanation as a row: photo, heatmap, selected regions with their ranks, insertion and deletion curves.
+
+    Args:
+        explanation: of a search, or of a method that gives a map only (photo and heatmap are drawn then).
+        share: the regions shown are the first that reach this share of the class's confidence on the whole image (where none
+            or the fill alone does: those of the highest probability).
+    """
+    return plot_explanations([explanation], share)
+
+
+def plot_explanations(explanations: Sequence[DrawnExplanation], share: float = 0.95) -> Figure:
+    """Several explanations, a row each, on shared columns (see ``plot_explanation``)."""
+    if not explanations:
+        raise UserError("no explanations to plot: give at least one")
+    searched = any(e.insertion_scores is not None for e in explanations)
+    columns = 4 if searched else 2
+    height, width = explanations[0].image.shape[1:]
+    panel = min(max(height / width, 0.55), 1.4)
+    figure = Figure(figsize=(3.7 * columns, (3.5 * panel + 0.9) * len(explanations)), layout="constrained", dpi=130)
+    grid = figure.add_gridspec(len(explanations), columns, width_ratios=[1, 1, 1, 1.15][:columns])
+    for row, explanation in enumerate(explanations):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
+        draw_photo(axes[0], explanation)
+        draw_heatmap(axes[1], explanation)
+        if not searched:
+            continue
+        if explanation.insertion_scores is None:
+            for ax in axes[2:]:
+                ax.set_axis_off()
+            continue
+        chosen = chosen_prefix(explanation, share)
+        draw_regions(axes[2], explanation, chosen, share)
+        draw_curves(axes[3], explanation, chosen)
+    return figure
+
+
+def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
+    """The least k for which the first k regions reach a share of the full image's confidence.
+
+    The k of the highest probability where no prefix reaches it, or where the fill alone does already.
+    """
+    scores = explanation.insertion_scores
+    assert scores is not None
+    needed = explanation.regions_needed(share * explanation.confidence)
+    return needed or int(scores[1:].argmax()) + 1
+
+
+def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
+    """The image, titled with class and confidence."""
+    ax.imshow(_hwc(explanation))
+    model = explanation.provenance.get("model", "")
+    predicted = int(explanation.probabilities.argmax())
+    title = f"{model}: {explanation.target_name}, p = {explanation.confidence:.2f}".removeprefix(": ")
+    if predicted != explanation.target:
+        title += f"\npredicted {explanation.class_names[predicted]}, p = {float(explanation.probabilities[predicted]):.2f}"
+    draw_title(ax, title)
+    ax.set_axis_off()
+
+
+def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
+    """The map over the gray photo; a signed map in two colours around zero; an empty one is said to be empty."""
+    signed = explanation.pixel_map if explanation.order is None else None
+    values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
+    broken = ~np.isfinite(values)
+    values = np.where(broken, 0.0, values)
+    gray = _hwc(explanation).mean(axis=2)
+    ax.imshow(0.25 + 0.75 * gray, cmap="gray", vmin=0, vmax=1)
+    top = float(np.abs(values).max())
+    note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
+    if top == 0 or np.ptp(values) == 0:
+        draw_title(ax, f"heatmap: constant{note}")
+    elif values.min() < 0:
+        image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, alpha=0.65, interpolation="nearest")
+        draw_colorbar(ax, image, [-top, 0, top], ["against", "0", "for"])
+        draw_title(ax, f"heatmap, signed{note}")
+    else:
+        image = ax.imshow(values, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
+        draw_colorbar(ax, image, [0, top], ["last", "first"] if explanation.order is not None else ["0", "max"])
+        draw_title(ax, f"importance{note}")
+    ax.set_axis_off()
+
+
+def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: float) -> None:
+    """The first regions of the order in colour with rank and border, the others dimmed."""
+    regions, order, scores = explanation.regions, explanation.order, explanation.insertion_scores
+    assert regions is not None and order is not None and scores is not None
+    labels = regions.labels.numpy()
+    selected = np.isin(labels, order[:chosen].numpy())
+    photo = _hwc(explanation)
+    dimmed = 0.75 + 0.25 * photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    ax.imshow(np.where(selected[:, :, None], photo, dimmed))
+    ax.add_collection(LineCollection(border_segments(labels), colors="white", linewidths=0.5, alpha=0.8))
+    shown = np.where(selected, labels, -1)
+    ax.add_collection(LineCollection(border_segments(shown), colors=INK, linewidths=1.1))
+    for rank, (x, y) in enumerate(_label_points(regions, order[: min(chosen, _NUMBERED)].tolist()), start=1):
+        badge = {"boxstyle": "circle,pad=0.18", "facecolor": "white", "edgecolor": INK, "linewidth": 0.7, "alpha": 0.9}
+        ax.text(x, y, str(rank), ha="center", va="center", fontsize=6.5, color=INK, bbox=badge)
+    ax.set_xlim(-0.5, labels.shape[1] - 0.5)
+    ax.set_ylim(labels.shape[0] - 0.5, -0.5)
+    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of the image"
+    reached = float(scores[chosen])
+    enough = explanation.fill_confidence < share * explanation.confidence <= reached
+    verb = "gives" if chosen == 1 else "give"
+    draw_title(ax, f"{count}\n{verb} {'' if enough else 'the highest '}p = {reached:.2f}")
+    ax.set_axis_off()
+
+
+def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = None) -> None:
+    """Insertion and deletion probability over the exact share of the image, with the chosen prefix marked."""
+    insertion, deletion = explanation.insertion_scores, explanation.deletion_scores
+    assert insertion is not None and deletion is not None
+    area = explanation.area.numpy()
+    for scores, colour, name, auc in (
+        (insertion, INSERTION, "insertion", explanation.insertion_auc),
+        (deletion, DELETION, "deletion", explanation.deletion_auc),
+    ):
+        ax.plot(area, scores.numpy(), color=colour, linewidth=1.8, label=f"{name}, AUC {auc:.3f}")
+        ax.fill_between(area, scores.numpy(), color=colour, alpha=0.08, linewidth=0)
+    if chosen is not None:
+        ax.axvline(area[chosen], color=INK, linewidth=0.8, linestyle=":")
+        point = (area[chosen], float(insertion[chosen]))
+        ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("share of the image shown / hidden", fontsize=9)
+    ax.set_ylabel(f"p({explanation.target_name})", fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
+    fill = explanation.provenance.get("settings", {}).get("fill")
+    title = f"most important first{f', fill {fill}' if isinstance(fill, str) else ''}"
+    if explanation.fill_is_informative:
+        title += f"\nthe fill alone gives p = {explanation.fill_confidence:.2f}: try another"
+    draw_title(ax, title)
+
+
+def _label_points(regions: DrawnRegions, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """For each region the pixel deepest inside it, (x, y)."""
+    points = []
+    for region in ids:
+        depth = distance_transform_edt(np.pad(regions.labels.numpy() == region, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        points.append((int(x), int(y)))
+    return points
+
+
+def _hwc(explanation: DrawnExplanation) -> np.ndarray:
+    return explanation.image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1)

@@ -1,0 +1,1 @@
+"""A classifier with everything that belongs to it: preprocessing, forward passes, head, loading."""

@@ -1,0 +1,328 @@
+"""load_classifier: a classifier by name or file, with the preprocessing that its own configuration asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from attribution.errors import UserError, describe
+from attribution.files import whole_file
+from attribution.model import zoo
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import resolve_device
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "network")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
+_METADATA_KEY = "vision-attribution"
+_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "head", "scores")
+_LARGEST_INPUT = 4096  # pixels a side that a file may ask for
+
+
+def load_classifier(
+    model: str | Path | nn.Module | Classifier,
+    *,
+    device: str | torch.device = "auto",
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    class_names: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> Classifier:
+    """A classifier by name, ready to explain.
+
+    Args:
+        model: "zoo:cnn" or "zoo:vit" (embedded), "timm:NAME", "torchvision:NAME", or a file that ``save_classifier`` wrote.
+            An ``nn.Module`` is taken with ``settings`` as ``Classifier`` takes them; a ``Classifier`` is returned as it is.
+        device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
+        checkpoint: weights for a timm or torchvision model, in safetensors or in torch's format holding tensors only (a
+            state dict, bare or under "state_dict", "model" ...). The number of classes is read from the checkpoint.
+        pretrained: without a checkpoint, load the library's published weights (a download at the first use); False gives
+            random weights.
+        class_names: names for the classes; the library's own for published weights.
+        batch_size: most images forwarded at once.
+        settings: further arguments of ``Classifier`` that override the model's own configuration (size, mean, std ...).
+
+    Raises:
+        UserError: unknown model, weights that cannot be had, or a checkpoint that does not fit, saying how.
+    """
+    if checkpoint is not None and (isinstance(model, Classifier | nn.Module) or Path(str(model)).suffix == ".safetensors"):
+        raise UserError(f"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: {describe(model)} has its own weights")
+    if isinstance(model, Classifier):
+        return model
+    if isinstance(model, nn.Module):
+        if "size" not in settings:
+            raise UserError("a bare nn.Module has no input size: give size=, mean=, std= and class_names=")
+        return Classifier(model.to(resolve_device(device)), class_names=class_names, batch_size=batch_size, **settings)
+    spec = str(model)
+    source, _, name = spec.partition(":")
+    if source in SOURCES and name:
+        where = resolve_device(device)
+        built = SOURCES[source](name, Path(checkpoint) if checkpoint is not None else None, pretrained)
+        names = built.class_names if class_names is None else class_names
+        own = {**built.settings, "name": spec, **settings}
+        return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
+    if Path(spec).suffix == ".safetensors":
+        return _from_saved_file(Path(spec), resolve_device(device), batch_size, class_names, settings)
+    received = repr(spec) if isinstance(model, str | Path) else describe(model)
+    raise UserError(
+        f"unknown model {received}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, "
+        "or a .safetensors file written by save_classifier"
+    )
+
+
+def save_classifier(classifier: Classifier, path: str | Path) -> None:
+    """Write a zoo, timm or torchvision classifier as one safetensors file that ``load_classifier`` reads back.
+
+    Raises:
+        UserError: the architecture has no name by which it could be built again.
+    """
+    source = classifier.name.partition(":")[0]
+    if source not in SOURCES or type(classifier) is not Classifier or not isinstance(classifier.module, nn.Module):
+        raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
+    way = classifier.preprocessing
+    card = {
+        "model": classifier.name.partition("@")[0],
+        "class_names": classifier.class_names,
+        "settings": {
+            "size": way.size,
+            "mean": way.mean,
+            "std": way.std,
+            "resize": way.resize,
+            "resized": way.resized,
+            "interpolation": way.interpolation,
+            "head": classifier._head,
+            "scores": classifier._scores,
+        },
+    }
+    # shared tensors are written once per name: safetensors refuses aliases
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in classifier.module.state_dict().items()}
+    with whole_file(path) as temporary:
+        save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
+
+
+class _Built(NamedTuple):
+    """What a source makes of a name: the module, its own preprocessing as settings of ``Classifier``, class names if known."""
+
+    module: nn.Module
+    settings: dict[str, Any]
+    class_names: tuple[str, ...] | None
+
+
+def _zoo(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+    fresh = name in zoo.ZOO and not pretrained and checkpoint is None
+    module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
+    if checkpoint is not None:
+        _load_state(module, read_state_dict(checkpoint), checkpoint, f"zoo:{name}")
+    settings = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
+    return _Built(module, settings, zoo.CLASS_NAMES)
+
+
+def _timm(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise UserError(f"timm has no model {name!r}: {hint}")
+
+    def build(classes: int | None) -> nn.Module:
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        published = pretrained and checkpoint is None
+        return _or_explain_download(lambda: timm.create_model(name, pretrained=published, **options), f"timm:{name}")
+
+    module = _with_checkpoint(build, checkpoint, f"timm:{name}")
+    config = timm.data.resolve_data_config(model=module)
+    side = config["input_size"][1:]
+    settings = {
+        "size": tuple(side),
+        "mean": config["mean"],
+        "std": config["std"],
+        "resize": {"squash": "squash", "border": "long_side"}.get(config["crop_mode"], "short_side"),
+        "resized": tuple(math.floor(s / config["crop_pct"]) for s in side),
+        "interpolation": config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic", "nearest") else "bicubic",
+    }
+    class_names = None
+    if checkpoint is None and getattr(module, "num_classes", None) == 1000:
+        info = timm.data.ImageNetInfo("imagenet-1k")
+        class_names = _unique(tuple(info.index_to_description(index).split(",")[0] for index in range(1000)))
+    return _Built(module, settings, class_names)
+
+
+def _torchvision(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = [other for other in known if name.split("_")[0] in other][:5]
+        hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.models.list_models()"
+        raise UserError(f"torchvision has no classifier {name!r}: {hint}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+
+    def build(classes: int | None) -> nn.Module:
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        chosen = weights if pretrained and checkpoint is None else None
+        if chosen is None and name in ("googlenet", "inception_v3"):
+            options |= {"init_weights": True}
+        return _or_explain_download(lambda: torchvision.models.get_model(name, weights=chosen, **options), f"torchvision:{name}")
+
+    module = _with_checkpoint(build, checkpoint, f"torchvision:{name}")
+    transform = weights.transforms()
+    settings = {
+        "size": int(transform.crop_size[0]),
+        "mean": transform.mean,
+        "std": transform.std,
+        "resize": "short_side",
+        "resized": (int(transform.resize_size[0]), int(transform.resize_size[0])),
+        "interpolation": transform.interpolation.value,
+    }
+    class_names = _unique(tuple(weights.meta["categories"])) if checkpoint is None else None
+    return _Built(module, settings, class_names)
+
+
+def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]) -> Classifier:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
+        raise UserError(
+            f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}"
+        )
+    own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
+    names = class_names or card.get("class_names")
+    model = card["model"].partition("@")[0]
+    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(card.get("class_names"), list)
+    if not usable or max(np.atleast_1d(own.get("size", 1)).tolist(), default=0) > _LARGEST_INPUT:
+        raise UserError(f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}")
+    own = {**own, "name": f"{model}@{path.stem}", **settings}
+    return load_classifier(model, device=device, checkpoint=path, class_names=names, batch_size=batch_size, **own)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Weights by name from a safetensors file or a torch file that holds tensors only (no pickled objects are run).
+
+    Raises:
+        UserError: missing, damaged, or holding something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged or unsafe files
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as weights only ({reason}): save model.state_dict() with torch.save, or use safetensors"
+        ) from None
+    for key in _WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} holds {describe(loaded)}: expected a state dict, names to tensors")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Path | None, name: str) -> nn.Module:
+    """The module with the checkpoint's weights; built with as many classes as the checkpoint's final layer has."""
+    if checkpoint is None:
+        return build(None)
+    state = read_state_dict(checkpoint)
+    module = build(None)
+    expected = module.state_dict()
+    state = _without_prefix(state, expected)
+    heads = [key for key in expected if key in state and key.endswith("weight") and key == _head_weight(module)]
+    if heads and state[heads[0]].shape[0] != expected[heads[0]].shape[0]:
+        module = build(int(state[heads[0]].shape[0]))
+    _load_state(module, state, checkpoint, name)
+    return module
+
+
+def _head_weight(module: nn.Module) -> str | None:
+    """Name of the weight of the last linear layer (or convolution, where there is none), the one that has a row per class."""
+    kinds = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    kinds = kinds or [name for name, m in module.named_modules() if isinstance(m, nn.Conv2d)]
+    return f"{kinds[-1]}.weight" if kinds else None
+
+
+def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strip wrappers' prefixes (DataParallel, Lightning, torch.compile) while that makes more names fit."""
+    while True:
+        options = [{k.removeprefix(p): v for k, v in state.items()} for p in _PREFIXES if all(k.startswith(p) for k in state)]
+        better = [o for o in options if len(o.keys() & expected.keys()) >= len(state.keys() & expected.keys())]
+        if not better or state.keys() <= expected.keys():
+            return state
+        state = better[0]
+
+
+def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    expected = module.state_dict()
+    state = _without_prefix(state, expected)
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} weights are missing ({_first(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} are unknown ({_first(unexpected)})")
+    if reshaped:
+        key = reshaped[0]
+        problems.append(
+            f"{len(reshaped)} have another shape ({key}: {list(state[key].shape)} in the file, {list(expected[key].shape)} in the model)"
+        )
+    if problems:
+        raise UserError(f"{path} does not fit {name}: {'; '.join(problems)}; is it a checkpoint of this architecture?")
+    module.load_state_dict(state, strict=False)
+    module.eval()
+
+
+def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module:
+    try:
+        return build()
+    except UserError:
+        raise
+    except (TypeError, AssertionError):
+        raise
+    except Exception as error:  # network libraries raise many types
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"the weights of {name} could not be had ({reason}): connect to the network once, or give --checkpoint FILE"
+        ) from None
+
+
+def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names made unambiguous: the second "crane" becomes "crane (517)"."""
+    seen: set[str] = set()
+    result = []
+    for index, name in enumerate(names):
+        result.append(f"{name} ({index})" if name in seen else name)
+        seen.add(name)
+    return tuple(result)
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
+
+
+SOURCES: dict[str, Callable[[str, Path | None, bool], _Built]] = {
+    "zoo": _zoo,
+    "timm": _timm,
+    "torchvision": _torchvision,
+}

@@ -1,0 +1,285 @@
+"""A part of a classifier between two of its layers, as a function of maps."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution.errors import NotApplicable
+from attribution.hooks import evaluation_mode, removed_after, stand_ins, stopped_after
+from attribution.model.classifier import Classifier, Wrapping
+from attribution.network.maps import FeatureLayer, map_layers
+from attribution.task import Task
+
+_ANY_BATCH = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What a layer returned, as a map.
+
+    Attributes:
+        maps: float32 [n, C, h, w]; at the end of the network its logits [n, classes].
+        output: the output itself [1 or n, ...]; where it is a sequence of tokens, its prefix tokens go with the maps.
+    """
+
+    maps: Tensor
+    output: Tensor | None = None
+
+
+class Segment:
+    """The part of a classifier between two of its layers, as a function of maps.
+
+    Args:
+        classifier: takes the image size that this part works at.
+        start: the layer whose output is given; None for the model input.
+        stop: the layer whose output is wanted; None for the logits.
+        probe: of this classifier, where it is known already.
+
+    Raises:
+        NotApplicable: the start is called more than once in a pass, or after the stop.
+    """
+
+    def __init__(
+        self, classifier: Classifier, start: FeatureLayer | None, stop: FeatureLayer | None = None, probe: Probe | None = None
+    ) -> None:
+        if stop is None:
+            _settle(classifier)
+        self.classifier = _for_parts(classifier)
+        self.start, self.stop = start, stop
+        self._before: dict[str, list[_Value]] = {}
+        if start is not None:
+            probe = probe or Probe(self.classifier)
+            self._before = probe.values_before(start.name)
+            if stop is not None and probe.end_of(stop.name) < probe.end_of(start.name):
+                raise NotApplicable(f"layer {stop.name!r} of {classifier.name} does not come after {start.name!r}")
+
+    def __call__(self, given: Activation) -> Activation:
+        """From the output of the start to that of the stop; gradients flow where the maps require them."""
+        if self.start is not None and self.stop is not None and self.start.name == self.stop.name:
+            return given
+        images, standing = self._standing(given)
+        with standing:
+            if self.stop is None:
+                return Activation(self.classifier.logits(images))
+            module = module_of(self.classifier)
+            grad = torch.set_grad_enabled(torch.is_grad_enabled() and given.maps.requires_grad)
+            with evaluation_mode(module), grad, stopped_after(module.get_submodule(self.stop.name)) as found:
+                module(images)
+        return Activation(self.stop.to_map(found[0]), found[0])
+
+    def _standing(self, given: Activation) -> tuple[Tensor, AbstractContextManager[Any]]:
+        """Model inputs, and what answers for the modules before the start."""
+        if self.start is None:
+            return given.maps.contiguous(), nullcontext()
+        maps = given.maps
+        images = maps.new_zeros(1).requires_grad_(maps.requires_grad and torch.is_grad_enabled())
+        images = images.expand(len(maps), *self.classifier.preprocessing.shape)
+        output = self.start.from_map(maps, maps if given.output is None else given.output)
+        output = output.clone(memory_format=torch.contiguous_format)  # what follows may work in place, or view it
+        values = {name: [value.of(len(maps)) for value in each] for name, each in self._before.items()}
+        return images, stand_ins(module_of(self.classifier), {**values, self.start.name: [output]})
+
+
+class Probe:
+    """What every module returns for one smooth random image, and for two, from which the structure of a network is read.
+
+    Attributes:
+        classifier: the model.
+        images: float32 [2, C, h, w], model inputs.
+        one, two: every call of a pass with the first image, and with both.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier, self.images = _for_parts(classifier), _two_images(classifier)
+        self.one, self.two = (trace(module_of(classifier), images) for images in (self.images[:1], self.images))
+
+    @cached_property
+    def task(self) -> Task:
+        """A task on the first image."""
+        blank = torch.zeros(self.classifier.preprocessing.shape)
+        return Task(self.classifier, blank, blank, 0, self.images[:1], torch.zeros_like(self.images[:1]))
+
+    @cached_property
+    def layers(self) -> dict[str, FeatureLayer]:
+        """The layers that return a map, by name."""
+        return {layer.name: layer for layer in map_layers(self.task)}
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of both images, [2, classes].
+
+        Raises:
+            NotApplicable: they are the same, so that nothing can be told from them.
+        """
+        with torch.no_grad():
+            logits = self.classifier.logits(self.images)
+        if torch.equal(logits[0], logits[1]):
+            raise NotApplicable(f"{self.classifier.name} gives any image the same logits (is its head still zero?): load its weights")
+        return logits
+
+    def activation(self, layer: FeatureLayer) -> Activation:
+        """What a layer returns for both images."""
+        self.end_of(layer.name)
+        (output,) = [call.output for call in self.two if call.name == layer.name]
+        return Activation(layer.to_map(output), output)
+
+    def values_before(self, start: str) -> dict[str, list[_Value]]:
+        """What the outermost modules return that end before the start does: module name -> its first calls."""
+        end = self.end_of(start)
+        found: dict[str, list[_Value]] = {}
+        for call, double in zip(self.one, self.two, strict=True):
+            inside = call.parent_stop is not None and call.parent_stop <= end
+            if call.stop < end and not inside:
+                found.setdefault(call.name, []).append(_Value(call.output, double.output, call.edited))
+        return found
+
+    def end_of(self, layer: str) -> int:
+        """When the layer's only call ends, in events of the pass.
+
+        Raises:
+            NotApplicable: it is called more than once, or the network runs other modules for two images than for one.
+        """
+        name = self.classifier.name
+        ends = [call.stop for call in self.one if call.name == layer]
+        if len(ends) != 1:
+            raise NotApplicable(f"layer {layer!r} of {name} is called {len(ends)} times in a pass: choose one that is called once")
+        if [call.name for call in self.one] != [call.name for call in self.two]:
+            raise NotApplicable(f"{name} runs other modules for two images than for one: only the layer 'input' can be explained")
+        return ends[0]
+
+
+def module_of(classifier: Classifier) -> nn.Module:
+    """The module.
+
+    Raises:
+        NotApplicable: the classifier is a black box.
+    """
+    if not isinstance(classifier.module, nn.Module):
+        raise NotApplicable(f"{classifier.name} is a black box: only difull at the layer 'input' is defined for it")
+    return classifier.module
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in a forward pass.
+
+    Attributes:
+        name: of the module.
+        stop: when it ended, in events of the pass.
+        parent_stop: when the call ended that it is part of; None where that never did, and for the whole module.
+        output: what it returned.
+        edited: whether something other than a module changed that in place later in the pass.
+    """
+
+    name: str
+    stop: int
+    parent_stop: int | None
+    output: Any
+    edited: bool
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Positions of the output read as a map of each kind; tokens count their prefix."""
+        shape = tuple(self.output.shape) if isinstance(self.output, Tensor) else ()
+        if len(shape) == 4:
+            return {"nchw": shape[2] * shape[3], "nhwc": shape[1] * shape[2]}
+        return {"tokens": shape[1]} if len(shape) == 3 else {}
+
+
+def trace(module: nn.Module, images: Tensor) -> list[Call]:
+    """Every call of a forward pass that came to its end, in the order of their beginnings; a pass that fails leaves those before."""
+    names = {each: name for name, each in module.named_modules()}
+    begun: list[tuple[str, int | None]] = []  # the module's name, and the call it is part of
+    ended: dict[int, tuple[int, Any]] = {}
+    versions: dict[int, int] = {}  # of each output when the last module returned it: one that works in place returns what it got
+    stack: list[int] = []
+
+    def enter(called: nn.Module, _args: Any) -> None:
+        begun.append((names[called], stack[-1] if stack else None))
+        stack.append(len(begun) - 1)
+
+    def leave(_called: nn.Module, _args: Any, output: Any) -> None:
+        ended[stack.pop()] = (len(ended), output)
+        if isinstance(output, Tensor):
+            versions[id(output)] = output._version
+
+    handles = [each.register_forward_pre_hook(enter) for each in names] + [each.register_forward_hook(leave) for each in names]
+    with removed_after(handles), torch.no_grad(), evaluation_mode(module):
+        try:
+            module(images)
+        except (RuntimeError, ValueError, AssertionError):  # a head of fixed size, after the maps
+            if not ended:
+                raise
+    calls = []
+    for place, (stop, output) in sorted(ended.items()):
+        name, parent = begun[place]
+        edited = isinstance(output, Tensor) and output._version > versions[id(output)]
+        calls.append(Call(name, stop, ended[parent][0] if parent in ended else None, output, edited))
+    return calls
+
+
+@dataclass(frozen=True, eq=False)
+class _Value:
+    """What a module returned for one image and for two, and whether that was edited afterwards."""
+
+    one: Any
+    two: Any
+    edited: bool
+
+    def of(self, count: int) -> Any:
+        """What stands for its output for so many images."""
+        found = _repeated(self.one, self.two, count)
+        return found.clone() if self.edited else found
+
+
+def _repeated(one: Any, two: Any, count: int) -> Any:
+    """Outputs for ``count`` images: what doubled from one image to two is the dimension of the images."""
+    if isinstance(one, tuple | list):
+        items = [_repeated(a, b, count) for a, b in zip(one, two, strict=True)]
+        return type(one)(*items) if hasattr(one, "_fields") else type(one)(items)
+    if isinstance(one, dict):
+        made = copy.copy(one)  # of its own type, which may give its items as attributes too
+        for key, value in one.items():
+            made[key] = _repeated(value, two[key], count)
+        return made
+    if not isinstance(one, Tensor) or one.shape == two.shape:
+        return one
+    doubled = [b == 2 * a for a, b in zip(one.shape, two.shape, strict=True)]
+    if all(size == 1 for size, grows in zip(one.shape, doubled, strict=True) if grows):
+        return one.expand([count if grows else -1 for grows in doubled])
+    return one.repeat([count if grows else 1 for grows in doubled])
+
+
+def _two_images(classifier: Classifier) -> Tensor:
+    """Two smooth random model inputs, float32 [2, C, h, w]."""
+    channels, height, width = classifier.preprocessing.shape
+    coarse = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False).to(classifier.device)
+
+
+def _settle(classifier: Classifier) -> None:
+    """Let a classifier find out what it finds out once: it must not run while stand-ins answer."""
+    for each in classifier.chain:
+        each._probe  # noqa: B018
+    for each in classifier.chain[1:]:
+        each._heads  # noqa: B018
+
+
+def _for_parts(classifier: Classifier) -> Classifier:
+    """The classifier without a limit of its own, so that rows of maps and the images that stand for them stay together, in float32.
+
+    What is recorded of parts, and compared with the whole, is computed in float32.
+    """
+    made = copy.copy(classifier)
+    made.batch_size = _ANY_BATCH
+    if isinstance(made, Wrapping):
+        made._base = _for_parts(made._base)
+    made.precision = "float32"
+    return made

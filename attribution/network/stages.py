@@ -1,0 +1,197 @@
+"""A network cut at its layers: what comes before a layer, what comes after it, and where to cut (ML-Att).
+
+Rao, Boehle and Schiele (CVPR 2022, section 3.2) compare attribution methods fairly by running each of them on the same layer, the
+input, a middle or the final one, whose activations are then the "input" of the rest of the network. No network is rewritten for
+that: while the rest runs, what came before answers with what it returned for another image, and nothing of it is computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attribution.errors import NotApplicable, UserError
+from attribution.model.classifier import Classifier
+from attribution.network.maps import FeatureLayer, find_feature_layer
+from attribution.network.segments import Activation, Probe, Segment, module_of, trace
+
+LAYERS = ("input", "middle", "final")
+_ACTIVATIONS = tuple(getattr(nn, name) for name in ("ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "CELU", "SELU", "LeakyReLU", "PReLU"))
+_MOST_OF = 2 / 3  # a module that does more than this share of the work is opened to find the middle
+_CANNOT_RUN = (UserError, RuntimeError, TypeError, AttributeError)  # raised by a network that is run in part
+
+
+def find_layer(classifier: Classifier, layer: str) -> FeatureLayer | None:
+    """The layer that ``layer`` names: "input" (None), "middle", "final" or a module; checked to let nothing past.
+
+    "final" is the last of the network's stages whose positions the logits depend on, "middle" the one in their middle (for VGG11 and
+    ResNet18 the layers of Rao et al.: features.12 and features.19, layer2 and layer4). Stages are the activations and blocks called one
+    after another, coarse ones opened where one does nearly all the work. In a transformer that reads its class token the patches of
+    the last block count no more, so the final layer is the block before.
+
+    Raises:
+        NotApplicable: a black box, no stages, or a layer past which information flows.
+        UserError: no such module, or one that returns no map.
+    """
+    if layer == "input":
+        return None
+    if layer not in LAYERS:
+        probe = Probe(classifier)
+        found = find_feature_layer(probe.task, layer)
+        if not _passes_everything(probe, found):
+            raise NotApplicable(
+                f"layer {found.name!r} of {classifier.name} is bypassed: with its output replaced, the logits still depend on the image; "
+                f"choose the output of a whole block, such as {', '.join(each.name for each in stages(classifier)[-3:])}"
+            )
+        return found
+    found_stages = stages(classifier)
+    if not found_stages:
+        raise NotApplicable(f"{classifier.name} has no stages that follow one another: name a module as the layer")
+    return found_stages[-1] if layer == "final" else found_stages[middle_of(len(found_stages)) - 1]
+
+
+def middle_of(count: int) -> int:
+    """Which of so many stages is the middle, counted from 1: the fifth of VGG11's eight, the third of ResNet18's five."""
+    return max(1, min(count // 2 + 1, count - 1))
+
+
+def stages(classifier: Classifier) -> list[FeatureLayer]:
+    """The layers that "middle" and "final" are chosen from, first to last."""
+    probe = Probe(classifier)
+    found = [layer for layer in _stages(probe) if _passes_everything(probe, layer)]
+    while found and not _positions_count(probe, found[-1]):
+        found.pop()
+    return found
+
+
+def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer:
+    """The last layer whose map grows with the image: what a head pools, or slides over.
+
+    Args:
+        classifier: at the size of a cell.
+        larger: the same model at the size of the grid; it may fail after that layer.
+
+    Raises:
+        NotApplicable: there is none, the logits depend on more than that map, or a later one grows by another factor.
+    """
+    name, probe = classifier.name, Probe(classifier)
+    positions = grid_positions(larger)
+    factor = math.prod(larger.preprocessing.size) // math.prod(classifier.preprocessing.size)
+    growing: FeatureLayer | None = None
+    misfit = ""
+    for layer in probe.layers.values():
+        cell, grid = math.prod(layer.grid), positions.get(layer.name, {}).get(layer.kind, 0) - layer.prefix
+        if isinstance(layer.module, nn.Identity | nn.Dropout):
+            continue
+        if grid == factor * cell:
+            growing, misfit = layer, ""
+        elif grid > 0 and grid != cell:
+            misfit = f"{layer.name!r} has {cell} positions for a cell and {grid} for a grid of {factor}"
+    if misfit:
+        raise NotApplicable(f"{misfit} in {name}: a grid is defined for cells whose sides the strides divide; use difull")
+    if growing is None:
+        raise NotApplicable(f"no layer of {name} has a map that grows with the image: use difull")
+    if not _passes_everything(probe, growing):
+        raise NotApplicable(f"the logits of {name} depend on more than its last map ({growing.name!r}), so that it has no head: use difull")
+    return growing
+
+
+def grid_positions(larger: Classifier) -> dict[str, dict[str, int]]:
+    """Positions of what each module returns for a grid, see ``Call``; the name "" is among them where the pass came to its end."""
+    images = torch.zeros(1, *larger.preprocessing.shape, device=larger.device)
+    return {call.name: call.positions for call in trace(module_of(larger), images)}
+
+
+def at_grid(layer: FeatureLayer, larger: Classifier, n: int) -> FeatureLayer:
+    """The same layer of the model at the size of n x n cells."""
+    return replace(layer, module=module_of(larger).get_submodule(layer.name), grid=(n * layer.grid[0], n * layer.grid[1]))
+
+
+def _positions_count(probe: Probe, layer: FeatureLayer) -> bool:
+    """Whether the logits depend on the layer's map, beside its prefix tokens."""
+    given, rest = probe.activation(layer), Segment(probe.classifier, layer, probe=probe)
+    return not torch.equal(rest(given).maps, rest(Activation(torch.zeros_like(given.maps), given.output)).maps)
+
+
+def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, n: int) -> bool:
+    """Whether what follows a layer only averages over its positions, so that it means the same on a grid's larger map.
+
+    Tried: a map laid n x n times side by side must give the logits of the map, and a larger map those of its shuffled positions.
+    """
+    probe = Probe(classifier)
+    given = probe.activation(layer)
+    wide = at_grid(layer, larger, n)
+    generator = torch.Generator().manual_seed(0)
+    pool = given.maps.transpose(0, 1).flatten(1)  # [C, positions of both images]
+    drawn = pool[:, torch.randint(pool.shape[1], (math.prod(wide.grid),), generator=generator)]
+    pair = torch.stack([drawn, drawn[:, torch.randperm(drawn.shape[1], generator=generator)]]).unflatten(2, wide.grid)
+    try:
+        rest = Segment(larger, wide)
+        tiled, mixed = (rest(Activation(maps, given.output)).maps for maps in (given.maps.repeat(1, 1, n, n), pair))
+    except _CANNOT_RUN:
+        return False
+    return _same_logits(tiled, probe.logits, probe) and _same_logits(mixed[0], mixed[1], probe)
+
+
+def only_averages(classifier: Classifier, layer: FeatureLayer) -> bool:
+    """Whether what follows a layer reads nothing of its map but the mean over the positions, at the size of a cell."""
+    probe = Probe(classifier)
+    given, rest = probe.activation(layer), Segment(classifier, layer, probe=probe)
+    flat = given.maps.mean(dim=(2, 3), keepdim=True).expand_as(given.maps)
+    return _same_logits(rest(Activation(flat, given.output)).maps, probe.logits, probe)
+
+
+def _stages(probe: Probe) -> list[FeatureLayer]:
+    module, layers = module_of(probe.classifier), probe.layers
+    work = Counter(call.name for call in probe.one)
+
+    def share(name: str) -> int:
+        return sum(count for each, count in work.items() if each == name or each.startswith(f"{name}."))
+
+    names = _opened(module, "", layers)
+    while names:
+        largest = max(names, key=share)
+        if share(largest) <= _MOST_OF * sum(map(share, names)):
+            break
+        inner = [name for name in _opened(module, largest, layers) if _passes_everything(probe, layers[name])]
+        if not inner:
+            break
+        at = names.index(largest)
+        names[at : at + 1] = inner
+    return [layers[name] for name in names]
+
+
+def _opened(module: nn.Module, name: str, layers: dict[str, FeatureLayer]) -> list[str]:
+    """The activations and blocks of a container in the order of their calls; containers that return no map are opened too."""
+    found: list[str] = []
+    for key, child in module.get_submodule(name).named_children():
+        inner, leaf = f"{name}.{key}" if name else key, not list(child.children())
+        if inner in layers and (not leaf or isinstance(child, _ACTIVATIONS)):
+            found.append(inner)
+        elif inner not in layers and not leaf:
+            found += _opened(module, inner, layers)
+    order = list(layers)
+    return sorted(found, key=order.index)
+
+
+def _passes_everything(probe: Probe, layer: FeatureLayer) -> bool:
+    """Whether the rest of the network, run on the layer's output for one image and nothing else of it, gives its logits."""
+    second = probe.logits[1]
+    given, rest = probe.activation(layer), Segment(probe.classifier, layer, probe=probe)
+    output = None if given.output is None else given.output[1:]
+    try:
+        found = rest(Activation(given.maps[1:], output)).maps[0]  # what stands for the modules before is of the first image
+    except _CANNOT_RUN:
+        return False
+    return _same_logits(found, second, probe)
+
+
+def _same_logits(found: Tensor, expected: Tensor, probe: Probe) -> bool:
+    """Whether logits are the same, measured by how far those of two images lie apart."""
+    first, second = probe.logits
+    scale = max(float((first - second).abs().max()), 1e-4 * float(second.abs().max()))
+    return bool((found - expected).abs().max() <= 1e-2 * scale)

@@ -1,0 +1,79 @@
+"""How an explanation was made, as plain JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from attribution.errors import describe
+from attribution.model.classifier import Classifier
+
+
+def provenance(classifier: Classifier, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
+    """How an explanation was made, as plain JSON; ``started`` is the clock (``time.perf_counter``) at its beginning."""
+    return {
+        "model": classifier.name,
+        "weights_digest": classifier.weights_digest,
+        "device": str(classifier.device),
+        "precision": classifier.precision,
+        "settings": plain_settings(settings),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in (
+        "vision-attribution",
+        "torch",
+        "torchvision",
+        "timm",
+        "captum",
+        "numpy",
+        "scipy",
+        "scikit-image",
+        "scikit-learn",
+        "opencv-contrib-python-headless",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them; arrays and objects by what they are."""
+    return {key: _plain_value(value) for key, value in values.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain_settings({str(k): v for k, v in value.items()})
+    if isinstance(value, tuple | list):
+        return [_plain_value(v) for v in value]
+    if isinstance(value, np.integer | np.floating):
+        return value.item()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return repr(value) if isinstance(value, Classifier) else describe(value)
+
+
+def digest_of(values: Any) -> str:
+    """16 hexadecimal digits of sha256 over values as JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

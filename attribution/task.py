@@ -1,0 +1,193 @@
+"""What an attribution method is given: a model input, the scores of a class, and what stands for 'hidden'."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attribution.errors import NotApplicable, UserError
+from attribution.masking import MaskedInputs
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import even_chunks
+
+Output = Literal["logit", "probability"]
+Channels = Literal["sum", "mean", "max", "absmax", "abs_sum", "abs_max"]
+_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda a: a.sum(dim=0),
+    "mean": lambda a: a.mean(dim=0),
+    "max": lambda a: a.amax(dim=0),
+    "absmax": lambda a: a.gather(0, a.abs().argmax(dim=0, keepdim=True))[0],
+    "abs_sum": lambda a: a.abs().sum(dim=0),
+    "abs_max": lambda a: a.abs().amax(dim=0),
+}
+
+
+class Scores(nn.Module):
+    """Scores [n, C] of model inputs [n, 3, h, w], at most the classifier's batch size in memory at once, also under autograd.
+
+    Larger batches are cut into chunks whose activations are computed again in the backward pass (Chen et al., 2016), so that a
+    method may ask for all its samples at once: what it draws, and its result, do not depend on the batch size.
+    """
+
+    def __init__(self, classifier: Classifier, output: Output) -> None:
+        super().__init__()
+        if output not in ("logit", "probability"):
+            raise UserError(f"output={output!r}: expected 'logit' or 'probability'")
+        self.module = classifier.module if isinstance(classifier.module, nn.Module) else nn.Identity()
+        self.evaluations = 0
+        self._classifier, self._output = classifier, output
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.evaluations += len(inputs)
+        inputs = inputs.float()
+        most = self._classifier.batch_size
+        if len(inputs) <= most or not (torch.is_grad_enabled() and inputs.requires_grad):
+            return self._scores(inputs)
+        chunks = even_chunks(inputs, most)
+        return torch.cat([checkpoint(self._scores, chunk, use_reentrant=False) for chunk in chunks])
+
+    def _scores(self, inputs: Tensor) -> Tensor:
+        logits = self._classifier.logits(inputs)
+        return logits.softmax(dim=1) if self._output == "probability" else logits
+
+
+@dataclass(eq=False)
+class Task:
+    """One image, one class, one classifier.
+
+    Attributes:
+        classifier: the model explained.
+        image: float32 [3, H, W] in [0, 1].
+        fill: float32 [3, H, W], what hidden pixels show.
+        target: class index.
+        inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
+        seed: of methods that draw.
+        structure: what was found out about the network by running it; tasks of the same network and input size may share it.
+    """
+
+    classifier: Classifier
+    image: Tensor
+    fill: Tensor
+    target: int
+    inputs: Tensor
+    baseline: Tensor
+    seed: int = 0
+    structure: dict[Any, Any] = field(default_factory=dict)
+    _made: list[Scores] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if "_probe" not in vars(self.classifier):
+            self.classifier.logits(self.inputs)  # what a classifier finds out once must not run while a method counts calls
+
+    @property
+    def evaluations(self) -> int:
+        """Images forwarded so far through the scores of this task."""
+        return sum(scores.evaluations for scores in self._made)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of the model input."""
+        return self.inputs.shape[-2], self.inputs.shape[-1]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, for methods that look inside.
+
+        Raises:
+            NotApplicable: the classifier is a black box.
+        """
+        if not isinstance(self.classifier.module, nn.Module):
+            raise NotApplicable(
+                f"{self.classifier.name} is a black box: this method needs an nn.Module with gradients; use occlusion, rise, lime, "
+                "kernel_shap, hsic, sobol or a region search"
+            )
+        return self.classifier.module
+
+    def scores(self, output: Output) -> Scores:
+        """The model as a module from inputs [n, 3, h, w] to scores [n, C], counted."""
+        self._made.append(Scores(self.classifier, output))
+        return self._made[-1]
+
+    def leaf(self) -> Tensor:
+        """A copy of the inputs that takes gradients."""
+        self.module  # noqa: B018  a black box is refused before anything runs
+        return self.inputs.detach().clone().requires_grad_()
+
+    def score_of(self, output: Output) -> Callable[[Tensor], Tensor]:
+        """The target's score without gradients: inputs [n, 3, h, w] -> [n]."""
+        model = self.scores(output)
+
+        def score(inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                return model(inputs)[:, self.target]
+
+        return score
+
+    @contextmanager
+    def rows_together(self, rows: int) -> Iterator[None]:
+        """Forward so many rows in one batch, whatever the batch size of the classifier or of the one whose features it reads."""
+        own = {each: each.batch_size for each in self.classifier.chain}
+        try:
+            for each, size in own.items():
+                each.batch_size = max(rows, size)
+            yield
+        finally:
+            for each, size in own.items():
+                each.batch_size = size
+
+    def blend(self, masks: Tensor) -> Tensor:
+        """Soft masks over the model input: [n, 1, h, w] in [0, 1], 1 shows the image, 0 the fill -> inputs [n, 3, h, w]."""
+        return self.baseline + masks * (self.inputs - self.baseline)
+
+    def masked_chunks(self, masks: Tensor, output: Output) -> Tensor:
+        """The target's score of each soft mask, [n, 1, a, b] resized to the input by nearest neighbour -> [n]."""
+        score = self.score_of(output)
+        parts = []
+        for chunk in even_chunks(masks, self.classifier.batch_size):
+            resized = nn.functional.interpolate(chunk, size=self.size, mode="nearest-exact")
+            parts.append(score(self.blend(resized)))
+        return torch.cat(parts)
+
+    def subsets_model(self, labels: Tensor, output: Output) -> Callable[[Tensor], Tensor]:
+        """Scores of subsets of an image's regions, for methods on interpretable features: float [n, R], 0 hidden -> [n, C]."""
+        masked, model = MaskedInputs(self.classifier, self.image, labels, self.fill), self.scores(output)
+
+        def score(subsets: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([model(part) for part in masked.parts(subsets > 0.5)])
+
+        return score
+
+
+def over_channels(values: Tensor, channels: Channels) -> Tensor:
+    """One value per pixel from [C, h, w]; "absmax" keeps the sign of the largest, "abs_sum" and "abs_max" drop signs."""
+    if channels not in _CHANNELS:
+        raise UserError(f"channels={channels!r}: expected one of {', '.join(_CHANNELS)}")
+    return _CHANNELS[channels](values)
+
+
+def enlarged(task: Task, values: Tensor, mode: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
+    """A coarse map [a, b] over the model input, [h, w]."""
+    return nn.functional.interpolate(values[None, None].float(), size=task.size, mode=mode, align_corners=False)[0, 0]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run the block with the global generators at a seed, and put them back: Captum draws from torch's and NumPy's."""
+    state, own = np.random.get_state(), random.getstate()  # noqa: NPY002  it is Captum that draws from them
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+            random.setstate(own)

@@ -1,0 +1,393 @@
+"""Figures of a benchmark (matplotlib), and the thumbnails of its report; each plot returns a Figure and never shows or keeps it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+from PIL import Image
+
+from attribution.explanation import Explanation
+from attribution.figures.style import Figure
+from evaluation.benchmark.methods import MethodSpec
+from evaluation.benchmark.summary import AXIS, Entry, Summary, score_matrix
+from evaluation.metrics.registry import METRICS, Measure
+from evaluation.statistics.intervals import Interval
+from evaluation.study.style import (
+    DASHES,
+    FAMILY_COLOURS,
+    FAMILY_MARKERS,
+    INK,
+    MUTED,
+    PAPER,
+    THUMBNAIL,
+    draw_matrix,
+    figure_style,
+    has_interval,
+)
+
+MOST_CURVES = 8  # methods in colour; more lines cannot be told apart
+MOST_DOTS = 150  # images drawn for one method
+_METRIC_NAMES = {
+    "insertion_deletion": "insertion - deletion",
+    "mu_fidelity": "muFidelity",
+    "road": "ROAD",
+    "gridpg": "GridPG",
+    "difull": "DiFull",
+    "dipart": "DiPart",
+}
+
+
+def plot_curves(summary: Summary, model: str, protocol: str) -> Figure:
+    """Mean insertion and deletion curves over the images, with pointwise 95 % bootstrap bands.
+
+    The best ``MOST_CURVES`` methods by the first measure are drawn in the colour of their family, region searches thicker and
+    whatever their rank, controls gray; the title counts what was left out.
+
+    Args:
+        model: a model of the benchmark.
+        protocol: label of one of its protocols.
+    """
+    specs = _specs(summary)
+    curves = {c.method: c for c in summary.curves if (c.model, c.protocol) == (model, protocol)}
+    ordered = [method for method in ordered_methods(summary, model) if method in curves]
+    shown = _shown_curves(ordered, specs)
+    output = next(p.output for p in summary.results.settings.protocols if p.label() == protocol)
+    with figure_style():
+        figure = Figure(figsize=(12, 4.1), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        dashes = _dashes(shown, specs)
+        for method in reversed(shown):  # the best on top
+            spec, curve = specs[method], curves[method]
+            colour = FAMILY_COLOURS[spec.family]
+            width, zorder = (2.8, 4) if spec.is_search else (1.2, 2) if spec.family == "control" else (1.6, 3)
+            for ax, mean, band in ((axes[0], curve.insertion, curve.insertion_band), (axes[1], curve.deletion, curve.deletion_band)):
+                ax.fill_between(AXIS, *band, color=colour, alpha=0.18 if spec.is_search else 0.07, linewidth=0, zorder=zorder - 2)
+                ax.plot(AXIS, mean, color=colour, linestyle=dashes[method], linewidth=width, zorder=zorder, gid=method)
+        for ax, name, verb, hint in ((axes[0], "insertion", "shown", "higher"), (axes[1], "deletion", "hidden", "lower")):
+            ax.set_xlim(0, 1)
+            ax.set_xlabel(f"share of the image {verb}")
+            ax.set_title(f"{name}: {hint} is better")
+        figure.suptitle(_plain(f"{model}: {protocol}"), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        axes[0].set_ylabel("logit of the target" if output == "logit" else "p(target)")
+        if output == "probability":
+            axes[0].set_ylim(-0.02, 1.02)
+        left_out = len(ordered) - len(shown)
+        handles = [
+            Line2D([], [], color=FAMILY_COLOURS[specs[m].family], linestyle=dashes[m], linewidth=2.8 if specs[m].is_search else 1.6)
+            for m in shown
+        ]
+        if handles:
+            title = f"{len(shown)} of {len(ordered)} methods" if left_out else None
+            figure.legend(handles, [_plain(m) for m in shown], loc="outside right upper", handlelength=3.4, title=title)
+    return figure
+
+
+def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None = None) -> Figure:
+    """Quality against the images that one explanation forwards (logarithmic from 1 on), with the intervals of the means.
+
+    Methods of equal cost stand side by side; those whose mean has no interval are left out.
+
+    Args:
+        model: a model of the benchmark.
+        measures: a panel each; the first measure and insertion - deletion of the same protocol by default.
+    """
+    measures = cost_measures(summary, model) if measures is None else measures
+    specs, costs = _specs(summary), {c.method: c.evaluations for c in summary.costs if c.model == model}
+    with figure_style():
+        figure = Figure(figsize=(12, 3.9 * len(measures) + 0.2), layout="constrained")
+        axes = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
+        top = max([10.0, *costs.values()])
+        placed = []
+        for ax, measure in zip(axes, measures, strict=True):
+            entries = [e for e in summary.column(model, measure) if has_interval(e.interval)]
+            points = []
+            for method, dodge in _dodged(entries, costs):
+                entry = next(e for e in entries if e.method == method)
+                transform = ax.transData + ScaledTranslation(dodge / 72, 0, figure.dpi_scale_trans)
+                spec, interval = specs[method], entry.interval
+                colour = FAMILY_COLOURS[spec.family]
+                ends = [interval.low, interval.high]
+                ax.plot([costs[method]] * 2, ends, color=colour, linewidth=1.3, transform=transform, solid_capstyle="butt")
+                ax.plot(
+                    costs[method], interval.estimate, FAMILY_MARKERS[spec.family], color=colour, markeredgecolor=PAPER,
+                    markersize=9 if spec.is_search else 7, transform=transform, zorder=3, gid=method,
+                )  # fmt: skip
+                points.append((method, costs[method], interval, dodge, colour))
+            if entries:  # shifted artists do not move the limits by themselves
+                low, high = min(e.interval.low for e in entries), max(e.interval.high for e in entries)
+                room = 0.08 * (high - low) or 0.05
+                ax.set_ylim(low - room, high + room)
+            ax.set_xscale("symlog", linthresh=1, linscale=1)
+            ax.minorticks_off()
+            ax.set_xlim(-0.35, top * 3)
+            powers = range(math.floor(math.log10(top)) + 1)
+            ax.set_xticks([0, *[10**p for p in powers]], ["0", *[f"{10**p:,}" for p in powers]])
+            ax.set_title(_heading(model, measure), fontweight="bold")
+            placed.append((ax, points))
+        axes[-1].set_xlabel("images forwarded for one explanation")
+        figure.draw_without_rendering()  # only now the panels stand where they stay
+        for ax, points in placed:
+            _place_labels(figure, ax, points)
+    return figure
+
+
+def plot_scores(summary: Summary, model: str, measure: Measure) -> Figure:
+    """The scores of the single images by method, best mean first: median and quartiles as a box, all scores as a line, images as
+    dots, the mean with its interval as a diamond.
+
+    An image has the same height in every row; of more than ``MOST_DOTS`` images so many are drawn, evenly over the ranking.
+    """
+    specs = _specs(summary)
+    scores, entries = score_matrix(summary.results, model, measure), summary.column(model, measure)
+    with figure_style():
+        figure = Figure(figsize=(12, 0.9 + 0.31 * max(len(entries), 3)), layout="constrained")
+        ax = figure.subplots()
+        for row, entry in enumerate(entries):
+            values, colour = scores[entry.method], FAMILY_COLOURS[specs[entry.method].family]
+            known = np.flatnonzero(np.isfinite(values))
+            if not len(known):
+                ax.text(0.5, row, "no values", transform=ax.get_yaxis_transform(), ha="center", va="center", color=MUTED)
+                continue
+            ax.plot([values[known].min(), values[known].max()], [row, row], color=colour, linewidth=0.8, alpha=0.7, zorder=1)
+            if len(known) > 3:
+                low, middle, high = np.quantile(values[known], [0.25, 0.5, 0.75])
+                ax.barh(row, high - low, left=low, height=0.62, facecolor=colour, alpha=0.2, edgecolor=colour, zorder=1)
+                ax.plot([middle] * 2, [row - 0.31, row + 0.31], color=colour, linewidth=1.8, zorder=2)
+            drawn = _spread_dots(known, values)
+            heights = row + 0.5 * (drawn * 0.6180339887 % 1 - 0.5)
+            size = 5 if len(drawn) <= 30 else 3
+            ax.plot(values[drawn], heights, "o", color=colour, markersize=size, alpha=0.5, markeredgewidth=0, zorder=2, gid=entry.method)
+            if has_interval(entry.interval):
+                ax.plot([entry.interval.low, entry.interval.high], [row, row], color=INK, linewidth=1.6, zorder=3)
+                ax.plot(entry.interval.estimate, row, "D", color=INK, markeredgecolor=PAPER, markersize=6, zorder=4)
+        _method_ticks(ax, [e.method for e in entries], specs)
+        ax.set_title(_heading(model, measure), fontweight="bold")
+        ax.grid(visible=False, axis="y")
+    return figure
+
+
+def plot_agreement(summary: Summary, model: str) -> Figure:
+    """Kendall's tau between the rankings of the methods under two protocols, a matrix for each metric: is the winner the fill's?"""
+    found = [a for a in summary.agreements if a.model == model]
+    metrics = list(dict.fromkeys(a.metric for a in found))
+    labels = [p.label() for p in summary.results.settings.protocols]
+    columns = min(4, max(len(metrics), 1))
+    rows = math.ceil(len(metrics) / columns)
+    size = len(labels)
+    names = [chr(ord("A") + i) if size <= 26 else str(i + 1) for i in range(size)]
+    with figure_style():
+        figure = Figure(figsize=(12, max(rows, 1) * (0.7 + 0.27 * size) + 0.6), layout="constrained")
+        for index, metric in enumerate(metrics):
+            ax = figure.add_subplot(rows, columns, index + 1)
+            taus = np.eye(size)
+            for a in found:
+                if a.metric == metric:
+                    first, second = labels.index(a.first), labels.index(a.second)
+                    taus[first, second] = taus[second, first] = a.tau
+            draw_matrix(ax, taus, "RdBu", -1, 1, "{:.2f}")
+            ax.set_xticks(range(size), names)
+            ax.set_yticks(range(size), names)
+            ax.set_title(metric_name(metric))
+        figure.suptitle(_plain(f"{model}: Kendall's tau between rankings"), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        legend = ";  ".join(f"{name}: {label}" for name, label in zip(names, labels, strict=True))
+        figure.supxlabel(_plain(legend), fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def plot_ranks(summary: Summary, model: str) -> Figure:
+    """Mean rank of each method under each protocol, over the metrics that read curves; best over all protocols first."""
+    labels = [p.label() for p in summary.results.settings.protocols]
+    found = mean_ranks(summary, model)
+    methods = sorted(found, key=lambda method: float(np.nanmean(found[method])))
+    specs = _specs(summary)
+    with figure_style():
+        figure = Figure(figsize=(12, 1.2 + 0.3 * max(len(methods), 3)), layout="constrained")
+        ax = figure.subplots()
+        if methods:
+            draw_matrix(ax, np.stack([found[method] for method in methods]), "Blues_r", 1, max(len(methods), 2), "{:.1f}")
+        ax.set_xticks(range(len(labels)), [_plain(label) for label in labels])
+        ax.xaxis.tick_top()
+        ax.set_title(_plain(f"{model}: mean rank over the metrics with curves, 1 is best"), fontweight="bold")
+        _method_ticks(ax, methods, specs)
+    return figure
+
+
+def thumbnail(explanation: Explanation) -> Image.Image:
+    """The map over the gray photo, in the colours of ``attribution.plotting.draw_heatmap``, its longer side at most ``THUMBNAIL``.
+
+    A map without negative values runs from its least to its largest: RISE's would else be bright all over.
+    """
+    signed = explanation.pixel_map if explanation.order is None else None
+    values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
+    values = np.where(np.isfinite(values), values, 0.0)
+    gray = explanation.image.detach().cpu().numpy().clip(0, 1).mean(axis=0)
+    pixels = (0.25 + 0.75 * gray)[:, :, None].repeat(3, axis=2)
+    top = float(np.abs(values).max())
+    if top > 0 and np.ptp(values) > 0:
+        name, low, alpha = ("RdBu_r", -top, 0.65) if values.min() < 0 else ("inferno", float(values.min()), 0.6)
+        colours = matplotlib.colormaps[name]((values - low) / (top - low))[:, :, :3]
+        pixels = (1 - alpha) * pixels + alpha * colours
+    return _small(pixels)
+
+
+def photo_thumbnail(explanation: Explanation) -> Image.Image:
+    """The photo, its longer side at most ``THUMBNAIL``."""
+    return _small(explanation.image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1))
+
+
+def ordered_methods(summary: Summary, model: str) -> tuple[str, ...]:
+    """Every method that ran on a model: best first by the first measure, then those that have no value under it."""
+    ran = [cost.method for cost in summary.costs if cost.model == model]
+    return tuple(dict.fromkeys([*(m for m in summary.methods(model) if m in ran), *ran]))
+
+
+def cost_measures(summary: Summary, model: str) -> tuple[Measure, ...]:
+    """What quality against cost shows: the model's first measure, and insertion - deletion of the same (or the first) protocol."""
+    first = summary.measures_of(model)[0]
+    wanted = first.protocol or summary.first_protocol(model)
+    also = [m for m in summary.measures if m.metric == "insertion_deletion" and m.protocol == wanted and m != first]
+    return (first, *also)
+
+
+def mean_ranks(summary: Summary, model: str) -> dict[str, np.ndarray]:
+    """Mean rank over the metrics that read curves, float64 [P] by protocol; NaN where a method has none."""
+    labels = [p.label() for p in summary.results.settings.protocols]
+    found: dict[str, list[list[float]]] = {}
+    for e in summary.entries:
+        if e.model == model and METRICS[e.measure.metric].curve:
+            found.setdefault(e.method, [[] for _ in labels])[labels.index(e.measure.protocol)].append(e.rank)
+    return {method: np.array([np.mean(r) if r else np.nan for r in by_protocol]) for method, by_protocol in found.items()}
+
+
+def metric_name(metric: str) -> str:
+    """As readers see it: "insertion - deletion", "highest confidence 25%"."""
+    return _METRIC_NAMES.get(metric) or re.sub(r" (\d+)$", r" \1%", metric.replace("_", " "))
+
+
+def _specs(summary: Summary) -> dict[str, MethodSpec]:
+    return {spec.label: spec for spec in summary.results.settings.methods}
+
+
+def _shown_curves(ordered: Sequence[str], specs: dict[str, MethodSpec]) -> list[str]:
+    coloured = [m for m in ordered if specs[m].family != "control"]
+    kept = {*coloured[:MOST_CURVES], *(m for m in ordered if specs[m].is_search or specs[m].family == "control")}
+    return [m for m in ordered if m in kept]
+
+
+def _dashes(methods: Sequence[str], specs: dict[str, MethodSpec]) -> dict[str, Any]:
+    """Methods of a family share its colour, so they differ in the dashes."""
+    used: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    for method in methods:
+        family = specs[method].family
+        found[method] = DASHES[used.get(family, 0) % len(DASHES)]
+        used[family] = used.get(family, 0) + 1
+    return found
+
+
+def _dodged(entries: Sequence[Entry], costs: dict[str, float], step: float = 8) -> Iterator[tuple[str, float]]:
+    """Methods with their shift in points: those of about the same cost stand side by side, best left."""
+    groups: dict[float, list[str]] = {}
+    for entry in entries:
+        cost = costs[entry.method]
+        groups.setdefault(round(8 * math.log10(cost)) if cost >= 1 else -1, []).append(entry.method)
+    for members in groups.values():
+        yield from ((method, step * (at - (len(members) - 1) / 2)) for at, method in enumerate(members))
+
+
+def _place_labels(figure: Figure, ax: Axes, points: Sequence[tuple[str, float, Interval, float, str]]) -> None:
+    """Name each point beside it where nothing is yet, nearest place first, with a thin line where that is not next to it."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    unit = figure.dpi / 72
+    frame = ax.get_window_extent(renderer)
+    places, taken = [], []
+    for method, x, interval, dodge, colour in points:
+        ends = ax.transData.transform([(x, interval.estimate), (x, interval.low), (x, interval.high)])
+        px, py = ends[0, 0] + dodge * unit, ends[0, 1]
+        taken += [(px - 5 * unit, py - 5 * unit, px + 5 * unit, py + 5 * unit), (px - 2, ends[1, 1], px + 2, ends[2, 1])]
+        places.append((method, px, py, colour))
+    for method, px, py, colour in sorted(places, key=lambda p: (-p[2], p[1])):
+        x, y = ax.transData.inverted().transform((px, py))
+        text = ax.annotate(
+            _plain(method), (x, y), (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}, gid=f"label {method}",
+        )  # fmt: skip
+        text.set_in_layout(False)
+        size = text.get_window_extent(renderer)
+        extents = (size.width + 2 * unit, size.height + 1 * unit)
+        box, near = _free_place((px, py), extents, unit, taken, (frame.x0, frame.y0, frame.x1, frame.y1))
+        taken.append(box)
+        text.set_position(((box[0] - px) / unit + 1, ((box[1] + box[3]) / 2 - py) / unit))
+        if text.arrow_patch is not None:
+            text.arrow_patch.set_visible(not near)
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _free_place(
+    point: tuple[float, float], size: tuple[float, float], unit: float, taken: Sequence[_Box], frame: _Box
+) -> tuple[_Box, bool]:
+    """The nearest box of that size that meets none of those taken and stays in the frame; the one that meets least if there is none."""
+    (px, py), (width, height) = point, size
+    best: tuple[float, float, _Box] | None = None
+    for gap in (7 * unit, 24 * unit, 60 * unit, 110 * unit):
+        for level in range(25):
+            for dy in {level * height / 2, -level * height / 2}:
+                for left in (px + gap, px - gap - width):
+                    box = (left, py + dy - height / 2, left + width, py + dy + height / 2)
+                    outside = box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
+                    met = sum(_overlap(box, other) for other in taken) + (1e6 if outside else 0)
+                    key = (met, math.hypot(gap * 1.5, dy) + (left < px) * unit, box)
+                    if best is None or key < best:
+                        best = key
+    assert best is not None
+    box = best[2]
+    near = abs((box[1] + box[3]) / 2 - py) <= height / 2 and min(abs(box[0] - px), abs(box[2] - px)) <= 8 * unit
+    return box, near
+
+
+def _overlap(a: _Box, b: _Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _spread_dots(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if len(known) <= MOST_DOTS:
+        return known
+    ranking = known[np.argsort(values[known], kind="stable")]
+    return np.sort(ranking[np.linspace(0, len(ranking) - 1, MOST_DOTS).round().astype(int)])
+
+
+def _method_ticks(ax: Axes, methods: Sequence[str], specs: dict[str, MethodSpec]) -> None:
+    """Names down the left side in the colours of their families, the first on top."""
+    ax.set_yticks(range(len(methods)), [_plain(method) for method in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    for label, method in zip(ax.get_yticklabels(), methods, strict=True):
+        label.set_color(FAMILY_COLOURS[specs[method].family])
+        label.set_fontweight("bold" if specs[method].is_search else "normal")
+
+
+def _heading(model: str, measure: Measure) -> str:
+    return _plain(
+        f"{model}: {metric_name(measure.metric)}{f' ({measure.protocol})' if measure.protocol else ''}, {measure.direction} is better"
+    )
+
+
+def _plain(text: str) -> str:
+    """Names are text, never mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _small(pixels: np.ndarray) -> Image.Image:
+    image = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return image

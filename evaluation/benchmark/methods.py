@@ -1,0 +1,105 @@
+"""A method as the benchmark runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from attribution.baselines import METHOD_PRESETS
+from attribution.baselines.attribute import METHODS
+from attribution.errors import UserError
+from attribution.objective import ScoreWeights
+from attribution.presets import PRESETS
+from attribution.search import SEARCHES, SEEDED
+from evaluation.study.settings import plain_option
+
+DEFAULT_METHODS = (
+    "bidirectional",
+    "saliency",
+    "input_x_gradient",
+    "integrated_gradients",
+    "smooth_grad",
+    "grad_cam",
+    "grad_cam_plus_plus",
+    "layer_cam",
+    "occlusion",
+    "kernel_shap",
+    "lime",
+    "rise",
+    "hsic",
+    "transformer_attribution",
+    "grad_eclip",
+    "random",
+    "center_prior",
+    "edge_filter",
+)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as the benchmark runs it.
+
+    Attributes:
+        label: what tables call it; unique within a benchmark.
+        method: key of ``METHODS``, or of ``SEARCHES`` for a region search.
+        preset: key of ``METHOD_PRESETS`` (or ``PRESETS`` for a search), or None.
+        options: of the method (or of ``explain``).
+    """
+
+    label: str
+    method: str
+    preset: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS and self.method not in SEARCHES:
+            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
+        known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
+        if self.preset is not None and self.preset not in known:
+            raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it is a region search of ours rather than a method of ``METHODS``."""
+        return self.method in SEARCHES
+
+    @property
+    def family(self) -> str:
+        """Such as "gradient"; "region search" for a search."""
+        return "region search" if self.is_search else METHODS[self.method].family
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its result depends on the seed."""
+        return self.method in SEEDED or (not self.is_search and METHODS[self.method].stochastic)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it works on the regions that all methods share: it cuts the image, and neither options nor preset say how."""
+        if self.is_search:
+            return "regions" not in self.options
+        preset = METHOD_PRESETS[self.preset].get(self.method, {}) if self.preset else {}
+        return "regions" in METHODS[self.method].options and "regions" not in {**preset, **self.options}
+
+    def plain_options(self) -> dict[str, Any]:
+        """The options as JSON, arrays by their digest."""
+        return {name: plain_option(value) for name, value in sorted(self.options.items())}
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any]) -> MethodSpec:
+        """ "rise", "rise@lima" (with a preset), or a table with method, label, preset and options."""
+        if isinstance(value, str):
+            method, _, preset = value.partition("@")
+            return cls(value, method, preset or None)
+        table = dict(value)
+        unknown = set(table) - {"method", "label", "preset", "options"}
+        if unknown or not isinstance(table.get("method"), str):
+            raise UserError(f"a method {table!r}: expected a name, or a table with method, label, preset and options")
+        options = dict(table.get("options", {}))
+        if isinstance(options.get("weights"), dict):
+            named = {f.name: options["weights"].get(f.name, 0.0) for f in fields(ScoreWeights)}
+            if set(options["weights"]) - set(named):
+                raise UserError(f"weights {options['weights']!r}: expected some of {', '.join(named)}")
+            options["weights"] = ScoreWeights(**named)
+        return cls(str(table.get("label", table["method"])), table["method"], table.get("preset"), options)

@@ -1,0 +1,148 @@
+"""What a benchmark found: numbers, explanations and failures, in the order of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evaluation.benchmark.settings import BenchmarkSettings
+from evaluation.grids.sets import GridSet
+from evaluation.metrics.registry import METRICS, Measure
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: how one explanation does under one measure; NaN where the metric has no value.
+
+    On a grid the value is the mean over its ``heads``, whose scores are kept too.
+    """
+
+    model: str
+    sample: str
+    method: str
+    seed: int
+    measure: Measure
+    value: float
+    area: float | None
+    heads: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GridMap:
+    """The maps of a method for the heads of one grid at one layer: the file of the first head's, the cost of one, and doubts."""
+
+    model: str
+    grid: str
+    method: str
+    seed: int
+    measure: Measure
+    path: Path
+    evaluations: float
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One explanation: its file, its cost, and what makes its scores doubtful."""
+
+    model: str
+    sample: str
+    method: str
+    seed: int
+    path: Path
+    curves: dict[str, Path]
+    evaluations: int
+    confidence: float
+    constant: bool
+    saturated: bool
+    label: int | None
+    target: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be explained or measured, and why.
+
+    Attributes:
+        refused: whether the method, or the measure in its place, is not defined for the model at all.
+    """
+
+    model: str
+    sample: str
+    method: str
+    seed: int
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a benchmark found, in the order of its settings.
+
+    Attributes:
+        settings: what was asked.
+        models: name -> weights digest, input size and class names.
+        samples: model -> ids of the images judged.
+        scores, explained, failures: every number, every explanation, everything missing.
+        out: the folder of the files.
+        grid_set: the grids, shared by all models; None where no setting of grids was measured.
+        grid_maps: their maps.
+        grid_models: model -> what was found out for grids: the module of each layer, whether position embeddings were interpolated.
+    """
+
+    settings: BenchmarkSettings
+    models: dict[str, dict[str, Any]]
+    samples: dict[str, tuple[str, ...]]
+    scores: tuple[Score, ...]
+    explained: tuple[Explained, ...]
+    failures: tuple[Failure, ...]
+    out: Path
+    grid_set: GridSet | None = None
+    grid_maps: tuple[GridMap, ...] = ()
+    grid_models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def units(self, model: str, measure: Measure) -> tuple[str, ...]:
+        """Ids of what a measure judges: images, or grids of them."""
+        if not METRICS[measure.metric].grid:
+            return self.samples[model]
+        return () if self.grid_set is None else tuple(grid_id(index) for index in range(len(self.grid_set)))
+
+    def noun(self, measure: Measure | None) -> str:
+        """What a measure judges: "image" or "grid"."""
+        return "grid" if measure is not None and METRICS[measure.metric].grid else "image"
+
+    @property
+    def failed(self) -> tuple[Failure, ...]:
+        """Failures that are no refusals."""
+        return tuple(failure for failure in self.failures if not failure.refused)
+
+    @cached_property
+    def scores_of(self) -> dict[tuple[str, Measure, str, int], list[Score]]:
+        """The scores by (model, measure, method, seed)."""
+        found: dict[tuple[str, Measure, str, int], list[Score]] = {}
+        for score in self.scores:
+            found.setdefault((score.model, score.measure, score.method, score.seed), []).append(score)
+        return found
+
+    @cached_property
+    def explained_of(self) -> dict[tuple[str, str, int], dict[str, Explained]]:
+        """The explanations by (model, method, seed), then by sample."""
+        found: dict[tuple[str, str, int], dict[str, Explained]] = {}
+        for each in self.explained:
+            found.setdefault((each.model, each.method, each.seed), {})[each.sample] = each
+        return found
+
+    @cached_property
+    def grid_maps_of(self) -> dict[tuple[str, str, int, Measure], dict[str, GridMap]]:
+        """The maps of grids by (model, method, seed, measure), then by grid."""
+        found: dict[tuple[str, str, int, Measure], dict[str, GridMap]] = {}
+        for each in self.grid_maps:
+            found.setdefault((each.model, each.method, each.seed, each.measure), {})[each.grid] = each
+        return found
+
+
+def grid_id(index: int) -> str:
+    """What records and tables call a grid."""
+    return f"grid {index + 1:04d}"

@@ -1,0 +1,1 @@
+"""Data sets: recipes, folders and lists of images."""

@@ -1,0 +1,183 @@
+"""Lists of images: a .csv, .tsv or .txt whose lines name images with their labels, masks and groups -> ImageDataset.
+
+Only the list is read here. What is wrong with it is reported with the number of the line, before any image is opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from attribution.errors import UserError
+from attribution.image import IMAGE_SUFFIXES
+from evaluation.data.dataset import ImageDataset, index_of_name, some_names
+
+LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
+_BOX = ("x0", "y0", "x1", "y1")
+_COLUMNS = ("path", "label", "mask", *_BOX, "group")
+_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a slip of the pen, and names up to it would fill the memory
+_PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
+
+
+class _Row(NamedTuple):
+    """One line of a list: where it stands, and its fields by column, empty ones left out."""
+
+    place: str
+    fields: dict[str, str]
+
+
+def open_list(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
+    """The images of a list; ``open_dataset`` says what a list may hold and what is refused."""
+    rows = _list_rows(path)
+    if not rows:
+        raise UserError(f"{path} lists no images: expected a header 'path,label' and one line an image")
+    ids = _list_ids(path, rows)
+    classes, labels = _list_labels(rows, class_names)
+    masks = [_list_mask(path, row) for row in rows]
+    groups = tuple(row.fields.get("group") for row in rows)
+    return ImageDataset(
+        name=path.stem,
+        class_names=classes,
+        ids=ids,
+        labels=labels,
+        read=lambda index: path.parent / ids[index],
+        read_mask=(lambda index: masks[index]) if any(mask is not None for mask in masks) else None,
+        groups=groups if any(groups) else None,
+        places=tuple(row.place for row in rows),
+    )
+
+
+def _list_rows(path: Path) -> list[_Row]:
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        raise UserError(f"{path} is not a list of images: expected {', '.join(sorted(LIST_SUFFIXES))}, or a folder")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): save it as a UTF-8 list of images") from None
+    suffix, first = path.suffix.lower(), text.lstrip().partition("\n")[0].rstrip()
+    has_header = "path" in re.split(r"[,\s]+", first.lower()) and not _PATH_AND_LABEL.fullmatch(first)
+    if suffix == ".txt" and not has_header:
+        return _bare_rows(path, text)
+    tabs = suffix == ".tsv" or (suffix == ".txt" and "\t" in first)
+    return _table_rows(path, text, "\t" if tabs else ",")
+
+
+def _bare_rows(path: Path, text: str) -> list[_Row]:
+    """Lines "path label" or "path"; a path ends with the suffix of an image and may hold spaces, as may the name of a class."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        place, line = f"{path.name} line {number}", line.strip()
+        found = _PATH_AND_LABEL.fullmatch(line)
+        if line and not found:
+            raise UserError(f"{place}: {line!r} is not 'path label' with the path of an image: use a header 'path,label' for other names")
+        if found:
+            rows.append(_Row(place, {name: value for name, value in zip(("path", "label"), found.groups(), strict=True) if value}))
+    return rows
+
+
+def _table_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    rows: list[_Row] = []
+    while True:
+        place = f"{path.name} line {reader.line_num + 1}"
+        try:
+            values = [value.strip() for value in next(reader)]
+        except StopIteration:
+            return rows
+        except csv.Error as error:
+            raise UserError(f"{place}: not a row of a table ({error}): quote fields that hold a {delimiter!r} or a quote") from None
+        if not any(values):
+            continue
+        if not columns:
+            columns = _checked_columns(place, [value.lower() for value in values])
+            continue
+        if len(values) != len(columns):
+            raise UserError(f"{place}: {len(values)} fields, but the header has {len(columns)} columns ({', '.join(columns)})")
+        rows.append(_Row(place, {name: value for name, value in zip(columns, values, strict=True) if value}))
+
+
+def _checked_columns(place: str, columns: list[str]) -> list[str]:
+    unknown = [name for name in columns if name not in _COLUMNS]
+    if "path" not in columns:
+        raise UserError(f"{place}: no column 'path' among {', '.join(map(repr, columns[:5]))}: expected a header such as 'path,label'")
+    if unknown:
+        raise UserError(f"{place}: unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(_COLUMNS)}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: name each once")
+    if 0 < sum(name in columns for name in _BOX) < 4:
+        raise UserError(f"{place}: a box takes the four columns {', '.join(_BOX)}")
+    return columns
+
+
+def _list_ids(path: Path, rows: list[_Row]) -> tuple[str, ...]:
+    """The paths as they are written, checked to be different files."""
+    seen: dict[str, str] = {}
+    ids = []
+    for row in rows:
+        if "path" not in row.fields:
+            raise UserError(f"{row.place}: the path is empty")
+        name = Path(row.fields["path"]).as_posix()
+        file = os.path.normpath(path.parent / name)
+        if file in seen:
+            raise UserError(f"{row.place}: {name} is already in {seen[file]}: list each image once")
+        seen[file] = row.place
+        ids.append(name)
+    return tuple(ids)
+
+
+def _list_labels(rows: list[_Row], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+    """The class names and the label of each row."""
+    labelled = [(row.place, row.fields["label"]) for row in rows if "label" in row.fields]
+    if class_names is None:
+        class_names = _names_in_list(labelled)
+    indices = {}
+    for place, label in labelled:
+        if label not in indices:
+            try:
+                indices[label] = _label_index(label, class_names)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+    return class_names, tuple(indices[row.fields["label"]] if "label" in row.fields else None for row in rows)
+
+
+def _names_in_list(labelled: list[tuple[str, str]]) -> tuple[str, ...]:
+    numbers = [(place, label) for place, label in labelled if re.fullmatch(r"-?[0-9]+", label)]
+    if numbers and len(numbers) < len(labelled):
+        place, name = next(entry for entry in labelled if entry not in numbers)
+        raise UserError(f"{place}: the label {name!r} is a name, but {numbers[0][0]} has the index {numbers[0][1]}: give class_names")
+    if not numbers:
+        return tuple(sorted({label for _, label in labelled}))
+    for place, label in numbers:
+        if not _INDEX.fullmatch(label):
+            raise UserError(f"{place}: class index {label} is out of range: expected 0 to 99999")
+    return tuple(f"class {index}" for index in range(1 + max(int(label) for _, label in numbers)))
+
+
+def _list_mask(path: Path, row: _Row) -> Path | tuple[float, ...] | None:
+    corners = [row.fields[name] for name in _BOX if name in row.fields]
+    if not corners:
+        return path.parent / row.fields["mask"] if "mask" in row.fields else None
+    if "mask" in row.fields:
+        raise UserError(f"{row.place}: a mask and a box are given: leave one empty")
+    try:
+        x0, y0, x1, y1 = map(float, corners)
+    except ValueError:
+        raise UserError(f"{row.place}: the box is {', '.join(corners)}: expected the four numbers {', '.join(_BOX)}") from None
+    if not (x0 < x1 and y0 < y1):
+        raise UserError(f"{row.place}: the box {', '.join(corners)} is empty or reversed: expected x0 < x1 and y0 < y1")
+    return x0, y0, x1, y1
+
+
+def _label_index(label: str, class_names: tuple[str, ...]) -> int:
+    """The class of a name or, where no class has that name, of an index."""
+    index = index_of_name(label, class_names)
+    if index is None and _INDEX.fullmatch(label) and int(label) < len(class_names):
+        index = int(label)
+    if index is None:
+        raise UserError(f"no class {label!r}: expected an index below {len(class_names)}, or one of {some_names(class_names)}")
+    return index

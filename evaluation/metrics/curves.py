@@ -1,0 +1,275 @@
+"""Insertion, deletion, highest confidence and ROAD: what the model says while pixels appear or vanish in an explanation's order.
+
+Every explanation is measured by the same functions. They take its order or its map, never the scores it may carry, and forward
+the images again. All curves run over the exact share of pixels, the most important first in insertion and in deletion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.dropping import masked_inputs
+from attribution.errors import UserError
+from attribution.explanation import Explanation
+from attribution.fills import DROP, classifier_fill, is_drop
+from attribution.image import ImageSource, load_image
+from attribution.masking import MaskedInputs, prefix_scores
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import even_chunks
+from attribution.regions import Regions
+from evaluation.metrics.imputation import impute
+from evaluation.metrics.protocol import Output, Protocol
+
+HIGHEST_CONFIDENCE_SHARES = (0.25, 0.5, 0.75, 1.0)
+_IMAGE_VALUES = 2**24  # floats of composed full-size images held at once
+_CONTRIBUTION_VALUES = 2**27  # floats that the contributions of all steps may take, 512 MiB; above, images are composed one by one
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Insertion and deletion of one explanation, after k = 0...K steps, most important first.
+
+    Attributes:
+        insertion_area: float32 [K+1], share of pixels that the first k steps have revealed.
+        insertion: float32 [K+1], score of the target with only these shown.
+        deletion_area: float32 [K+1], share of pixels that the first k steps have removed.
+        deletion: float32 [K+1], score of the target with these hidden.
+        protocol: how it was measured.
+    """
+
+    insertion_area: Tensor
+    insertion: Tensor
+    deletion_area: Tensor
+    deletion: Tensor
+    protocol: Protocol
+
+    @property
+    def insertion_auc(self) -> float:
+        """Area under the insertion curve (trapezoid); higher is better."""
+        return float(torch.trapezoid(self.insertion.double(), self.insertion_area.double()))
+
+    @property
+    def deletion_auc(self) -> float:
+        """Area under the deletion curve (trapezoid); lower is better."""
+        return float(torch.trapezoid(self.deletion.double(), self.deletion_area.double()))
+
+    @property
+    def difference(self) -> float:
+        """Insertion AUC - deletion AUC; higher is better."""
+        return self.insertion_auc - self.deletion_auc
+
+    @property
+    def confidence(self) -> float:
+        """Score of the target for the whole image."""
+        return float(self.insertion[-1])
+
+    def highest_confidence(self, share: float) -> tuple[float, float]:
+        """The highest score that a prefix of at most a share of the pixels reaches (SMDL; LiMA).
+
+        Args:
+            share: most pixels revealed, in (0, 1]; the published ones are ``HIGHEST_CONFIDENCE_SHARES``.
+
+        Returns:
+            That score and the revealed area where it is first reached; (nan, nan) where the first step alone is larger.
+            Published means skip such images: count them.
+        """
+        if not 0 < share <= 1:
+            raise UserError(f"share is {share}: expected a share of the pixels in (0, 1]")
+        fitting = int((self.insertion_area[1:] <= share + 1e-6).sum())
+        if not fitting:
+            return math.nan, math.nan
+        best = 1 + int(self.insertion[1 : fitting + 1].argmax())
+        return float(self.insertion[best]), float(self.insertion_area[best])
+
+
+def perturbation_steps(explanation: Explanation, protocol: Protocol, regions: Regions | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What is revealed or removed at each step.
+
+    Args:
+        explanation: with an order, a map of pixels, or both.
+        protocol: region steps take the explanation's own order where ``regions`` are absent or its own, and ``ranked_over``
+            them otherwise. Pixel steps rank all pixels by the map (the ranks of the regions where there is none), ties by the
+            lowest flat index, and have revealed floor(k N / K) of the N pixels after step k.
+        regions: of the region steps, a partition or its label map; pixel steps do not use them.
+
+    Returns:
+        Label map int64 [H, W] with ids 0...K-1, and order int64 [K], most important first.
+
+    Raises:
+        UserError: region steps of a map without regions, regions of another size, or a map that is not finite.
+    """
+    if explanation.pixel_map is not None and not explanation.pixel_map.isfinite().all():
+        bad = int((~explanation.pixel_map.isfinite()).sum())
+        raise UserError(f"the map has {bad} values that are not finite (NaN or infinite): expected numbers, so that pixels can be ranked")
+    if protocol.steps == "pixels":
+        return pixel_steps(pixel_values(explanation), protocol.count)
+    own = explanation.regions
+    if regions is None and own is None:
+        raise UserError("region steps of a map of pixels without regions: give regions=, or a protocol with steps='pixels'")
+    wanted = own if regions is None else regions if isinstance(regions, Regions) else Regions(regions)
+    assert wanted is not None
+    if explanation.order is not None and own is not None and torch.equal(own.labels.cpu(), wanted.labels.cpu()):
+        return own.labels.cpu(), explanation.order.cpu()
+    ranked = explanation.ranked_over(wanted)
+    assert ranked.order is not None
+    return wanted.labels.cpu(), ranked.order.cpu()
+
+
+def perturbation_curves(
+    classifier: Classifier,
+    image: ImageSource,
+    explanation: Explanation,
+    target: int | str,
+    protocol: Protocol,
+    *,
+    regions: Regions | Tensor | None = None,
+    seed: int = 0,
+) -> Curves:
+    """Insertion and deletion of an explanation (Petsiuk et al., BMVC 2018), by a protocol.
+
+    2 (K + 1) images are forwarded, K being the number of steps; none of the explanation's own scores is used.
+
+    Args:
+        classifier: the model that is asked.
+        image: whatever ``load_image`` takes, at the resolution of the explanation (its ``image``).
+        explanation: gives the order (see ``perturbation_steps``).
+        target: class whose score is followed, index or name.
+        protocol: one of ``PROTOCOLS`` or your own.
+        regions: of the region steps; the explanation's own by default.
+        seed: of the noise of fill "linear"; one field of noise for all steps.
+
+    Raises:
+        UserError: see ``perturbation_steps``; an image of another size, no such class.
+    """
+    labels, order = perturbation_steps(explanation, protocol, regions)
+    image, target = loaded_image(image, labels), classifier.target_index(target)
+    return _curves(image, labels, order, protocol, _prefix_scorer(classifier, image, labels, target, protocol, seed))
+
+
+def random_order_curves(
+    classifier: Classifier,
+    image: ImageSource,
+    regions: Regions | Tensor,
+    target: int | str,
+    protocol: Protocol,
+    count: int = 100,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The chance level: AUCs of random orders of the same regions, measured as ``perturbation_curves`` measures.
+
+    Args:
+        regions: what is ordered at random, also under pixel steps (all pixels of one region, then all of the next).
+        count: number of orders.
+        seed: of the orders, and of the noise of fill "linear".
+        classifier, image, target, protocol: see ``perturbation_curves``.
+
+    Returns:
+        Insertion AUCs and deletion AUCs, float64 [count] each.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"count is {count}: expected a whole number of random orders, at least 1")
+    regions = regions if isinstance(regions, Regions) else Regions(regions)
+    labels = regions.labels.cpu()
+    image, target = loaded_image(image, labels), classifier.target_index(target)
+    generator = torch.Generator().manual_seed(seed)
+    region_steps = protocol.steps == "regions"
+    scorer = _prefix_scorer(classifier, image, labels, target, protocol, seed) if region_steps else None
+    found = []
+    for _ in range(count):
+        order = torch.randperm(regions.count, generator=generator)
+        steps = (labels, order) if region_steps else pixel_steps(-order.argsort()[labels], protocol.count)
+        found.append(_curves(image, *steps, protocol, scorer or _prefix_scorer(classifier, image, steps[0], target, protocol, seed)))
+    insertion, deletion = [c.insertion_auc for c in found], [c.deletion_auc for c in found]
+    return torch.tensor(insertion, dtype=torch.float64), torch.tensor(deletion, dtype=torch.float64)
+
+
+_Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _prefix_scorer(classifier: Classifier, image: Tensor, labels: Tensor, target: int, protocol: Protocol, seed: int) -> _Scorer:
+    """A function from an order of the labels to the scores of its prefixes, shown and hidden: float32 [K+1] each."""
+    here = image.to(classifier.device)
+    if is_drop(protocol.fill):
+        hiding, masked = masked_inputs(classifier, image, labels, DROP)
+        return lambda order: prefix_scores(_score(hiding, protocol.output), masked, order, target)
+    if isinstance(protocol.fill, str) and protocol.fill == "linear":
+        std = classifier.preprocessing.std
+
+        def composed(shown: Tensor) -> Tensor:
+            return impute(here, shown, std=std, seed=seed)
+    else:
+        fill = classifier_fill(image, protocol.fill, classifier)
+        if (int(labels.max()) + 1) * 3 * math.prod(classifier.preprocessing.size) <= _CONTRIBUTION_VALUES:
+            masked = MaskedInputs(classifier, image, labels, fill)
+            return lambda order: prefix_scores(_score(classifier, protocol.output), masked, order, target)
+        fill = fill.to(here)
+
+        def composed(shown: Tensor) -> Tensor:
+            return torch.where(shown[:, None], here, fill)
+
+    def scorer(order: Tensor) -> tuple[Tensor, Tensor]:
+        position, prefixes = order.argsort()[labels], torch.arange(len(order) + 1)
+        insertion = composed_scores(classifier, composed, lambda k: position < k, prefixes, target, protocol.output)
+        deletion = composed_scores(classifier, composed, lambda k: position >= k, prefixes, target, protocol.output)
+        return insertion, deletion
+
+    return scorer
+
+
+def composed_scores(
+    classifier: Classifier,
+    composed: Callable[[Tensor], Tensor],
+    shown: Callable[[Tensor], Tensor],
+    thresholds: Tensor,
+    target: int,
+    output: Output,
+) -> Tensor:
+    """Scores of composed images, one for each threshold, few at a time: float32 [n]."""
+    score, scores = _score(classifier, output), []
+    pixels = shown(thresholds[0]).numel()
+    for part in even_chunks(thresholds, max(1, _IMAGE_VALUES // (3 * pixels))):
+        images = composed(shown(part[:, None, None]).to(classifier.device))
+        scores.append(score(classifier.preprocessing(images))[:, target].cpu())
+    return torch.cat(scores)
+
+
+def _score(classifier: Classifier, output: Output) -> Callable[[Tensor], Tensor]:
+    return classifier.logits if output == "logit" else classifier.probabilities
+
+
+def _curves(image: Tensor, labels: Tensor, order: Tensor, protocol: Protocol, scorer: _Scorer) -> Curves:
+    insertion, deletion = scorer(order)
+    counted = torch.ones_like(labels) if protocol.axis == "area" else (image.sum(dim=0) != 0).long()
+    sizes = torch.zeros_like(order).scatter_add_(0, labels.flatten(), counted.flatten())
+    revealed = torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
+    revealed_share, uncounted_share = revealed.double() / labels.numel(), 1 - counted.double().mean()
+    return Curves(revealed_share.float(), insertion, (revealed_share + uncounted_share).float(), deletion, protocol)
+
+
+def pixel_values(explanation: Explanation) -> Tensor:
+    return (explanation.pixel_map if explanation.pixel_map is not None else explanation.to_pixels("rank")).cpu()
+
+
+def pixel_steps(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Steps of floor(k N / K) pixels by value: labels are step numbers, so that the order is 0...K-1."""
+    pixels = values.numel()
+    count = min(count, pixels)
+    revealed = torch.arange(count + 1) * pixels // count
+    labels = torch.empty(pixels, dtype=torch.int64)
+    labels[values.flatten().argsort(descending=True, stable=True)] = torch.arange(count).repeat_interleave(revealed.diff())
+    return labels.view(values.shape), torch.arange(count)
+
+
+def loaded_image(image: ImageSource, labels: Tensor) -> Tensor:
+    loaded = load_image(image).cpu()
+    if loaded.shape[1:] != labels.shape:
+        raise UserError(
+            f"the image is {loaded.shape[2]}x{loaded.shape[1]}, the explanation or its regions {labels.shape[1]}x{labels.shape[0]}: "
+            "give the image that was explained (explanation.image)"
+        )
+    return loaded

@@ -1,0 +1,114 @@
+"""An append-only log of results, one JSON object a line: killed at any moment it loses at most the line being written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from attribution.errors import UserError
+
+Record = dict[str, Any]
+
+
+class RecordLog:
+    """Records of one folder, written by one process at a time.
+
+    A record reaches the file with its newline before ``append`` returns. A line that a killed process left unfinished is cut off
+    when the log is opened again. Of two records with the same key only the later one counts.
+
+    Attributes:
+        path: the file.
+        records: what it holds, by key, in the order of first appearance.
+    """
+
+    def __init__(self, path: Path, file: FileIO, records: dict[str, Record]) -> None:
+        self.path, self.records, self._file = path, records, file
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.records
+
+    def append(self, key: str, record: Record) -> None:
+        """Write a record; when this raises, the file is as before.
+
+        Raises:
+            UserError: the disk is full or the file cannot be written.
+        """
+        full = {"key": key, **record}
+        line = (json.dumps(full, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except BaseException as error:
+            self._file.truncate(end)
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(
+                f"cannot write {self.path} ({error.strerror or error}): what was measured so far is kept; make room and start again"
+            ) from None
+        self.records[key] = full
+
+
+@contextmanager
+def open_log(path: Path) -> Iterator[RecordLog]:
+    """Open a log for appending, alone.
+
+    Raises:
+        UserError: another process has it open, the folder cannot be written, or a line inside it is damaged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = FileIO(path, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another output folder") from None
+    with file:
+        _lock(file, path)
+        file.seek(0)
+        data = file.read()
+        records, complete = _parse(data, path)
+        if complete != len(data):
+            file.truncate(complete)
+        yield RecordLog(path, file, records)
+
+
+def read_log(path: Path) -> dict[str, Record]:
+    """The records of a finished or running log, by key; an unfinished last line does not count.
+
+    Raises:
+        UserError: no such file, or a damaged line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of a benchmark") from None
+    return _parse(data, path)[0]
+
+
+def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:
+    """The complete lines, and how many bytes they take."""
+    complete = data.rfind(b"\n") + 1
+    records: dict[str, Record] = {}
+    for number, line in enumerate(data[:complete].split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path} line {number} is damaged: remove that line; what it held is measured again") from None
+    return records, complete
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; two processes in one folder are then the user's care
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{path} is open in another process: wait for it, or choose another output folder") from None

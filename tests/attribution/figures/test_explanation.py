@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import attribution as at
+from attribution.figures.explanation import chosen_prefix, plot_explanations
+from attribution.figures.style import Figure, border_segments
+from tests.attribution.test_explanation import made, pixel_map
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=60)
+    return np.asarray(plt.imread(io.BytesIO(buffer.getvalue())))
+
+
+def titles(figure: Figure) -> list[str]:
+    return [ax.get_title() for ax in figure.axes if ax.get_title()]
+
+
+def test_one_row_says_what_it_shows() -> None:
+    figure = made().plot()
+    photo, heat, regions, curves = titles(figure)
+    assert photo == "toy: cat, p = 0.80"
+    assert heat == "importance"
+    assert regions == f"4 of 6 regions, {float(made().area[4]):.0%} of the image\ngive p = 0.90"
+    assert curves == "most important first, fill black"
+    legend = [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+    assert legend == [f"insertion, AUC {made().insertion_auc:.3f}", f"deletion, AUC {made().deletion_auc:.3f}"]
+
+
+def test_the_curves_are_the_scores() -> None:
+    curves = next(ax for ax in made().plot().axes if ax.get_legend())
+    insertion, deletion = curves.get_lines()[:2]
+    assert np.allclose(insertion.get_ydata(), made().insertion_scores)
+    assert np.allclose(deletion.get_ydata(), made().deletion_scores)
+    assert np.allclose(insertion.get_xdata(), made().area)
+
+
+def test_the_chosen_prefix_is_numbered() -> None:
+    explanation = made()
+    assert chosen_prefix(explanation) == 4
+    numbers = [text.get_text() for ax in explanation.plot().axes for text in ax.texts]
+    assert numbers == ["1", "2", "3", "4"]
+
+
+def test_chosen_prefix_where_none_reaches_enough() -> None:
+    explanation = replace(made(), probabilities=torch.tensor([0.0, 1.0]))
+    assert chosen_prefix(explanation) == 4
+    assert "give the highest p = 0.90" in " ".join(titles(explanation.plot()))
+
+
+def test_a_fill_that_is_already_the_class_is_said() -> None:
+    explanation = replace(made(), insertion_scores=torch.full((7,), 0.7))
+    assert "the fill alone gives p = 0.70" in " ".join(titles(explanation.plot()))
+
+
+def test_chosen_prefix_where_the_fill_is_enough_is_the_best_one() -> None:
+    explanation = replace(made(), insertion_scores=torch.tensor([0.79, 0.8, 0.81, 0.9, 0.95, 0.85, 0.8]))
+    assert chosen_prefix(explanation) == 4
+    assert "give the highest p = 0.95" in " ".join(titles(explanation.plot()))
+
+
+def test_another_predicted_class_is_said() -> None:
+    assert "predicted dog, p = 0.70" in titles(replace(made(), probabilities=torch.tensor([0.7, 0.3])).plot())[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "title"),
+    [
+        (torch.zeros(6, 8), "heatmap: constant"),
+        (torch.ones(6, 8), "heatmap: constant"),
+        (torch.linspace(-1, 2, 48).view(6, 8), "heatmap, signed"),
+        (-torch.rand(6, 8) - 0.1, "heatmap, signed"),
+        (torch.full((6, 8), torch.nan), "heatmap: constant (48 values not finite)"),
+        (torch.rand(6, 8) * 1e-20, "importance"),
+    ],
+)
+def test_signed_and_degenerate_maps(values: torch.Tensor, title: str) -> None:
+    figure = pixel_map(values).plot()
+    assert title in titles(figure)
+    assert rendered(figure).std() > 0
+
+
+def test_rows_of_different_kinds() -> None:
+    figure = plot_explanations([made(), pixel_map(torch.rand(6, 8)), replace(made(), target=0)])
+    assert sum(title == "importance" for title in titles(figure)) == 3
+    assert rendered(figure).shape[0] > rendered(made().plot()).shape[0] * 2
+    with pytest.raises(at.UserError, match="no explanations"):
+        plot_explanations([])
+
+
+def test_class_names_are_text_not_mathematics() -> None:
+    explanation = replace(made(), class_names=("$x^", "<b>$\\frac{1}</b>"))
+    assert rendered(explanation.plot()).std() > 0
+
+
+def test_no_global_state() -> None:
+    made().plot()
+    assert plt.get_fignums() == []
+
+
+def test_border_segments_of_two_pixels() -> None:
+    assert border_segments(np.array([[0, 1]])).tolist() == [[[0.5, -0.5], [0.5, 0.5]]]
+    assert border_segments(np.array([[0], [1]])).tolist() == [[[-0.5, 0.5], [0.5, 0.5]]]
+    assert len(border_segments(np.zeros((4, 4)))) == 0

@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+
+import attribution as at
+from attribution.model import zoo
+from attribution.model.loading import read_state_dict
+
+SMALL = "timm:resnet10t"
+
+
+def timm_module(classes: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("resnet10t", num_classes=classes).eval()
+
+
+def demo() -> Image.Image:
+    return Image.open(at.demo_image_path()).convert("RGB")
+
+
+def write_checkpoint(state: Any, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+class Trap:
+    """Unpickling one creates the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_zoo(name: str, cat: Tensor) -> None:
+    classifier = at.load_classifier(f"zoo:{name}", device="cpu")
+    assert classifier.name == f"zoo:{name}"
+    assert classifier.class_names == zoo.CLASS_NAMES
+    assert classifier.class_names[int(classifier.logits(classifier.inputs(cat)).argmax())] == "cat"
+    assert not any(module.training for module in classifier.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("zoo:resnet", "unknown zoo model 'resnet': expected one of cnn, vit"),
+        ("resnet18", "unknown model 'resnet18': expected zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME, or a .safetensors file"),
+        ("timm:", "unknown model 'timm:'"),
+        ("keras:vgg16", "unknown model 'keras:vgg16'"),
+        (Path("model.pt"), "unknown model 'model.pt'"),
+        ("timm:vit_tiny", "timm has no model 'vit_tiny': did you mean .*vit"),
+        ("timm:nosuchthing", r"timm has no model 'nosuchthing': see timm\.list_models\(\)"),
+        ("torchvision:resnet19", r"torchvision has no classifier 'resnet19': see torchvision\.models\.list_models\(\)"),
+        ("torchvision:resnet1", "torchvision has no classifier 'resnet1': did you mean .*resnet18"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier 'fasterrcnn_resnet50_fpn'"),
+        ("missing.safetensors", r"missing\.safetensors: no such file"),
+        ("timm:resnet10t.nosuchtag", r"the weights of timm:resnet10t\.nosuchtag could not be had \(Invalid pretrained tag"),
+    ],
+    ids=str,
+)
+def test_unknown_models(spec: str | Path, message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.load_classifier(spec, device="cpu")
+
+
+def test_inputs_equal_timms_evaluation_transform() -> None:
+    classifier = at.load_classifier("timm:vit_tiny_patch16_224", pretrained=False, device="cpu")
+    config = timm.data.resolve_data_config(model=classifier.module)
+    expected = timm.data.create_transform(**config, is_training=False)(demo())
+    assert (classifier.inputs(demo())[0] - expected).abs().max() < 1.5 / 255 / min(config["std"])
+    assert classifier.class_names[:2] == ("tench", "goldfish")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+def test_inputs_equal_torchvisions_evaluation_transform(name: str) -> None:
+    classifier = at.load_classifier(f"torchvision:{name}", pretrained=False, device="cpu")
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    expected = transform(demo())
+    assert (classifier.inputs(demo())[0] - expected).abs().max() < 1.5 / 255 / min(transform.std)
+    assert classifier.class_names[:2] == ("tench", "goldfish")
+
+
+def test_class_names_that_occur_twice_are_told_apart() -> None:
+    names = at.load_classifier(SMALL, pretrained=False, device="cpu").class_names
+    assert len(set(names)) == 1000
+    assert names[134] == "crane"
+    assert names[517] == "crane (517)"
+
+
+def test_settings_and_names_override_the_models_own() -> None:
+    classifier = at.load_classifier(
+        SMALL,
+        pretrained=False,
+        device="cpu",
+        class_names=map(str, range(1000)),
+        size=64,
+        resized=None,
+        resize="squash",
+        batch_size=3,
+        name="mine",
+    )
+    assert classifier.preprocessing.size == (64, 64)
+    assert classifier.preprocessing.resize == "squash"
+    assert classifier.preprocessing.mean == timm.data.IMAGENET_DEFAULT_MEAN
+    assert classifier.class_names[999] == "999"
+    assert classifier.batch_size == 3
+    assert classifier.name == "mine"
+
+
+WRAPPINGS: dict[str, Callable[[dict], dict]] = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state, "optimizer": {"lr": 0.1}},
+    "module": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "lightning": lambda state: {"state_dict": {f"model._orig_mod.{key}": value for key, value in state.items()}},
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapping", "suffix"), [*((wrapping, ".pt") for wrapping in WRAPPINGS), ("bare", ".safetensors"), ("module", ".safetensors")]
+)
+def test_checkpoints(wrapping: str, suffix: str, tmp_path: Path, small_cat: Tensor) -> None:
+    module = timm_module(classes=7)
+    path = write_checkpoint(WRAPPINGS[wrapping](module.state_dict()), tmp_path / f"weights{suffix}")
+    classifier = at.load_classifier(SMALL, checkpoint=path, device="cpu", size=64)
+    assert classifier.num_classes == 7
+    assert classifier.class_names == tuple(f"class {index}" for index in range(7))
+    inputs = classifier.inputs(small_cat)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(inputs), module(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "head"), [("squeezenet1_1", "classifier.1"), ("resnet18", "fc")])
+def test_torchvision_checkpoint_with_other_classes(name: str, head: str, tmp_path: Path, small_cat: Tensor) -> None:
+    module = torchvision.models.get_model(name, num_classes=5).eval()
+    path = write_checkpoint(module.state_dict(), tmp_path / "weights.pth")
+    classifier = at.load_classifier(f"torchvision:{name}", checkpoint=path, device="cpu", class_names="abcde", size=64)
+    assert classifier.class_names == tuple("abcde")
+    assert classifier.module.get_submodule(head).weight.shape[0] == 5
+    inputs = classifier.inputs(small_cat)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(inputs), module(inputs), atol=1e-6)
+
+
+def test_zoo_checkpoint(tmp_path: Path, small_cat: Tensor) -> None:
+    torch.manual_seed(0)
+    module = zoo.build_cnn().eval()
+    path = write_checkpoint(module.state_dict(), tmp_path / "cnn.safetensors")
+    classifier = at.load_classifier("zoo:cnn", checkpoint=path, device="cpu")
+    inputs = classifier.inputs(small_cat)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(inputs), module(inputs), atol=1e-6)
+
+
+def renamed(state: dict) -> dict:
+    return {key.replace("layer1", "stage1"): value for key, value in state.items()}
+
+
+def reshaped(state: dict) -> dict:
+    return {**state, "layer1.0.conv1.weight": torch.zeros(8, 64, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            renamed,
+            r"does not fit timm:resnet10t: \d+ of \d+ weights are missing \(layer1\.0.*; \d+ are unknown \(stage1\.0.*is it a",
+        ),
+        (reshaped, r"1 have another shape \(layer1\.0\.conv1\.weight: \[8, 64, 3, 3\] in the file, \[64, 64, 3, 3\] in the model\)"),
+        (lambda state: {"fc.weight": state["fc.weight"]}, r"weights are missing \(conv1\.0\.weight"),
+        (lambda state: {**state, "extra": torch.zeros(1)}, r"1 are unknown \(extra\)"),
+        (lambda state: {"epoch": 3}, "holds dict: expected a state dict, names to tensors"),
+        (lambda state: [1, 2], "holds list: expected a state dict"),
+        (lambda state: torch.zeros(3), r"holds float32 \[3\]: expected a state dict"),
+    ],
+    ids=["renamed", "reshaped", "missing", "extra", "no-weights", "list", "tensor"],
+)
+def test_checkpoints_that_do_not_fit(change: Callable[[dict], Any], message: str, tmp_path: Path) -> None:
+    path = write_checkpoint(change(timm_module(classes=1000).state_dict()), tmp_path / "weights.pt")
+    with pytest.raises(at.UserError, match=message):
+        at.load_classifier(SMALL, checkpoint=path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"garbage " * 40, b"\x80\x02garbage"], ids=["empty", "garbage", "half-pickle"])
+def test_garbage_checkpoints(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(at.UserError, match=rf"{name}: no such checkpoint file"):
+        at.load_classifier("zoo:cnn", checkpoint=path, device="cpu")
+    path.write_bytes(content)
+    with pytest.raises(at.UserError, match=rf"{name} (cannot be read as weights only|is not a readable safetensors file) \(.+\)"):
+        at.load_classifier("zoo:cnn", checkpoint=path, device="cpu")
+
+
+@pytest.mark.parametrize("where", ["top", "inside"])
+def test_a_pickled_object_is_refused_and_not_run(where: str, tmp_path: Path) -> None:
+    trap = Trap(tmp_path / "sprung")
+    path = write_checkpoint(
+        trap if where == "top" else {"state_dict": {"fc.weight": torch.zeros(2)}, "args": trap}, tmp_path / "weights.pt"
+    )
+    with pytest.raises(at.UserError, match=r"weights\.pt cannot be read as weights only .*save model\.state_dict\(\)"):
+        read_state_dict(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(at.UserError, match="cannot be read as weights only"):
+        read_state_dict(path)
+
+
+def no_network(*args: Any, **kwargs: Any) -> None:
+    raise OSError("[Errno 101] Network is unreachable\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("spec", "library", "function"),
+    [("timm:resnet10t.c3_in1k", timm, "create_model"), ("torchvision:resnet18", torchvision.models, "get_model")],
+)
+def test_a_download_that_fails_is_explained(spec: str, library: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, function, no_network)
+    message = rf"the weights of {spec} could not be had \(\[Errno 101\] Network is unreachable\): connect to the network"
+    with pytest.raises(at.UserError, match=message):
+        at.load_classifier(spec, device="cpu")
+
+
+@pytest.mark.parametrize("spec", [SMALL, "torchvision:squeezenet1_1", "zoo:vit"])
+def test_a_checkpoint_or_pretrained_false_asks_for_no_published_weights(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", no_network)
+    classifier = at.load_classifier(spec, pretrained=False, device="cpu")
+    path = write_checkpoint(classifier.module.state_dict(), tmp_path / "weights.pt")
+    assert at.load_classifier(spec, checkpoint=path, device="cpu").weights_digest == classifier.weights_digest
+
+
+SAVED = {
+    "zoo:cnn": {},
+    "timm:resnet10t": {
+        "class_names": tuple("abcdefg"),
+        "size": (48, 40),
+        "resize": "long_side",
+        "resized": (50, 44),
+        "mean": (0.1, 0.2, 0.3),
+    },
+    "torchvision:squeezenet1_1": {"interpolation": "bicubic"},
+}
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_a_saved_classifier_comes_back_whole(spec: str, tmp_path: Path, cat: Tensor) -> None:
+    checkpoint = None
+    if spec == SMALL:
+        checkpoint = write_checkpoint(timm_module(classes=7).state_dict(), tmp_path / "seven.pt")
+    torch.manual_seed(0)
+    saved = at.load_classifier(spec, pretrained=False, checkpoint=checkpoint, device="cpu", **SAVED[spec])
+    path = tmp_path / "new" / "model.safetensors"
+    at.save_classifier(saved, path)
+    loaded = at.load_classifier(path, device="cpu", batch_size=5)
+    assert loaded.name == f"{spec}@model"
+    assert loaded.class_names == saved.class_names
+    assert loaded.preprocessing == saved.preprocessing
+    assert loaded.weights_digest == saved.weights_digest
+    assert loaded.batch_size == 5
+    inputs = loaded.inputs(cat)
+    assert torch.equal(inputs, saved.inputs(cat))
+    assert torch.equal(loaded.logits(inputs), saved.logits(inputs))
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_settings_override_a_saved_file(tmp_path: Path, cnn: at.Classifier) -> None:
+    at.save_classifier(cnn, tmp_path / "cnn.safetensors")
+    loaded = at.load_classifier(tmp_path / "cnn.safetensors", device="cpu", class_names="abcdefghij", resize="short_side")
+    assert loaded.class_names == tuple("abcdefghij")
+    assert loaded.preprocessing.resize == "short_side"
+    assert loaded.preprocessing.mean == cnn.preprocessing.mean
+
+
+def test_what_a_file_cannot_say_how_to_build_is_not_saved(tmp_path: Path, cnn: at.Classifier) -> None:
+    path = tmp_path / "model.safetensors"
+    for classifier in (
+        at.Classifier(nn.Linear(2, 2), size=4),
+        at.Classifier(lambda inputs: inputs.mean((2, 3)), size=4, name="zoo:cnn"),
+        cnn.with_prototypes(torch.eye(10, 64)),
+    ):
+        with pytest.raises(
+            at.UserError, match="was not made by load_classifier, so a file could not say how to build it: save its state dict"
+        ):
+            at.save_classifier(classifier, path)
+    assert not path.exists()
+
+
+def test_a_safetensors_file_without_a_card_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(timm_module(classes=3).state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(
+        at.UserError, match=r"does not say which model it belongs to: use --model timm:NAME .* with --checkpoint plain\.safetensors"
+    ):
+        at.load_classifier(path, device="cpu")
+
+
+@pytest.mark.parametrize("card", ["no json", "[]", '{"model": 3, "settings": {}}', '{"model": "zoo:cnn"}'])
+def test_a_saved_file_with_a_broken_card(card: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": card})
+    with pytest.raises(at.UserError, match=r"is not a readable safetensors file|does not say which model it belongs to"):
+        at.load_classifier(path, device="cpu")
+
+
+def test_a_saved_file_that_names_itself_does_not_recurse(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    card = f'{{"model": "{path.as_posix()}", "settings": {{}}, "class_names": []}}'
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": card})
+    with pytest.raises(at.UserError, match="a checkpoint goes with timm:NAME"):
+        at.load_classifier(path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"settings": {"bogus": 1}, "class_names": []},
+        {"settings": {"device": "cpu"}, "class_names": []},
+        {"settings": {"size": [10**6, 10**6]}, "class_names": []},
+        {"settings": {}, "class_names": 3},
+    ],
+)
+def test_a_card_that_was_not_written_here_is_refused(card: dict, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    text = json.dumps({"model": "zoo:cnn", **card})
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": text})
+    with pytest.raises(at.UserError, match="a card that save_classifier did not write"):
+        at.load_classifier(path, device="cpu")
+
+
+def test_a_module_needs_a_size() -> None:
+    with pytest.raises(at.UserError, match=r"a bare nn\.Module has no input size: give size=, mean=, std= and class_names="):
+        at.load_classifier(nn.Flatten())
+    classifier = at.load_classifier(nn.Flatten(), size=2, device="cpu", class_names="abcdefghijkl")
+    assert torch.equal(classifier.logits(torch.arange(12.0).view(1, 3, 2, 2)), torch.arange(12.0)[None])
+
+
+def test_a_classifier_is_returned_as_it_is(cnn: at.Classifier) -> None:
+    assert at.load_classifier(cnn) is cnn
+
+
+@pytest.mark.parametrize("kind", ["module", "classifier", "file"])
+def test_a_checkpoint_beside_a_model_that_has_weights_is_not_ignored(kind: str, tmp_path: Path, cnn: at.Classifier) -> None:
+    model = {"module": cnn.module, "classifier": cnn, "file": tmp_path / "a.safetensors"}[kind]
+    settings = {"size": 32} if kind == "module" else {}
+    with pytest.raises(at.UserError, match=r"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: .* has its own weights"):
+        at.load_classifier(model, checkpoint=tmp_path / "b.safetensors", **settings)
+
+
+@pytest.mark.parametrize("model", ["zoo:cnn", nn.Flatten()], ids=["name", "module"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:999"])
+def test_device_that_cannot_be_used(model: str | nn.Module, device: str) -> None:
+    with pytest.raises(at.UserError, match=rf"device '{device}' cannot be used \(.+\): expected auto, cpu, cuda, cuda:N or mps"):
+        at.load_classifier(model, device=device, **({} if isinstance(model, str) else {"size": 2}))

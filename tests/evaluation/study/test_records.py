@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attribution as at
+from evaluation.study.records import open_log, read_log
+
+VALUES = st.one_of(st.none(), st.integers(), st.sampled_from(["", "x", "ü\u2028", "\n"]), st.floats(allow_nan=False, allow_infinity=False))
+PLAIN = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
+
+
+def write(path: Path, count: int, start: int = 0) -> None:
+    with open_log(path) as log:
+        for index in range(start, start + count):
+            log.append(f"k{index}", {"value": index, "name": "ü\u2028"})
+
+
+def test_what_is_appended_is_read_again_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "records.jsonl"
+    write(path, 3)
+    write(path, 2, start=3)
+    found = read_log(path)
+    assert list(found) == ["k0", "k1", "k2", "k3", "k4"]
+    assert found["k4"] == {"key": "k4", "value": 4, "name": "ü\u2028"}
+    with open_log(path) as log:
+        assert "k4" in log and "k5" not in log
+        assert log.records == found
+
+
+@given(records=st.lists(PLAIN, max_size=5), cut=st.integers(0, 400))
+def test_a_file_cut_anywhere_keeps_every_complete_line(tmp_path_factory: pytest.TempPathFactory, records: list[dict], cut: int) -> None:
+    path = tmp_path_factory.mktemp("log") / "records.jsonl"
+    with open_log(path) as log:
+        for index, record in enumerate(records):
+            log.append(str(index), record)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    complete = whole[:cut].count(b"\n")
+    assert list(read_log(path)) == [str(i) for i in range(complete)]
+    with open_log(path) as log:
+        assert len(log.records) == complete
+        log.append("new", {})
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["key"] for line in lines[:-1]] == [*map(str, range(complete)), "new"]
+    assert lines[-1] == ""
+
+
+def test_the_later_of_two_records_with_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write(path, 1)
+    with open_log(path) as log:
+        log.append("k0", {"value": 9})
+    assert read_log(path)["k0"] == {"key": "k0", "value": 9}
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write(path, 2)
+    path.write_bytes(b'{"key": "a"}\n{"no key": 1}\n' + path.read_bytes())
+    with pytest.raises(at.UserError, match=r"records\.jsonl line 2 is damaged"):
+        read_log(path)
+    with pytest.raises(at.UserError, match="line 2"), open_log(path):
+        pass
+
+
+def test_not_a_number_is_no_json(tmp_path: Path) -> None:
+    with open_log(tmp_path / "records.jsonl") as log:
+        with pytest.raises(ValueError, match="JSON compliant"):
+            log.append("a", {"value": float("nan")})
+        assert "a" not in log
+    assert (tmp_path / "records.jsonl").read_bytes() == b""
+
+
+def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
+    """Neither while the other holds the lock nor the other way round."""
+    path = tmp_path / "records.jsonl"
+    take = "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    program = f"import fcntl\nfile = open({str(path)!r}, 'ab')\n{take}\nprint('held', flush=True)\ninput()"
+    other = [sys.executable, "-c", program]
+    with open_log(path):
+        result = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in result.stderr
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(at.UserError, match="is open in another process"), open_log(path):
+            pass
+        process.communicate("\n")
+    write(path, 1)
+
+
+def test_a_full_disk_leaves_complete_lines_only(tmp_path: Path) -> None:
+    """A limit on the file's size makes the kernel refuse the rest of a write, as a full disk does."""
+    path = tmp_path / "records.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with open_log(path) as log:
+            line = len(json.dumps({"key": "k0", "text": "x" * 50})) + 1
+            for index in range(1000 // line):
+                log.append(f"k{index % 10}", {"text": "x" * 50})
+            with pytest.raises(at.UserError, match=r"cannot write .*records\.jsonl .*kept; make room"):
+                log.append("k1", {"text": "y" * 50})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_log(path) == log.records
+    assert path.read_bytes().count(b"\n") == 1000 // line
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_missing_and_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(at.UserError, match="name the output folder of a benchmark"):
+        read_log(tmp_path / "none.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(at.UserError, match="choose another output folder"), open_log(tmp_path / "file" / "records.jsonl"):
+        pass

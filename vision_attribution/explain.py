@@ -1,0 +1,357 @@
+"""The command ``attribution explain``: which regions a decision rests on, for images and folders, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from attribution import __version__
+from attribution.errors import UserError
+from attribution.explain import explain as explain_image
+from attribution.explanation import Explanation
+from attribution.figures.explanation import plot_explanations
+from attribution.files import slug, whole_file
+from attribution.fills import FILLS
+from attribution.image import demo_image_path
+from attribution.model.classifier import Classifier
+from attribution.model.forwarding import PRECISIONS
+from attribution.model.loading import load_classifier
+from attribution.objective import ScoreWeights
+from attribution.presets import PRESETS
+from attribution.regions import REGIONS
+from attribution.search import SEARCHES
+from attribution.tuning import tune
+from vision_attribution.inputs import distinct_stems, find_images, read_class_names
+from vision_attribution.progress import Bar
+
+DEMO_MODELS = ("zoo:cnn", "zoo:vit")
+DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
+SHARES = (0.5, 0.8, 0.95)
+
+
+def explain(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files and folders of images. None: the demo, a photo of a cat.", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
+            "Default: both zoo models for the demo, zoo:cnn otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Class name or index to explain. Default: the predicted class.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.", show_default=False),
+    ] = None,
+    region_count: Annotated[
+        int | None, typer.Option(min=2, help="About how many regions. Default: the published 49 or 50.", show_default=False)
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.", show_default=False)
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.", show_default=False)
+    ] = None,
+    pending: Annotated[int | None, typer.Option(min=1, help="p of the bidirectional search. Default: 8.", show_default=False)] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Images that search budget may forward. Default: 16 for each region.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"A published setting of weights, regions and search: {', '.join(PRESETS)}.", show_default=False),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            "--fill",
+            "-f",
+            help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb', an image file, several "
+            "named ones such as black+blur+mean, or drop (tokens of a vision transformer). "
+            f"Default: black, as published; {DEMO_FILL} for the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG, NPZ and JSON files.")] = Path("out"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
+    precision: Annotated[
+        str, typer.Option(help=f"In which the model computes: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
+    ] = "float32",
+    max_side: Annotated[int, typer.Option(min=8, help="Longer images are shrunk to this side.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of searches that draw.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what --out already holds.")] = False,
+) -> None:
+    """Show which regions of an image a classifier's decision rests on.
+
+    For each image and model it writes a figure (.png), the explanation (.npz, for attribution.Explanation.load) and its
+    numbers (.json), and prints a table. Run again with the same settings it keeps what is already there. Exit code 2 and
+    one line for each image that could not be explained.
+
+    Examples:
+
+    - `attribution explain`
+
+    - `attribution explain photo.jpg --model timm:vit_base_patch16_224 --out out`
+
+    - `attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur`
+    """
+    options: dict[str, Any] = {
+        "regions": regions,
+        "search": search,
+        "pending": pending,
+        "weights": None if weights is None else parse_weights(weights),
+        "preset": preset,
+        "fill": fill or ("black" if images else DEMO_FILL),
+        "target": target,
+        "seed": seed,
+        "max_side": max_side,
+        "region_options": {} if region_count is None else {"count": region_count},
+        **({} if evaluations is None else {"evaluations": evaluations}),
+    }
+    if heatmap is not None:
+        options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap
+    for name, known, option in ((regions, REGIONS, "regions"), (search, SEARCHES, "search"), (preset, PRESETS, "preset")):
+        if name is not None and name not in known:
+            raise UserError(f"unknown {option} {name!r}: expected one of {', '.join(known)}")
+    found = [demo_image_path()] if not images else list(find_images(images, out))
+    specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
+    names = None if classes is None else read_class_names(classes)
+    if precision not in (*PRECISIONS, "auto"):
+        raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)} or auto")
+    classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
+    repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
+    if repeated:
+        raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
+    if precision != "auto":
+        for classifier in classifiers:
+            classifier.precision = precision
+    waiting = set(classifiers) if precision == "auto" else set()
+
+    def prepare(classifier: Classifier, path: Path) -> None:
+        if classifier in waiting:
+            ways = tune(classifier, path)
+            waiting.remove(classifier)
+            typer.echo(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
+
+    jobs = [
+        Job(path, stem, classifiers, options, out, overwrite, precision, prepare)
+        for path, stem in zip(found, distinct_stems(found), strict=True)
+    ]
+    errors: list[str] = []
+    rows: list[tuple[Job, list[Explanation]]] = []
+    for number, job in enumerate(jobs, start=1):
+        prefix = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
+        try:
+            rows.append((job, job.run(prefix)))
+        except KeyboardInterrupt:
+            typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
+            raise typer.Exit(130) from None
+        except UserError as error:
+            errors.append(str(error) if str(job.path) in str(error) else f"{job.path}: {error}")
+            if len(jobs) > 1:
+                typer.echo(f"error: {errors[-1]}", err=True)
+    if rows:
+        print_table(rows)
+        for job, _ in rows:
+            typer.echo(f"figure: {job.figure_path}")
+    if errors:
+        raise UserError(errors[0] if len(jobs) == 1 else f"{len(errors)} of {len(jobs)} images could not be explained (see above)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image under every model, its outputs and whether they are there already."""
+
+    path: Path
+    stem: str
+    classifiers: list[Classifier]
+    options: dict[str, Any]
+    out: Path
+    overwrite: bool
+    precision: str
+    prepare: Callable[[Classifier, Path], None]
+
+    @property
+    def figure_path(self) -> Path:
+        return self.out / f"{self.stem}.png"
+
+    def run(self, prefix: str = "") -> list[Explanation]:
+        """Explain, or load what the same settings wrote before; the figure is written last, when all models are done."""
+        explanations, fresh = [], False
+        for classifier in self.classifiers:
+            base = self.out / f"{self.stem}-{slug(Path(classifier.name).name)}"
+            key = self._key(classifier)
+            kept = None if self.overwrite else _kept(base, key)
+            if kept is None:
+                fresh = True
+                self.prepare(classifier, self.path)
+                with Bar(f"{prefix}{self.path.name} {classifier.name}", "region") as progress:
+                    kept = explain_image(self.path, classifier, progress=progress, **self.options)
+                kept.provenance.update(file=self.path.name, key=key)
+                kept.save(base.with_name(base.name + ".npz"))
+                self.figure_path.unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
+                with whole_file(base.with_name(base.name + ".json")) as temporary:
+                    temporary.write_text(json.dumps(summary(kept), indent=2) + "\n", encoding="utf-8")
+            explanations.append(kept)
+        if fresh or not self.figure_path.exists():
+            with whole_file(self.figure_path) as temporary:
+                plot_explanations(explanations).savefig(temporary, format="png")
+        return explanations
+
+    def _key(self, classifier: Classifier) -> str:
+        """What the result depends on: the file's bytes, the model and every option."""
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        digest = hashlib.sha256(content)
+        model = classifier.identity
+        if self.precision == "auto":  # what it finds is known only after the first image
+            model = replace(model, precision=("auto",))
+        digest.update(f"{model} {__version__}".encode())
+        for name, value in sorted(self.options.items()):
+            if name == "region_options":
+                digest.update(np.ascontiguousarray(value.get("heatmap", 0)).tobytes())
+                value = {key: item for key, item in value.items() if key != "heatmap"}
+            digest.update(f"{name}={value}".encode())
+        if os.path.isfile(self.options["fill"]):
+            digest.update(Path(self.options["fill"]).read_bytes())
+        return digest.hexdigest()
+
+
+def summary(explanation: Explanation) -> dict[str, Any]:
+    """The numbers of an explanation as plain JSON."""
+    assert explanation.regions is not None and explanation.order is not None
+    assert explanation.insertion_scores is not None and explanation.deletion_scores is not None
+    predicted = int(explanation.probabilities.argmax())
+    return {
+        "target": explanation.target_name,
+        "target_index": explanation.target,
+        "confidence": explanation.confidence,
+        "predicted": explanation.class_names[predicted],
+        "regions": {"requested": explanation.regions.requested, "actual": explanation.regions.count},
+        "regions_needed": {f"{share:.0%}": explanation.regions_needed(share * explanation.confidence) for share in SHARES},
+        "insertion_auc": explanation.insertion_auc,
+        "deletion_auc": explanation.deletion_auc,
+        "protocol": {
+            "axis": "exact share of the image's pixels",
+            "steps": "one region",
+            "order": "most important first",
+            "fill": explanation.provenance["settings"]["fill"],
+            "insertion": "higher is better",
+            "deletion": "lower is better",
+        },
+        "evaluations": explanation.evaluations,
+        "order": explanation.order.tolist(),
+        "area": explanation.area.tolist(),
+        "insertion_scores": explanation.insertion_scores.tolist(),
+        "deletion_scores": explanation.deletion_scores.tolist(),
+        "provenance": explanation.provenance,
+    }
+
+
+def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
+    """A line per image and model, and what a reader must know to trust it."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for heading in ("image", "model", "class"):
+        table.add_column(heading, overflow="fold")
+    shares = [f"{share:.0%}" for share in SHARES]
+    for heading in ("p", "regions", *shares, "ins.", "del.", "images", "sec."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
+    for job, explanations in rows:
+        for explanation in explanations:
+            assert explanation.regions is not None
+            needed = [explanation.regions_needed(share * explanation.confidence) for share in SHARES]
+            model = str(explanation.provenance["model"])
+            table.add_row(
+                escape(job.path.name),
+                escape(model),
+                escape(explanation.target_name),
+                f"{explanation.confidence:.3f}",
+                f"{explanation.regions.count}/{explanation.regions.requested}",
+                *("never" if count is None else str(count) for count in needed),
+                f"{explanation.insertion_auc:.3f}",
+                f"{explanation.deletion_auc:.3f}",
+                str(explanation.evaluations),
+                f"{explanation.provenance['seconds']:.1f}",
+            )
+            if explanation.fill_is_informative:
+                notes.append(
+                    f"note: to {model} the fill alone is {explanation.target_name} with p = {explanation.fill_confidence:.2f}, "
+                    f"so few regions are needed ({job.path.name}); try another --fill"
+                )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    console.print(
+        "p: probability of the class. regions: made/requested. "
+        f"{', '.join(shares)}: regions that alone reach that share of p, most important first. "
+        "ins., del.: area under the insertion (higher is better) and deletion curve (lower is better) over the share of the "
+        "image. images: forwarded by the search.",
+        style="dim",
+        markup=False,
+    )
+    for note in notes:
+        typer.echo(note)
+
+
+def parse_weights(text: str) -> ScoreWeights:
+    """'consistency=20,collaboration=5' -> weights, the others 0.
+
+    Raises:
+        UserError: an unknown score or something that is not a number.
+    """
+    known = [field.name for field in fields(ScoreWeights)]
+    values = dict.fromkeys(known, 0.0)
+    for part in text.split(","):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise UserError(
+                f"--weights {text!r} has an unknown score {name!r}: expected {', '.join(known)}, as in 'consistency=20,collaboration=5'"
+            )
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise UserError(f"--weights {text!r}: {name} is {number!r}, expected a number") from None
+    return ScoreWeights(**values)
+
+
+def _kept(base: Path, key: str) -> Explanation | None:
+    """The explanation that an earlier run with the same key wrote completely."""
+    record, arrays = base.with_name(base.name + ".json"), base.with_name(base.name + ".npz")
+    try:
+        if json.loads(record.read_text(encoding="utf-8"))["provenance"]["key"] != key:
+            return None
+        explanation = Explanation.load(arrays)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return explanation if explanation.provenance.get("key") == key else None
