@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, not an installed copy
 
-from attribution import __version__
+from attribution import __version__  # noqa: E402
 
 project = "vision-attribution"
 author = "The vision-attribution authors"
@@ -15,7 +20,7 @@ copyright = author
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath", "deflist"]
+myst_enable_extensions = ["dollarmath", "attrs_block"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
@@ -28,7 +33,6 @@ python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-nitpicky = False
 
 html_theme = "furo"
 html_title = "vision-attribution"
@@ -38,3 +42,31 @@ html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "default"
 pygments_dark_style = "github-dark"
+
+
+def one_line(entry: Any) -> str:
+    """What an entry of a registry is, from its own words."""
+    for said in (getattr(entry, "summary", None), getattr(entry, "source", None)):
+        if isinstance(said, str):
+            return said
+    if isinstance(entry, dict):
+        return "for " + ", ".join(entry)
+    if callable(getattr(entry, "label", None)):
+        return str(entry.label())
+    function = getattr(entry, "function", entry)
+    doc = "" if getattr(function, "__name__", "").startswith("<") else inspect.getdoc(function) or ""
+    return "" if doc == inspect.getdoc(type(function)) else " ".join(doc.split("\n\n")[0].split())
+
+
+def prepare_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Registries are shown as a list of their entries; elsewhere ``literals`` are the only markup that docstrings have."""
+    if what == "data" and isinstance(value, dict):
+        lines[:] = [line for key, entry in value.items() for line in (f"- ``{key}``: {one_line(entry)}".removesuffix(": "), "")]
+    for number, line in enumerate(lines):
+        parts = line.split("``")
+        parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
+        lines[number] = "``".join(parts)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's
