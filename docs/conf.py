@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, not an installed copy
 
-from attribution import __version__  # noqa: E402
+from attribution import __version__
 
 project = "vision-attribution"
 author = "The vision-attribution authors"
@@ -20,7 +20,7 @@ copyright = author
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath", "attrs_block"]
+myst_enable_extensions = ["attrs_block"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import evaluation as ev
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-MARKS = ("needs-data", "not-yet", "slow")
+MARKS = ("needs-data", "not-yet", "slow")  # not-yet: the command is still to come; fails when it is there, so that the mark goes
 BLOCK = re.compile(r"^(?:(?:%|<!--) *([a-z, -]+?)(?: *-->)?\n)?```(\w+)\n(.*?)^```$", flags=re.M | re.S)
 
 
@@ -47,9 +48,13 @@ class Block:
         return f"{self.page}:{self.line}"
 
 
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
 def blocks_of(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
-    page = path.relative_to(ROOT).as_posix()
+    page = name_of(path)
     found = []
     for match in BLOCK.finditer(text):
         marks = frozenset(mark.strip() for mark in (match[1] or "").split(",") if mark.strip() in MARKS)
@@ -65,7 +70,6 @@ def commands_of(block: Block) -> list[str]:
 BLOCKS = [block for path in PAGES for block in blocks_of(path)]
 SHELL = [(block, command) for block in BLOCKS if block.language == "sh" for command in commands_of(block)]
 PROGRAMS = [block for block in BLOCKS if block.language == "python"]
-RUN_ELSEWHERE = ("make test", "make test-all", "make docs", "make readme", "make env", "make lint", "make types")  # CI runs these themselves
 
 
 def inline_commands() -> list[tuple[str, str]]:
@@ -74,7 +78,7 @@ def inline_commands() -> list[tuple[str, str]]:
     for path in PAGES:
         text = BLOCK.sub("", path.read_text(encoding="utf-8"))
         for command in re.findall(r"`((?:attribution|python scripts/\S+) [^`]+)`", text):
-            found.append((path.relative_to(ROOT).as_posix(), " ".join(command.split())))
+            found.append((name_of(path), " ".join(command.split())))  # noqa: PERF401
     return found
 
 
@@ -96,7 +100,7 @@ def to_run() -> list[Any]:
             found.append(in_order(block, None, block.name))
         if block.language == "sh":
             for number, command in enumerate(commands_of(block), start=1):
-                if command not in RUN_ELSEWHERE:
+                if command != "make test":  # CI runs it first
                     found.append(in_order(block, command, f"{block.name}.{number}"))
     return found
 
@@ -143,7 +147,7 @@ def test_runs(block: Block, command: str | None, checkouts: dict[str, Path]) -> 
 
 def check_said(program: str, output: str) -> None:
     """What a comment says that a line prints, such as Explanation(cat 0.858, ...), is what it prints, to rounding of the machine."""
-    for said in re.findall(r"^print\(.*\)  # (Explanation\(.*?\))", program, flags=re.M):
+    for said in re.findall(r"^print\(.*\)\s+# (Explanation\(.*?\))", program, flags=re.M):
         number = re.compile(r"\d+(?:\.\d+)?")
         same_words = [line for line in output.splitlines() if number.sub("0", line) == number.sub("0", said)]
         close = [
@@ -219,6 +223,11 @@ def test_there_is_something_to_run() -> None:
     assert {f"docs/how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md")} <= pages
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=lambda block: block.name)
+def test_settings_are_settings(block: Block) -> None:
+    assert ev.make_settings(tomllib.loads(block.text)).methods
+
+
 def test_languages_of_blocks() -> None:
     """A block in another spelling (bash, py, ...) would never be run."""
     assert {block.language for block in BLOCKS} <= {"sh", "python", "toml", "text"}
@@ -235,7 +244,7 @@ def test_the_reference_names_every_public_name(package: Any) -> None:
     assert sorted(directives) == sorted(package.__all__)
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of)
 def test_links_and_named_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http|#)([^)#\s]+)[^)]*\)", text):
