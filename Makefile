@@ -36,7 +36,7 @@ types: $(READY)  ## Check types
 	$(BIN)/mypy
 
 docs: $(READY)  ## Build the documentation into out/docs
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/doctrees docs out/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html -d out/doctrees docs out/docs
 
 readme: $(READY)  ## Run every command and program of README and documentation
 	$(BIN)/python -m pytest -m readme tests/test_docs.py

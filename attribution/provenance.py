@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from attribution.errors import describe
 from attribution.model.classifier import Classifier
@@ -77,3 +78,11 @@ def _plain_value(value: Any) -> Any:
 def digest_of(values: Any) -> str:
     """16 hexadecimal digits of sha256 over values as JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pixels_digest(image: Tensor) -> str:
+    """16 hexadecimal digits of sha256 over the shape, the type and the values of an image or a mask."""
+    values = image.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{list(values.shape)} {values.dtype}".encode())
+    digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

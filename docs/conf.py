@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -68,5 +69,18 @@ def prepare_docstring(app: Sphinx, what: str, name: str, value: Any, options: An
         lines[number] = "``".join(parts)
 
 
+def shorten_signature(app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str) -> tuple[str, str] | None:
+    """Fields of a dataclass as its source has them; a long default is left to the source."""
+    if not dataclasses.is_dataclass(value):
+        return None
+    shown = []
+    for field in dataclasses.fields(value):
+        default = "..." if field.default_factory is not dataclasses.MISSING else field.default
+        text = "" if default is dataclasses.MISSING else f" = {default if default == '...' else repr(default)}"
+        shown.append(f"{field.name}: {field.type}" + (text if len(text) < 40 else " = ..."))
+    return f"({', '.join(shown)})", returned
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's

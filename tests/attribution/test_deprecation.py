@@ -26,8 +26,8 @@ def test_the_old_order_is_told_by_the_types(cnn: at.Classifier) -> None:
     for classifier in (cnn, "zoo:vit"):
         with pytest.warns(DeprecationWarning, match=r"received\(classifier, image, \.\.\.\) is now received\(image, classifier"):
             assert received(classifier, "cat.jpg", 3) == ("cat.jpg", classifier, 3, 1)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="is now received"):
         assert received(cnn, image="cat.jpg", target=3) == ("cat.jpg", cnn, 3, 1)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="is now received"):
         assert received(cnn) == (None, cnn, None, 1)
     assert received.__doc__ == "A function of an image and a classifier."

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import evaluation.statistics.comparisons as es
+import evaluation.statistics as es
 from attribution.errors import UserError
-from evaluation.statistics import ranking, validity
+from evaluation.statistics import comparisons, intervals, ranking, validity
 from evaluation.statistics.comparisons import Comparison
 from evaluation.statistics.intervals import Interval
 
@@ -186,9 +186,9 @@ def test_coverage() -> None:
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = skewed(8, 70), skewed(9, 70)
     whole = es.bootstrap_interval(a), es.sign_flip(a, b, resamples=999)
-    monkeypatch.setattr(es, "_CHUNK_VALUES", 7 * 70)
+    monkeypatch.setattr(intervals, "_CHUNK_VALUES", 7 * 70)
     assert (es.bootstrap_interval(a), es.sign_flip(a, b, resamples=999)) == whole
-    monkeypatch.setattr(es, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr(intervals, "_CHUNK_VALUES", 1)
     assert es.sign_flip(a, b, resamples=999) == whole[1]
 
 
@@ -219,7 +219,7 @@ def test_drawn_signs_agree_with_all_signs(monkeypatch: pytest.MonkeyPatch) -> No
     generator = np.random.default_rng(12)
     cases = [generator.normal(shift, 1, 12) for shift in (0, 0.2, 0.4, 0.6)]
     exact = [es.sign_flip(d, np.zeros(12)) for d in cases]
-    monkeypatch.setattr(es, "EXACT_COUNT", 0)
+    monkeypatch.setattr(comparisons, "EXACT_COUNT", 0)
     for d, p in zip(cases, exact, strict=True):
         drawn = es.sign_flip(d, np.zeros(12), resamples=20_000)
         assert drawn != p
