@@ -55,18 +55,25 @@ def one_line(entry: Any) -> str:
     if callable(getattr(entry, "label", None)):
         return str(entry.label())
     function = getattr(entry, "function", entry)
-    doc = "" if getattr(function, "__name__", "").startswith("<") else inspect.getdoc(function) or ""
-    return "" if doc == inspect.getdoc(type(function)) else " ".join(doc.split("\n\n")[0].split())
+    ours = str(getattr(function, "__module__", "")).split(".")[0] in ("attribution", "evaluation")
+    doc = inspect.getdoc(function) if ours and not isinstance(function, type) else None
+    return "" if doc is None or doc == inspect.getdoc(type(function)) else " ".join(doc.split("\n\n")[0].split())
 
 
-def prepare_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Registries are shown as a list of their entries; elsewhere ``literals`` are the only markup that docstrings have."""
-    if what == "data" and isinstance(value, dict):
-        lines[:] = [line for key, entry in value.items() for line in (f"- ``{key}``: {one_line(entry)}".removesuffix(": "), "")]
+def escape_markup(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """``literals`` are the only markup that our docstrings have."""
     for number, line in enumerate(lines):
         parts = line.split("``")
         parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
         lines[number] = "``".join(parts)
+
+
+def list_entries(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """A registry is shown as the list of its entries."""
+    if what == "data" and isinstance(value, dict):
+        entries = {key: one_line(entry) for key, entry in value.items()}
+        lines[:] = [line for key, text in entries.items() for line in (f"- ``{key}``: {text}".removesuffix(": "), "")]
+        escape_markup(app, what, name, value, options, lines)
 
 
 def shorten_signature(app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str) -> tuple[str, str] | None:
@@ -83,4 +90,5 @@ def shorten_signature(app: Sphinx, what: str, name: str, value: Any, options: An
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-signature", shorten_signature)
-    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's
+    app.connect("autodoc-process-docstring", escape_markup, priority=400)  # before napoleon, which is at 500
+    app.connect("autodoc-process-docstring", list_entries, priority=600)
