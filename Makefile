@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help env demo test test-all test-install lint types readme clean
+.PHONY: help env demo test test-all test-install lint types docs readme clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,8 +35,11 @@ lint: $(READY)  ## Check style and format
 types: $(READY)  ## Check types
 	$(BIN)/mypy
 
-readme: $(READY)  ## Run every command of the README
-	$(BIN)/python -m pytest -m readme tests/test_readme.py
+docs: $(READY)  ## Build the documentation into out/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html -d out/doctrees docs out/docs
+
+readme: $(READY)  ## Run every command and program of README and documentation
+	$(BIN)/python -m pytest -m readme tests/test_docs.py
 
 clean:  ## Remove the environment and all outputs
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
