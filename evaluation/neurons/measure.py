@@ -76,9 +76,9 @@ def measure_neurons(run: Run[NeuronSettings]) -> NeuronResults:
         measured=measured,
         pruned=pruned,
         failures=tuple(failures.items()),
-        targets=split.all(first, "target"),
-        predicted=split.all(first, "predicted"),
-        clean=split.all(first, "clean"),
+        targets=split.values(first, "target"),
+        predicted=split.values(first, "predicted"),
+        clean=split.values(first, "clean"),
     )
 
 
@@ -214,7 +214,7 @@ class _Halves:
     def records(self, kind: str) -> list[Record]:
         return [self.paths.records[kind][index] for index in self.chosen]
 
-    def all(self, kind: str, name: str) -> np.ndarray:
+    def values(self, kind: str, name: str) -> np.ndarray:
         """A value of the records of all images."""
         return np.array([record[name] for record in self.records(kind)])
 
@@ -243,7 +243,7 @@ class _Halves:
 
     def _edits(self, kind: str) -> Unit:
         def measure(_missing: Sequence[str]) -> Found:
-            neurons, targets = self.all(kind, "neurons"), self.all(kind, "target")
+            neurons, targets = self.values(kind, "neurons"), self.values(kind, "target")
             by_class = class_paths(neurons[self.selection], self.labels[self.selection], self.paths.classifier.num_classes)[:, :, 0]
 
             def edited(rows: np.ndarray, units: np.ndarray, edit: Any, means: Tensor) -> list[list[float]]:
@@ -268,12 +268,12 @@ class _Halves:
         records = self.records(kind)
         own = {"remove": [r["remove"] for r in records], "enhance": [r["enhance"] for r in records], "mean": edits["mean"]}
         return Measured(
-            self.all(kind, "neurons"),
-            self.all(kind, "score"),
+            self.values(kind, "neurons"),
+            self.values(kind, "score"),
             *_known(own, self.labels),
             *_known(edits["class"], self.labels[self.judged]),
-            float(self.all(kind, "forwards").mean()),
-            float(self.all(kind, "backwards").mean()),
+            float(self.values(kind, "forwards").mean()),
+            float(self.values(kind, "backwards").mean()),
         )
 
     def pruned(self, depths: Sequence[int]) -> Iterator[Pruned]:
