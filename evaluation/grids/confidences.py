@@ -51,8 +51,9 @@ def label_confidences(
     """Measure how confident a model is in the labels of some images, with the model's own preprocessing.
 
     Images are read and forwarded in batches of the classifier's batch size. With a log, each batch is one record. It holds the
-    digest of each image's pixels: on the next run all images are read again, and only those are forwarded whose pixels differ
-    from the record's or that failed before.
+    digest of each image's pixels. On the next run all images are read again, and only those are forwarded whose pixels differ from
+    the record's or that failed before. An image that can no longer be read keeps its recorded confidence, so that a lost file does
+    not change which grids are drawn; it costs only the grid that needs it.
 
     Args:
         classifier: its class names are what the labels are indices into.
@@ -92,21 +93,28 @@ def _judge(
 ) -> tuple[list[str | None], list[float | UserError]]:
     """The digest of each image of a batch, and its confidence or its error.
 
-    A confidence is taken from ``known``, the record of the batch, if it was measured on the same pixels.
+    A confidence is taken from ``known``, the record of the batch, if the image has the same pixels or can no longer be read.
     """
-    recorded = dict(zip(batch, zip(known.get("pixels", ()), known.get("values", ()), strict=False), strict=False))
+    pairs = zip(batch, known.get("pixels", ()), known.get("values", ()), strict=False)
+    recorded = {index: (pixels, value) for index, pixels, value in pairs if value is not None}
     digests: dict[int, str] = {}
     found: dict[int, float | UserError] = {}
     inputs: dict[int, Tensor] = {}
     for index in batch:
         try:
             image = dataset.image(index)
-            digests[index] = pixels_digest(image)
-            pixels, value = recorded.get(index, (None, None))
-            if value is not None and pixels == digests[index]:
-                found[index] = value
+        except UserError as error:
+            if index in recorded:
+                digests[index], found[index] = recorded[index]
             else:
-                inputs[index] = classifier.inputs(image)
+                found[index] = error
+            continue
+        digests[index] = pixels_digest(image)
+        if index in recorded and recorded[index][0] == digests[index]:
+            found[index] = recorded[index][1]
+            continue
+        try:
+            inputs[index] = classifier.inputs(image)
         except UserError as error:
             found[index] = error
     found.update(_measure(classifier, dataset, inputs))

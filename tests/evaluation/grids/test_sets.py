@@ -206,11 +206,19 @@ def test_replaced_pixels_under_the_same_names_are_measured_again(tmp_path: Path)
     with open_log(tmp_path / "log.jsonl") as log:
         assert np.array_equal(label_confidences(again, dataset, range(7), log=log).values, found.values)
     assert again.module.forwarded == 0
-    (tmp_path / "002.png").unlink()
+
+
+def test_a_lost_image_keeps_its_confidence_and_a_replaced_one_does_not(tmp_path: Path) -> None:
+    dataset, again, back = painted_files(tmp_path, [(i % 5, i % 5, 0.8) for i in range(5)]), painted(), painted()
     with open_log(tmp_path / "log.jsonl") as log:
-        lost = label_confidences(again, dataset, range(7), log=log)
-    assert again.module.forwarded == 0 and np.isnan(lost.values).tolist() == [i == 2 for i in range(7)]
-    assert lost.failures == (("002.png", f"{tmp_path / '002.png'}: no such file"),)
+        values = label_confidences(painted(), dataset, range(5), log=log).values
+        (tmp_path / "002.png").unlink()
+        lost = label_confidences(again, dataset, range(5), log=log)
+        assert again.module.forwarded == 0 and lost.failures == () and np.array_equal(lost.values, values)
+        write_painted(tmp_path / "002.png", 2, 0.6)
+        found = label_confidences(back, dataset, range(5), log=log)
+    assert back.module.forwarded == 2 + 1 and found.values[2] == pytest.approx(0.6, abs=1e-6)
+    assert label_confidences(painted(), dataset, [2]).values == found.values[2]
 
 
 def test_the_same_pixels_in_other_files_forward_nothing(tmp_path: Path) -> None:
