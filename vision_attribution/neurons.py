@@ -72,7 +72,7 @@ def follow_images(given: Given, extras: Given, out: Path) -> bool:
             raise UserError("images and --among do not go with --data: give images, or a data set")
         return False
     settings = NeuronSettings.make({**given, "data": "", "target": "label"})  # the target of an image is a class, which is no setting
-    classifier = named_model(settings)
+    classifier = named_model(settings, settings.model)
     found = list(find_images(images, out)) if images else [demo_image_path()]
     options = {"target": given.get("target"), "mode": extras["mode"], "steps": settings.steps, "output": settings.output}
     layers = find_neurons(classifier)

@@ -71,7 +71,7 @@ def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation
     Raises:
         UserError: no such image, one without a label, or one that the model gets right.
     """
-    classifier = named_model(settings)
+    classifier = named_model(settings, settings.model)
     dataset = named_data(settings, classifier.class_names)
     if sample not in dataset.ids:
         close = difflib.get_close_matches(sample, dataset.ids, 1) or dataset.ids[:1]
@@ -102,7 +102,7 @@ class _Images:
 
     def __init__(self, run: Run[FailureSettings]) -> None:
         self.run, self.settings = run, run.settings
-        self.classifier = named_model(run.settings)
+        self.classifier = named_model(run.settings, run.settings.model)
         self.dataset = named_data(run.settings, self.classifier.class_names)
         self.identity = identity_of(self.classifier)
         fill = Protocol(fill=run.settings.fill).settings()["fill"]

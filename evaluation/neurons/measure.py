@@ -87,7 +87,7 @@ class _Paths:
 
     def __init__(self, run: Run[NeuronSettings]) -> None:
         self.run, self.settings = run, run.settings
-        self.classifier = named_model(self.settings)
+        self.classifier = named_model(self.settings, self.settings.model)
         self.layers = find_neurons(self.classifier)
         self.dataset = named_data(self.settings, self.classifier.class_names)
         self.identity = identity_of(self.classifier)

@@ -209,7 +209,10 @@ class Run(Generic[S]):
         if isinstance(record, Exception):
             self.fail(item, part, str(record), refused=isinstance(record, NotApplicable))
         elif part in missing:
-            self.log.append(unit.parts[part], record)
+            try:
+                self.log.append(unit.parts[part], record)
+            except ValueError:  # JSON holds no NaN
+                self.fail(item, part, "the model or the method gave a number that is not finite")
 
 
 def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executor | None = None, progress: Progress | None = None) -> R:

@@ -206,15 +206,6 @@ def plain_option(value: Any) -> Any:
     return plain_settings({"value": value})["value"]
 
 
-def check_fields(settings: type, values: Mapping[str, Any]) -> None:
-    """Whether plain values are fields of settings, with data among them."""
-    known = {each.name for each in fields(settings)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown settings {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
-    if "data" not in values:
-        raise UserError("no data: give a recipe name, a folder with one subfolder a class, or a list of paths and labels")
-
-
 def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
     """The value as its type says, lists as tuples.
 
