@@ -9,15 +9,6 @@ from pathlib import Path
 
 from attribution.errors import UserError
 from attribution.image import IMAGE_SUFFIXES
-from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier, read_class_names
-
-
-def model_with_names(model: str, classes: Path | None, *, device: str, checkpoint: Path | None, batch_size: int | None) -> str | Classifier:
-    """The name of a model for a job on data, or the classifier itself where a file gives it its class names."""
-    if classes is None:
-        return model
-    return load_classifier(model, device=device, checkpoint=checkpoint, class_names=read_class_names(classes), batch_size=batch_size)
 
 
 def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
