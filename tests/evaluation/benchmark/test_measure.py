@@ -305,7 +305,7 @@ def test_a_full_disk_stops_the_run_and_room_continues_it(tmp_path: Path) -> None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
     try:
-        with pytest.raises(at.UserError, match=r"cannot write .*make room"):
+        with pytest.raises(at.UserError, match=r"cannot write .*(make room|free some space)"):
             ev.run_benchmark(chosen, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -493,6 +493,14 @@ def test_a_library_call_and_a_command_give_one_table(tmp_path: Path, run_command
     assert "grad_cam" in out and "insertion" in out
     values = ev.read_settings(toml, {"region_options": {"count": 9}})
     assert (tmp_path / "a" / "summary.csv").read_text() == ev.summary_csv(ev.summarise(ev.run_benchmark(values, tmp_path / "b")))
+    page = (tmp_path / "a" / "report.html").read_bytes()
+    code, _, err = run_command("benchmark", toml, "--region-count", 9, "--out", tmp_path / "a", "--no-measure")
+    assert code == 2 and "2.png" in err and (tmp_path / "a" / "report.html").read_bytes() == page
+    quick = ["--methods", "random", "--metrics", "insertion", "--regions", "grid", "--region-count", 4, "-n", 1]
+    code, out, _ = run_command(
+        "benchmark", "--data", image_folder(tmp_path / "one", 1, 32), "-m", "zoo:cnn", "-m", "zoo:vit", *quick, "--out", tmp_path / "d"
+    )
+    assert code == 0 and "zoo:cnn, " in out and "zoo:vit, " in out
     code, out, err = run_command("benchmark", "--data", tmp_path / "nowhere", "--out", tmp_path / "c")
     assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
     code, out, err = run_command("benchmark", "--list")
