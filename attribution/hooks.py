@@ -1,11 +1,12 @@
-"""Look inside a module while it runs; every hook is gone when the block ends."""
+"""Look inside a module while it runs, or change what it computes. Everything is undone when the block ends."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ _rebuilt: ContextVar[bool] = ContextVar("rebuilt", default=False)
 
 
 def is_rebuilt() -> bool:
-    """Whether some module stands in for another at the moment: what was compiled before does not know it."""
+    """Whether a module is replaced by another at the moment, which code compiled before would not call."""
     return _rebuilt.get()
 
 
@@ -32,26 +33,41 @@ def _rebuilding() -> Iterator[None]:
 
 
 def hooks_of(module: nn.Module) -> frozenset[int]:
-    """Identities of the forward hooks that are on a module and inside it, unique in the process."""
+    """Identities of the forward hooks on a module and on its submodules; no two hooks of a process have the same."""
     return frozenset(chain.from_iterable((*each._forward_hooks, *each._forward_pre_hooks) for each in module.modules()))
 
 
 def _in_full(values: Tensor) -> Tensor:
-    """What autocast computed in half precision as float32, which is what everybody who looks inside computes in."""
+    """Half precision, in which autocast computes, as float32, in which all that is recorded is used."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+_switching = threading.Lock()
+_switched: dict[int, int] = {}  # identity of what is switched off at the moment -> how many blocks need it off
+
+
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Run the block with every submodule in evaluation mode, then give each its own mode back."""
-    training = [m for m in module.modules() if m.training]
-    for submodule in training:
-        submodule.training = False
+def _switched_off(things: Iterable[Any], switch: str) -> Iterator[None]:
+    """Run the block with a switch of several objects off. Those that were on come back on when no block of any thread needs them off."""
+    with _switching:
+        off = [each for each in things if id(each) in _switched or getattr(each, switch)]
+        for each in off:
+            _switched[id(each)] = _switched.get(id(each), 0) + 1
+            setattr(each, switch, False)
     try:
         yield
     finally:
-        for submodule in training:
-            submodule.training = True
+        with _switching:
+            for each in off:
+                _switched[id(each)] -= 1
+                if not _switched[id(each)]:
+                    del _switched[id(each)]
+                    setattr(each, switch, True)
+
+
+def evaluation_mode(module: nn.Module) -> AbstractContextManager[None]:
+    """Run the block with every submodule in evaluation mode, then give each its own mode back; also from several threads at once."""
+    return _switched_off(module.modules(), "training")
 
 
 @contextmanager
@@ -75,7 +91,7 @@ def counted_calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
 
 @contextmanager
 def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, first positional input) at every call of the given modules, in the order of the calls, at least float32."""
+    """Collect (module, first positional input) at every call of the given modules, in the order of the calls, in at least float32."""
     calls: list[tuple[nn.Module, Tensor]] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -89,9 +105,9 @@ def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module
 
 @contextmanager
 def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, output) at every call of the given modules, in the order in which the calls end, at least float32.
+    """Collect (module, output) at every call of the given modules, in the order in which the calls end, in at least float32.
 
-    What follows gets a copy, so that an in-place activation does not change what was recorded; gradients flow through it.
+    The modules that follow get a copy, through which gradients flow: one that works in place does not change what was recorded.
     """
     calls: list[tuple[nn.Module, Tensor]] = []
 
@@ -108,7 +124,7 @@ def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Modul
 
 @contextmanager
 def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: int = 1) -> Iterator[None]:
-    """Replace what a module returns by ``edit`` of it; in every n-th call where it is called n times a pass, so in the last of them."""
+    """Replace what a module returns by ``edit`` of it, in every n-th call: in the last of a pass that calls it n times."""
     calls = 0
 
     def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -131,26 +147,18 @@ def edited_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iter
         yield
 
 
-@contextmanager
-def frozen_parameters(module: nn.Module) -> Iterator[None]:
-    """Run the block without gradients of parameters, so that nothing is kept for them; what each asked for comes back."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+def frozen_parameters(module: nn.Module) -> AbstractContextManager[None]:
+    """Run the block without gradients of parameters, which saves memory, then let those ask for them again that did before."""
+    return _switched_off(module.parameters(), "requires_grad")
 
 
 @contextmanager
 def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Run the block with submodules, by name, replaced by stand-ins that return given values in their first calls.
 
-    Later calls reach the module itself. What is replaced is looked up when the block starts, so that a method that has put other
-    modules in their place finds those again afterwards; a module that is registered in several places is replaced in all. Hooks on
-    a module do not fire where its stand-in answers.
+    Later calls reach the module itself. The modules are looked up when the block starts: if a method has put others in their place,
+    those are replaced, and come back afterwards. A module that is registered in several places is replaced in all of them. Hooks on a
+    module do not fire while its stand-in answers.
     """
     originals = {name: module.get_submodule(name) for name in values}
     places: dict[nn.Module | None, list[tuple[dict[str, nn.Module | None], str]]] = {}
@@ -173,7 +181,7 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
 
 @contextmanager
 def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Run the block until a module has returned: what it returned is collected, what would follow is not computed."""
+    """Run the block until a module has returned, collect what it returned, and compute nothing of what would follow."""
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -203,10 +211,11 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 
 @contextmanager
 def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], probe: Callable[[], Any]) -> Iterator[None]:
-    """Run the block with modules of the given parameter-free kinds replaced by copies that are called once a pass, not in place.
+    """Run the block with modules of the given parameter-free kinds replaced by copies, each called once a pass and not in place.
 
     Methods that keep state on a module (DeepLift, LRP) are wrong where one is called several times, as torchvision's residual
-    blocks call their ReLU. The first call of a pass goes to the first copy, and so on; ``probe`` runs one pass to count them.
+    blocks call their ReLU. The first call of a pass goes to the first copy, the second to the second. ``probe`` runs one pass, in
+    which the calls are counted.
     """
     places = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items() if isinstance(child, kinds)]
     with counted_calls({child for _, _, child in places}) as counts:
@@ -230,11 +239,11 @@ def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], pro
 
 
 class _Stopped(Exception):
-    """What ``stopped_after`` waits for has been computed."""
+    """The module that ``stopped_after`` waits for has returned."""
 
 
 class _StandIn(nn.Module):
-    """Answers for a module in its first calls, and is it for whoever reads its attributes."""
+    """Returns given values in the first calls of a module, then calls it. Its attributes are those of the module."""
 
     def __init__(self, original: nn.Module, values: Sequence[Any]) -> None:
         super().__init__()

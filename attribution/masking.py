@@ -1,8 +1,7 @@
-"""Subsets of regions -> model inputs: one matrix product on the device.
+"""Subsets of regions become model inputs by one matrix product on the device.
 
-Preprocessing P is affine, so with image x, fill f and the indicator m_r of region r the input of a subset s is
-P(f) + sum_r s_r L(m_r (x - f)), L being the linear part of P. The R contributions are computed once; no image is ever resized,
-cropped or normalised again.
+Preprocessing P is affine. With an image x, a fill f, the indicator m_r of region r, and the linear part L of P, the input of a subset
+s is P(f) + sum_r s_r L(m_r (x - f)). The R contributions L(m_r (x - f)) are computed once, and no image is preprocessed after that.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ from attribution.model.forwarding import even_chunks
 
 
 def prefix_probabilities(classifier: Classifier, masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Probability of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each."""
+    """Probability of the target with the first k regions shown, and with them hidden, k = 0 to R: float32 [R+1] each."""
     return prefix_scores(classifier.probabilities, masked, order, target)
 
 
 def prefix_scores(score: Callable[[Tensor], Tensor], masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """Score of the target with the first k regions shown, and with them hidden, k = 0...R: float32 [R+1] each.
+    """Score of the target with the first k regions shown, and with them hidden, k = 0 to R: float32 [R+1] each.
 
     Args:
         score: inputs [n, 3, h, w] -> [n, C], such as ``classifier.probabilities`` or ``classifier.logits``.
         masked: R regions.
         order: int64 [R], region ids, most important first.
         target: class index.
+
+    Returns:
+        Insertion and deletion scores.
     """
     shown = prefix_rows(order)
     both = torch.cat([score(inputs)[:, target] for inputs in masked.parts(torch.cat([shown, ~shown]))])
@@ -42,7 +44,7 @@ _INPUT_VALUES = 2**25  # floats of model inputs held at once, 128 MiB
 
 
 def prefix_rows(order: Tensor) -> Tensor:
-    """Subsets of the first k regions of an order int64 [R], k = 0...R: bool [R+1, R]."""
+    """The subsets of the first k regions of an order int64 [R], k = 0 to R: bool [R+1, R]."""
     size = len(order)
     rows = torch.zeros(size + 1, size, dtype=torch.bool)
     rows[:, order] = torch.ones(size + 1, size).tril(-1).bool()
@@ -53,7 +55,7 @@ class RegionInputs:
     """Model inputs of any subsets of an image's regions.
 
     Args:
-        labels: int64 [H, W], region ids 0...R-1, none empty.
+        labels: int64 [H, W], region ids 0 to R-1, none empty.
         values: how many floats one input has.
 
     Attributes:
@@ -76,7 +78,7 @@ class RegionInputs:
         raise NotImplementedError
 
     def parts(self, subsets: Tensor) -> Iterator[Tensor]:
-        """The same inputs in parts that hold a bounded number of values, for many subsets or large inputs."""
+        """The same inputs in several parts, so that a bounded number of values is in memory at once."""
         rows = max(64, _INPUT_VALUES // self._values)
         return (self(part) for part in even_chunks(subsets, rows) if len(part))
 
@@ -87,7 +89,7 @@ class MaskedInputs(RegionInputs):
     Args:
         classifier: gives preprocessing and device.
         image: float32 [3, H, W] in [0, 1] (any map with the classifier's number of channels).
-        labels: int64 [H, W], region ids 0...R-1, none empty.
+        labels: int64 [H, W], region ids 0 to R-1, none empty.
         fill: float32 [3, H, W], shown where regions are hidden.
     """
 

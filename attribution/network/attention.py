@@ -1,7 +1,7 @@
-"""The attention of vision transformers, opened: queries, keys, values and weights while the model runs, and other backward rules.
+"""Records queries, keys, values and attention weights of vision transformers while they run, and gives them other backward rules.
 
-timm's and torchvision's global attention are known. What replaces them computes the same numbers (no fused kernel), so that
-attention weights exist and gradients with respect to them can be taken.
+The global attention of timm and torchvision is known. It is replaced by code that computes the same numbers without a fused kernel, so
+that attention weights exist and gradients with respect to them can be taken.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MatrixProduct = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Attention:
-    """What one attention computed, every tensor part of the graph.
+    """What one attention module computed in one call. Gradients flow through every tensor.
 
     Attributes:
         query, key, value: [n, heads, N, d].
@@ -41,9 +41,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class AttentionRules:
-    """How a replaced attention computes: its two matrix products, the softmax, what queries, keys and values pass first.
+    """How a replaced attention computes.
 
-    ``linear`` projects to queries, keys and values where the attention holds their weights itself (torch's MultiheadAttention).
+    Attributes:
+        product: its two matrix products.
+        softmax: of the scores.
+        prepare: what queries, keys and values pass first.
+        linear: projects to queries, keys and values where the attention holds their weights itself (torch's MultiheadAttention).
+        one_head: whether all heads are computed as one.
     """
 
     product: MatrixProduct = torch.matmul
@@ -74,7 +79,7 @@ def attention_modules(task: Task, method: str) -> list[nn.Module]:
 
 @contextmanager
 def open_attention(modules: list[nn.Module], rules: AttentionRules | None = None) -> Iterator[list[Attention]]:
-    """Run the block with the given attention modules computing openly; each call appends what it computed."""
+    """Run the block with the given attention modules replaced; each call appends what it computed to the list."""
     calls: list[Attention] = []
     chosen = rules or AttentionRules()
 

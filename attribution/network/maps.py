@@ -1,4 +1,4 @@
-"""Where a network keeps its last map of the image, and how its tokens lie on the image."""
+"""Finds the layers of a network that return a map of the image, and how their tokens lie on it."""
 
 from __future__ import annotations
 
@@ -96,10 +96,11 @@ def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None 
 
     Args:
         task: what is explained.
-        layer: name of a module, the module itself, or a layer as this function returns it; found automatically when None.
+        layer: name of a module, the module itself, or a layer that this function returned; None finds one.
 
     Raises:
-        UserError: a black box, no such module, or an output that is no map.
+        UserError: no such module, or an output that is no map.
+        NotApplicable: a black box, or no layer that returns a map.
     """
     if isinstance(layer, FeatureLayer):
         return layer
@@ -136,7 +137,7 @@ def map_layers(task: Task) -> list[FeatureLayer]:
 
 
 def token_grid(task: Task, tokens: int) -> tuple[tuple[int, int], int] | None:
-    """((h, w), prefix) of a sequence of tokens, read off the patch embedding or a square count; None when nothing fits."""
+    """((h, w), prefix) of a sequence of tokens, from the patch embedding or else from a square number; None if neither fits."""
     return _token_grid(_record(task), tokens)
 
 

@@ -26,7 +26,7 @@ class Activation:
 
     Attributes:
         maps: float32 [n, C, h, w]; at the end of the network its logits [n, classes].
-        output: the output itself [1 or n, ...]; where it is a sequence of tokens, its prefix tokens go with the maps.
+        output: the output itself, of one image or of n; from it the prefix tokens are taken that a sequence of tokens has besides maps.
     """
 
     maps: Tensor
@@ -37,10 +37,10 @@ class Segment:
     """The part of a classifier between two of its layers, as a function of maps.
 
     Args:
-        classifier: takes the image size that this part works at.
+        classifier: at the size of the images that this part is about.
         start: the layer whose output is given; None for the model input.
         stop: the layer whose output is wanted; None for the logits.
-        probe: of this classifier, where it is known already.
+        probe: of this classifier; made if None.
 
     Raises:
         NotApplicable: the start is called more than once in a pass, or after the stop.
@@ -75,7 +75,7 @@ class Segment:
         return Activation(self.stop.to_map(found[0]), found[0])
 
     def _standing(self, given: Activation) -> tuple[Tensor, AbstractContextManager[Any]]:
-        """Model inputs, and what answers for the modules before the start."""
+        """Model inputs, and a context in which the modules before the start return what they returned for the probe."""
         if self.start is None:
             return given.maps.contiguous(), nullcontext()
         maps = given.maps
@@ -88,7 +88,7 @@ class Segment:
 
 
 class Probe:
-    """What every module returns for one smooth random image, and for two, from which the structure of a network is read.
+    """What every module returns for one smooth random image, and for two. The structure of the network is read off these outputs.
 
     Attributes:
         classifier: the model.
@@ -116,7 +116,7 @@ class Probe:
         """Of both images, [2, classes].
 
         Raises:
-            NotApplicable: they are the same, so that nothing can be told from them.
+            NotApplicable: both images have the same logits, so that no effect of a layer can be seen.
         """
         with torch.no_grad():
             logits = self.classifier.logits(self.images)
@@ -131,7 +131,7 @@ class Probe:
         return Activation(layer.to_map(output), output)
 
     def values_before(self, start: str) -> dict[str, list[_Value]]:
-        """What the outermost modules return that end before the start does: module name -> its first calls."""
+        """What the modules return that end before the start does, without those inside other such modules: name -> calls."""
         end = self.end_of(start)
         found: dict[str, list[_Value]] = {}
         for call, double in zip(self.one, self.two, strict=True):
@@ -173,9 +173,9 @@ class Call:
     Attributes:
         name: of the module.
         stop: when it ended, in events of the pass.
-        parent_stop: when the call ended that it is part of; None where that never did, and for the whole module.
+        parent_stop: when the call ended that it is part of; None if that failed, and for the whole network.
         output: what it returned.
-        edited: whether something other than a module changed that in place later in the pass.
+        edited: whether the output was changed in place later in the pass, by something other than a module.
     """
 
     name: str
@@ -186,7 +186,7 @@ class Call:
 
     @property
     def positions(self) -> dict[str, int]:
-        """Positions of the output read as a map of each kind; tokens count their prefix."""
+        """Number of positions of the output if it is read as a map, by kind of map; prefix tokens are counted."""
         shape = tuple(self.output.shape) if isinstance(self.output, Tensor) else ()
         if len(shape) == 4:
             return {"nchw": shape[2] * shape[3], "nhwc": shape[1] * shape[2]}
@@ -194,7 +194,7 @@ class Call:
 
 
 def trace(module: nn.Module, images: Tensor) -> list[Call]:
-    """Every call of a forward pass that came to its end, in the order of their beginnings; a pass that fails leaves those before."""
+    """The calls of a forward pass that ended, in the order in which they began. If the pass fails, these are the calls before that."""
     names = {each: name for name, each in module.named_modules()}
     begun: list[tuple[str, int | None]] = []  # the module's name, and the call it is part of
     ended: dict[int, tuple[int, Any]] = {}
@@ -234,13 +234,13 @@ class _Value:
     edited: bool
 
     def of(self, count: int) -> Any:
-        """What stands for its output for so many images."""
+        """The output for so many images, all of them the first."""
         found = _repeated(self.one, self.two, count)
         return found.clone() if self.edited else found
 
 
 def _repeated(one: Any, two: Any, count: int) -> Any:
-    """Outputs for ``count`` images: what doubled from one image to two is the dimension of the images."""
+    """Outputs for ``count`` images: the dimensions that double from one image to two grow with the number of images."""
     if isinstance(one, tuple | list):
         items = [_repeated(a, b, count) for a, b in zip(one, two, strict=True)]
         return type(one)(*items) if hasattr(one, "_fields") else type(one)(items)

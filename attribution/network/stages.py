@@ -1,8 +1,8 @@
 """A network cut at its layers: what comes before a layer, what comes after it, and where to cut (ML-Att).
 
-Rao, Boehle and Schiele (CVPR 2022, section 3.2) compare attribution methods fairly by running each of them on the same layer, the
-input, a middle or the final one, whose activations are then the "input" of the rest of the network. No network is rewritten for
-that: while the rest runs, what came before answers with what it returned for another image, and nothing of it is computed again.
+Rao, Boehle and Schiele (CVPR 2022, section 3.2) compare attribution methods fairly by running each of them on the same layer: the
+input, a middle or the final one. The activations of that layer are the "input" of the rest of the network. No network is rewritten for
+that: while the rest runs, the modules before the layer return what they returned for another image, and compute nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _CANNOT_RUN = (UserError, RuntimeError, TypeError, AttributeError)  # raised by 
 
 
 def find_layer(classifier: Classifier, layer: str) -> FeatureLayer | None:
-    """The layer that ``layer`` names: "input" (None), "middle", "final" or a module; checked to let nothing past.
+    """The layer named "input" (None), "middle", "final" or as a module; it is checked that no information flows past it.
 
-    "final" is the last of the network's stages whose positions the logits depend on, "middle" the one in their middle (for VGG11 and
-    ResNet18 the layers of Rao et al.: features.12 and features.19, layer2 and layer4). Stages are the activations and blocks called one
-    after another, coarse ones opened where one does nearly all the work. In a transformer that reads its class token the patches of
-    the last block count no more, so the final layer is the block before.
+    Stages are the activations and blocks that are called one after another; a block that does nearly all the work is opened. "final" is
+    the last stage whose positions the logits depend on, and "middle" the stage in the middle: for VGG11 and ResNet18 these are the layers
+    of Rao et al. (features.12 and features.19, layer2 and layer4). In a transformer that reads its class token the logits do not depend
+    on the patches of the last block, so its final layer is the block before.
 
     Raises:
         NotApplicable: a black box, no stages, or a layer past which information flows.
@@ -55,7 +55,7 @@ def find_layer(classifier: Classifier, layer: str) -> FeatureLayer | None:
 
 
 def middle_of(count: int) -> int:
-    """Which of so many stages is the middle, counted from 1: the fifth of VGG11's eight, the third of ResNet18's five."""
+    """Number of the middle stage, counted from 1: the fifth of VGG11's eight, the third of ResNet18's five."""
     return max(1, min(count // 2 + 1, count - 1))
 
 
@@ -69,7 +69,7 @@ def stages(classifier: Classifier) -> list[FeatureLayer]:
 
 
 def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer:
-    """The last layer whose map grows with the image: what a head pools, or slides over.
+    """The last layer whose map grows with the image: a head pools that map, or slides over it.
 
     Args:
         classifier: at the size of a cell.
@@ -101,7 +101,7 @@ def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer
 
 
 def grid_positions(larger: Classifier) -> dict[str, dict[str, int]]:
-    """Positions of what each module returns for a grid, see ``Call``; the name "" is among them where the pass came to its end."""
+    """Positions of what each module returns for a grid, see ``Call``; the whole network, named "", is left out if the pass fails."""
     images = torch.zeros(1, *larger.preprocessing.shape, device=larger.device)
     return {call.name: call.positions for call in trace(module_of(larger), images)}
 
@@ -120,7 +120,7 @@ def _positions_count(probe: Probe, layer: FeatureLayer) -> bool:
 def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, n: int) -> bool:
     """Whether what follows a layer only averages over its positions, so that it means the same on a grid's larger map.
 
-    Tried: a map laid n x n times side by side must give the logits of the map, and a larger map those of its shuffled positions.
+    Two tests: n x n copies of a map side by side must give the logits of the map, and shuffling a larger map must not change them.
     """
     probe = Probe(classifier)
     given = probe.activation(layer)
@@ -138,7 +138,7 @@ def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, 
 
 
 def only_averages(classifier: Classifier, layer: FeatureLayer) -> bool:
-    """Whether what follows a layer reads nothing of its map but the mean over the positions, at the size of a cell."""
+    """Whether what follows a layer depends only on the mean of its map over the positions, at the size of a cell."""
     probe = Probe(classifier)
     given, rest = probe.activation(layer), Segment(classifier, layer, probe=probe)
     flat = given.maps.mean(dim=(2, 3), keepdim=True).expand_as(given.maps)
@@ -179,19 +179,19 @@ def _opened(module: nn.Module, name: str, layers: dict[str, FeatureLayer]) -> li
 
 
 def _passes_everything(probe: Probe, layer: FeatureLayer) -> bool:
-    """Whether the rest of the network, run on the layer's output for one image and nothing else of it, gives its logits."""
+    """Whether the rest of the network gives the logits of an image if it gets the layer's output for it and nothing else of it."""
     second = probe.logits[1]
     given, rest = probe.activation(layer), Segment(probe.classifier, layer, probe=probe)
     output = None if given.output is None else given.output[1:]
     try:
-        found = rest(Activation(given.maps[1:], output)).maps[0]  # what stands for the modules before is of the first image
+        found = rest(Activation(given.maps[1:], output)).maps[0]  # the modules before return what they did for the first image
     except _CANNOT_RUN:
         return False
     return _same_logits(found, second, probe)
 
 
 def _same_logits(found: Tensor, expected: Tensor, probe: Probe) -> bool:
-    """Whether logits are the same, measured by how far those of two images lie apart."""
+    """Whether logits are the same, up to 1 % of the difference between those of two images."""
     first, second = probe.logits
     scale = max(float((first - second).abs().max()), 1e-4 * float(second.abs().max()))
     return bool((found - expected).abs().max() <= 1e-2 * scale)

@@ -1,4 +1,4 @@
-"""What a neuron says: its direct effect on every class through the class head, and the images that excite it."""
+"""What a neuron stands for: its direct effect on the logit of every class, and the images that excite it most."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ DecodeMode = Literal["centred", "raw", "scaled"]
 class NeuronDecoder:
     """The direct path from neurons to logits: the "logit lens" of MLP neurons (see Vilas et al., NeurIPS 2023, for hidden states).
 
-    A unit of activation of neuron j of layer l adds v = layer scale * down projection[:, j] to the residual stream. Through the final
-    normalisation, linearised (centred, multiplied by its weight, its input-dependent deviation left out), and the head it changes the
-    logits by s = W (weight * (v - mean v)). What later layers make of v is not in it, so that it describes the last layers best.
-    Where the head pools T tokens, s is per unit of activation summed over them: divided by T.
+    A unit of activation of neuron j of layer l adds v = layer scale * down projection[:, j] to the residual stream. The final
+    normalisation is linearised: v is centred and multiplied by its weight, and its deviation, which depends on the input, is left out. So
+    the head W changes the logits by s = W (weight * (v - mean v)). What later layers compute from v is not part of s, which therefore
+    describes the last layers best. If the head pools T tokens, s is divided by T: it is per unit of activation summed over the tokens.
 
     Args:
         classifier: of a vision transformer with a linear head on a normalised class token or mean.
-        mode: "centred" as above; "raw" without the normalisation, s = W v; "scaled" divides by the mean deviation that the final
-            normalisation has on ``inputs``, so that s is in logits.
+        mode: "centred" as above; "raw" without the normalisation, s = W v; "scaled" divides by the mean deviation at the final
+            normalisation over ``inputs``, so that s is in logits.
         inputs: float32 [n, 3, h, w], for "scaled".
-        layers: of ``find_neurons``, found when None.
+        layers: from ``find_neurons``; None calls it.
 
     Attributes:
         readout: float32 [C, D], how a displacement of the residual stream changes the logits.
@@ -78,7 +78,7 @@ class NeuronDecoder:
         return self.directions(layer, units) @ self.readout.T
 
     def p_values(self, layer: int, units: Sequence[int] | Tensor | None = None) -> np.ndarray:
-        """How often a random direction of the same length has as large an effect on a class, relative to the mean over classes.
+        """Probability that a random direction of the same length has as large an effect on a class, relative to the mean over classes.
 
         For a direction v uniform on a sphere in D dimensions the cosine with any fixed vector is distributed as 2 B - 1 with B
         from Beta((D - 1) / 2, (D - 1) / 2), so p is exact and needs no draws. Two-sided, float64 [n, C], not corrected for the number
@@ -93,7 +93,7 @@ class NeuronDecoder:
         return np.asarray(np.minimum(1, 2 * stats.beta.sf((1 + cosine) / 2, half, half)))
 
     def top_classes(self, units: Sequence[tuple[int, int]], count: int = 3) -> list[Decoded]:
-        """The classes that neurons speak for and against most, with p-values corrected over all neurons and classes asked for.
+        """The classes whose logits neurons raise and lower most, with p-values corrected over all these neurons and all classes.
 
         Args:
             units: (layer, unit) pairs.
@@ -127,8 +127,8 @@ class NeuronDecoder:
             units: which; each takes a pass over the inputs.
 
         Returns:
-            float64 [len(units)], 1 where a removed neuron changes the logits just as decoded; a neuron that is mostly negative
-            changes them the other way, which its mean activation's sign accounts for. NaN where nothing changes.
+            float64 [len(units)], 1 where removing a neuron changes the logits in the order that was decoded. A neuron whose mean
+            activation is negative changes them the other way, so the sign of that mean is taken into account. NaN if nothing changes.
         """
         changes, activations = mean_logit_changes(self.classifier, inputs, layer, units, layers=self.layers)
         found = []
@@ -161,7 +161,7 @@ class Decoded:
 
     Attributes:
         layer, unit: which neuron.
-        top, bottom: the classes that it speaks for most, and against, strongest first.
+        top, bottom: the classes whose logits it raises most, and lowers most, strongest first.
         selectivity: 1 - entropy of softmax(effects) / log C: 0 for all classes alike, 1 for one class.
     """
 
@@ -179,7 +179,7 @@ class Exemplar:
     Attributes:
         index: of the image, in the order given.
         activation: of the neuron there, averaged over the tokens that the head reads.
-        patches: float32 [h, w], its activation at the patches; None where these could not be told from other tokens.
+        patches: float32 [h, w], its activation at the patches; None if these could not be found among the tokens.
         threshold: the quantile of its activation at all patches of all images.
     """
 
@@ -189,7 +189,7 @@ class Exemplar:
     threshold: float
 
     def mask(self, height: int, width: int) -> Tensor:
-        """bool [height, width], where the neuron is active: patches above the threshold, enlarged bilinearly; the largest at least."""
+        """Where the neuron is active, bool [height, width]: above the threshold, enlarged bilinearly, and at its maximum in any case."""
         if self.patches is None:
             return torch.ones(height, width, dtype=torch.bool)
         level = min(self.threshold, float(self.patches.max()))
@@ -216,10 +216,10 @@ def exemplars(
         units: (layer, unit) pairs.
         count: images of each neuron, by its activation at the tokens that the head reads.
         quantile: of a neuron's activation at all patches of all images; regions lie above it.
-        layers: of ``find_neurons``, found when None.
+        layers: from ``find_neurons``; None calls it.
 
     Returns:
-        for each neuron its images, strongest first. Memory: 4 bytes for each image, patch and neuron.
+        The images of each neuron, strongest first. Memory: 4 bytes for each image, patch and neuron.
     """
     layers = find_neurons(classifier) if layers is None else layers
     wanted = sorted({layer for layer, _ in units})
@@ -252,7 +252,7 @@ class _Head:
 
 
 def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
-    """Head, final normalisation and layer scales, verified on one image."""
+    """The head, final normalisation and layer scales; it is verified on one image that they give the logits."""
     runner, module, heads = classifier.runner, classifier.module, classifier.heads
     assert isinstance(module, nn.Module)
     if not all(isinstance(head, nn.Linear) for head in heads):
@@ -304,7 +304,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _through_norm(weight: Tensor, norm: nn.Module | None) -> Tensor:
-    """Rows W_c as functions of what enters the normalisation, its deviation left out."""
+    """The rows of W as functions of the input of the normalisation, whose deviation is left out."""
     if norm is None:
         return weight
     gain = getattr(norm, "weight", None)

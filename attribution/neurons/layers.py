@@ -1,4 +1,4 @@
-"""Where the neurons of a vision transformer are: the hidden units of its MLPs, at the tokens that its head reads.
+"""Finds the neurons of a vision transformer: the hidden units of its MLPs, at the tokens that its head reads.
 
 A neuron is an entry of the tensor that enters an MLP's last linear layer (the down projection): after the activation, after the gate
 of a gated MLP and after a normalisation between them, before the projection and layer scale.
@@ -22,15 +22,15 @@ _MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 
 @dataclass(frozen=True, eq=False)
 class NeuronLayers:
-    """The MLPs of a vision transformer, and the tokens at which their neurons count.
+    """The MLPs of a vision transformer, and the tokens that its head reads. A neuron is a unit of an MLP at these tokens.
 
     Attributes:
         names: of the down projections, input to output, L of them.
-        modules: the down projections; what enters them are the neurons.
+        modules: the down projections; their inputs are the neurons.
         width: F, hidden units of each MLP.
         start, stop: the tokens that the head reads, [start, stop): the class token, class and distillation token, or the patches.
-        tokens: in all.
-        grid: (h, w) of the patches, which are the last h w tokens; None where they could not be told.
+        tokens: number of all tokens.
+        grid: (h, w) of the patches, which are the last h w tokens; None if it could not be found.
     """
 
     names: tuple[str, ...]
@@ -46,18 +46,18 @@ class NeuronLayers:
 
     @property
     def read(self) -> int:
-        """T, the number of tokens at which a neuron counts."""
+        """T, the number of tokens that the head reads."""
         return self.stop - self.start
 
     @property
     def place(self) -> str:
-        """Which tokens these are, in words."""
+        """These tokens in words."""
         if self.read == 1:
             return "class token" if self.start == 0 else f"token {self.start}"
         return "class and distillation token" if (self.start, self.stop) == (0, 2) else f"{self.read} tokens that the head pools"
 
     def at_tokens(self, hidden: Tensor) -> Tensor:
-        """What the head's tokens have of [n, tokens, F]: [n, T, F]."""
+        """The part of [n, tokens, F] at the tokens that the head reads: [n, T, F]."""
         return hidden[:, self.start : self.stop]
 
     @contextmanager
@@ -71,7 +71,7 @@ class NeuronLayers:
 
     @contextmanager
     def overridden(self, values: Mapping[int, Tensor]) -> Iterator[None]:
-        """Run the block with the neurons of some layers at given values [n, T, F]; other tokens keep what they have."""
+        """Run the block with the neurons of some layers at given values [n, T, F]; at other tokens nothing changes."""
 
         def imposing(value: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda _hidden: value
@@ -81,7 +81,7 @@ class NeuronLayers:
 
     @contextmanager
     def edited(self, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """Run the block with the neurons of some layers replaced by ``edits[layer]`` of what they are at the head's tokens, [n, T, F]."""
+        """Run the block with the neurons [n, T, F] of some layers replaced by ``edits[layer]`` of them."""
 
         def replacing(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def replace(hidden: Tensor) -> Tensor:
@@ -98,13 +98,13 @@ class NeuronLayers:
 def find_neurons(classifier: Classifier, layers: Sequence[str] | None = None) -> NeuronLayers:
     """Find the MLPs of a vision transformer (timm, torchvision, Hugging Face) and the tokens that its head reads.
 
-    The tokens are read off a gradient: after the last MLP nothing mixes tokens any more but the head's own pooling. A class token is
-    found whatever register tokens stand beside it, a distilled model has two tokens, a pooled one all its patches.
+    The tokens are those of the last MLP on which the logits have a gradient: after it, only the pooling of the head mixes tokens. So a
+    class token is found among register tokens, both tokens of a distilled model, and all patches where the head pools.
 
     Args:
         classifier: of images.
-        layers: names of the down projections, input to output; found automatically when None: linear layers [n, tokens, F] to
-            [n, tokens, D], outside attention, after one from D to F (or 2 F, for a gate), D being the width that the head reads.
+        layers: names of the down projections, input to output. None finds them: linear layers from [n, tokens, F] to [n, tokens, D]
+            that are not part of an attention and follow one from D to F (or to 2 F, for a gate), where D is the width of the features.
 
     Raises:
         NotApplicable: no such layers, or neurons that cannot be compared from layer to layer, with the reason.
@@ -143,7 +143,7 @@ def _run(classifier: Classifier, module: nn.Module) -> tuple[list[_Call], Tensor
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, *classifier.preprocessing.shape, generator=generator).to(classifier.device)
     with torch.no_grad():
-        classifier.logits(noise)  # what a classifier finds out once is not to be counted
+        classifier.logits(noise)  # passes that are made once must not be recorded
     with record_inputs(names) as calls, record_outputs(convolutions) as maps:
         logits = classifier.logits(noise.requires_grad_())
     sizes = [(found.shape[-2], found.shape[-1]) for _, found in maps]

@@ -1,4 +1,4 @@
-"""The three settings: a grid of images, and logits of which it is known what they can depend on.
+"""The three settings of a grid of images. In each it is known which cells a head's logits can depend on.
 
 With f = head(pool(features(x))), X a grid of n x n images and X_c its cell c (Rao, Boehle & Schiele, CVPR 2022, section 3.1):
 
@@ -6,8 +6,8 @@ GridPG   z   = head(pool(features(X)))             all heads see the whole grid
 DiFull   z_c = f(X_c)                              head c sees its own cell only
 DiPart   z_c = head(pool(features(X) in cell c))   head c sees its own cell of the final map, whose receptive fields cross the borders
 
-Under DiFull an attribution outside the head's cell is impossible, not just implausible. The classifier given is never altered: what
-is evaluated are new callables on its modules.
+Under DiFull the cells of other heads have no effect at all, so any attribution to them is wrong. The given classifier is not changed:
+new functions call its modules.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GridModel:
     Args:
         classifier: of single images; left as it is.
         n: cells a side.
-        layer: "input", "middle", "final" or the name of a module (see ``layers.find_layer``).
+        layer: "input", "middle", "final" or the name of a module (see ``find_layer``).
 
     Attributes:
         layer: the layer, at the size of a cell; None for the input.
@@ -90,7 +90,7 @@ class GridModel:
 
     @property
     def interpolated(self) -> bool:
-        """Whether position embeddings were interpolated for grids: the model then works off its distribution."""
+        """Whether position embeddings were interpolated for grids, for which the model was not trained then."""
         return self._resized.interpolated
 
     @cached_property
@@ -100,26 +100,26 @@ class GridModel:
 
     @cached_property
     def head_pools(self) -> bool:
-        """Whether the head averages over the final map, so that it takes a grid as it is; otherwise it slides over the map."""
+        """Whether the head averages over the final map, so that it takes the map of a grid; otherwise it slides over that."""
         return only_pools(self.cells, self.whole, self.pooled_layer, self.n)
 
     @property
     def head_slides(self) -> bool:
-        """Whether the head takes convolutional maps of the size of a cell only."""
+        """Whether the head takes convolutional maps of the size of a cell only, and slides over that of a grid."""
         return not self.head_pools and self.pooled_layer.kind == "nchw"
 
     @cached_property
     def head_averages(self) -> bool:
-        """Whether a head of fixed size only averages over its map, by a pooling as large as that, so that it takes a grid's mean."""
+        """Whether a head of fixed size only averages over its map, so that it takes the mean over the cells of a grid."""
         return only_averages(self.cells, self.pooled_layer)
 
     @cached_property
     def mean(self) -> nn.Module:
-        """Of the logits of a sliding head, or of the map for one that averages; a module, since relevance passes through modules."""
+        """Averages the logits of a sliding head, or the maps for one that averages. A module, since relevance passes through modules."""
         return nn.AvgPool2d(self.n) if self.head_averages else nn.AdaptiveAvgPool2d(1)
 
     def require(self, setting: str) -> None:
-        """Check that a setting is defined for the model, before anything is computed.
+        """Check, before anything is computed, that a setting is defined for the model.
 
         Raises:
             NotApplicable: it is not, with the reason.
@@ -149,7 +149,7 @@ class GridModel:
         return True
 
     def through(self, setting: str, cell: int) -> Callable[[Activation], Tensor]:
-        """Logits [n, classes] of a head from the explained activation (of the grid; of one cell under DiFull)."""
+        """The head of a cell: logits [n, classes] from the explained activation of the grid, or of one cell under DiFull."""
         if setting == "difull":
             segment = self._segment("cell", None)
             return lambda given: segment(given).maps
@@ -169,7 +169,7 @@ class GridModel:
         return of_cell
 
     def together(self, cells: Sequence[int]) -> Callable[[Activation], Tensor]:
-        """Logits [n, 1 + len(cells), classes] of GridPG's head and of those of DiPart from one pass over the grid."""
+        """The head of GridPG and those of DiPart for some cells, in one pass over the grid: logits [n, 1 + len(cells), classes]."""
         features, head = self._segment("grid", self.pooled_layer), self._head
         over_grid = (lambda final: self._whole_head(final).maps) if self.head_pools else (lambda final: self._over_grid(final.maps))
 
@@ -184,7 +184,7 @@ class GridModel:
         return both
 
     def activation(self, setting: str, inputs: Tensor) -> Activation:
-        """What is explained: the layer's output for the whole grid [1, C, h, w]; under DiFull for its cells [n n, C, h, w]."""
+        """The explained activation: the layer's output for the whole grid [1, C, h, w], or under DiFull for its cells [n n, C, h, w]."""
         alone = setting == "difull"
         given = Activation(split_cells(inputs, self.n) if alone else inputs)
         if self.layer is None:
@@ -215,7 +215,7 @@ class GridModel:
         return {}
 
     def _segment(self, size: Literal["cell", "grid"], stop: FeatureLayer | None) -> Segment:
-        """From the explained layer to another or to the logits, made once."""
+        """The part of the network from the explained layer to another, or to the logits; made once."""
         key = (size, None if stop is None else stop.name)
         if key not in self._segments:
             at_cell = size == "cell"
@@ -236,7 +236,7 @@ class GridModel:
 
 
 def at_size(classifier: Classifier, size: tuple[int, int], module: nn.Module | Callable[[Tensor], Tensor]) -> Classifier:
-    """The same classifier for images of another size, as it is for one resized network."""
+    """The same classifier for model inputs of another size, which are not resized, run by a module that takes that size."""
     runner, way = classifier.runner, replace(classifier.preprocessing, size=size, resize="squash", resized=None)
     runner.find_out(False)  # from images of its own size, before a head of fixed size meets others
     same = {} if module is runner.module else {"module": module}

@@ -1,4 +1,4 @@
-"""One grid as a grid model sees it; what was computed once is kept."""
+"""One grid as a grid model sees it. What was computed once is kept."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Head(nn.Module):
 
 
 class GridView:
-    """One grid under one ``GridModel``: what attribution methods are given, head by head.
+    """One grid under one ``GridModel``: it gives attribution methods a task for each head.
 
-    Logits that a method asks for without gradients are remembered, since most perturbation methods ask for the same masked maps
-    once for every head, and masks that do not touch a cell leave it as it was.
+    Logits without gradients are remembered: most perturbation methods ask for the same masked maps once for every head, and a mask
+    that leaves a cell as it was does not change the logits of its head.
 
     Args:
         model: classifier, n and layer.
         grid: float32 [3, n h, n w] in [0, 1].
-        settings: that will be asked for; GridPG and DiPart then share their passes.
+        settings: those that will be asked for; GridPG and DiPart share passes if both are among them.
 
     Attributes:
         partitions: label maps of the grid at the layer, by how they were made; methods on regions share them.
@@ -90,7 +90,7 @@ class GridView:
             target: class index.
             seed: of methods that draw.
             alone: under DiFull, the cell without the rest of the grid, on which nothing of its head depends.
-            inside: the method looks at the modules while they run, so that nothing may be answered from memory.
+            inside: the method looks at the modules while they run, so that they must run for all logits.
         """
         given = self.activation(setting)
         maps = given.maps[cell : cell + 1] if alone else self.maps(setting)
@@ -108,7 +108,7 @@ class GridView:
         return Task(classifier, image, fill, target, maps, torch.zeros_like(maps), seed, structure)
 
     def once(self, key: str | None, compute: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
-        """A map or order with its evaluations, computed once for what it depends on: smoothing it differently explains nothing again."""
+        """A map or order with its evaluations, computed once for each key: smoothing it in another way does not compute it again."""
         if key is None:
             return compute()
         if key not in self._found:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attribution.hooks import (
     edited_inputs,
     edited_outputs,
+    evaluation_mode,
     frozen_parameters,
     one_module_a_call,
     record_outputs,
@@ -314,3 +315,26 @@ def test_frozen_parameters(raises: bool) -> None:
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert [name for name, parameter in module.named_parameters() if parameter.grad is not None] == ["3.bias"]
     assert torch.equal(module[3].bias.grad, torch.ones(8))
+
+
+@pytest.mark.parametrize("switched", [evaluation_mode, frozen_parameters])
+def test_blocks_that_overlap_switch_back_when_the_last_ends(switched: Any) -> None:
+    """As blocks of two threads do: the first that ends must not switch on what the other still needs off."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].eval()
+    module[0].bias.requires_grad_(False)
+
+    def state() -> list[bool]:
+        return [m.training for m in module.modules()] + [p.requires_grad for p in module.parameters()]
+
+    before = state()
+    first, second = switched(module), switched(module[1])
+    first.__enter__()
+    within = state()
+    assert within != before
+    second.__enter__()
+    first.__exit__(None, None, None)
+    rest = [m.training for m in module[1].modules()] if switched is evaluation_mode else [p.requires_grad for p in module[1].parameters()]
+    assert not any(rest) and state() != before
+    second.__exit__(None, None, None)
+    assert state() == before

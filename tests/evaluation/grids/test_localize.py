@@ -835,7 +835,7 @@ def test_a_module_left_in_training_is_evaluated_and_stays_so() -> None:
         ({"n": 1}, r"n is 1: expected a whole number of at least 2"),
         ({"n": 2.0}, r"n is 2.0"),
         ({"n": 3}, r"expected uint8 \[G, 48, 48, 3\] or float \[G, 3, 48, 48\] in \[0, 1\] for 3 x 3 cells"),
-        ({"setting": "pointing"}, r"unknown setting 'pointing': expected one of gridpg, difull, dipart"),
+        ({"setting": "pointing"}, r"setting is 'pointing': expected one of gridpg, difull, dipart"),
         ({"layer": "features.99"}, r"never calls a layer 'features.99'"),
         ({"layer": ""}, r"layer '' of toy returns float32 \[1, 5\]"),
         ({"method": "magic"}, r"unknown method 'magic': expected one of bidirectional, .*saliency"),
