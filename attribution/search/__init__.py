@@ -29,7 +29,7 @@ class Search:
 
     function: Callable[..., Any]
     weights: ScoreWeights | None = None
-    default_budget: Callable[[Any], int] | None = None
+    default_budget: Callable[[Objective], int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__signature__", inspect.signature(self.function))  # what inspect.signature(search) returns
