@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from attribution import __version__
+from attribution.checks import check_choice
 from attribution.errors import UserError
 from attribution.explain import explain as explain_image
 from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
 from attribution.files import slug, whole_file
-from attribution.fills import FILLS
+from attribution.fills import DEFAULT_FILL, FILLS
 from attribution.image import demo_image_path
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
@@ -96,7 +97,7 @@ def explain(
             "-f",
             help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb', an image file, several "
             "named ones such as black+blur+mean, or drop (tokens of a vision transformer). "
-            f"Default: black, as published; {DEMO_FILL} for the demo.",
+            f"Default: {DEFAULT_FILL}, as published; {DEMO_FILL} for the demo.",
             show_default=False,
         ),
     ] = None,
@@ -130,7 +131,7 @@ def explain(
         "pending": pending,
         "weights": None if weights is None else parse_weights(weights),
         "preset": preset,
-        "fill": fill or ("black" if images else DEMO_FILL),
+        "fill": fill or (DEFAULT_FILL if images else DEMO_FILL),
         "target": target,
         "seed": seed,
         "max_side": max_side,
@@ -139,22 +140,29 @@ def explain(
     }
     if heatmap is not None:
         options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap
-    for name, known, option in ((regions, REGIONS, "regions"), (search, SEARCHES, "search"), (preset, PRESETS, "preset")):
-        if name is not None and name not in known:
-            raise UserError(f"unknown {option} {name!r}: expected one of {', '.join(known)}")
+    for name, value, known in (("regions", regions, REGIONS), ("search", search, SEARCHES), ("preset", preset, PRESETS)):
+        if value is not None:
+            check_choice(name, value, known)
+    check_choice("precision", precision, (*PRECISIONS, "auto"))
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    if precision not in (*PRECISIONS, "auto"):
-        raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)} or auto")
     classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
-    if precision != "auto":
-        for classifier in classifiers:
-            classifier.precision = precision
+    prepare = _in_precision(classifiers, precision)
+    stems = distinct_stems(found)
+    jobs = [Job(path, stem, classifiers, options, out, overwrite, precision, prepare) for path, stem in zip(found, stems, strict=True)]
+    _run_all(jobs)
+
+
+def _in_precision(classifiers: Sequence[Classifier], precision: str) -> Callable[[Classifier, Path], None]:
+    """Set the precision now, or return what finds the fastest one on the first image that each classifier explains."""
     waiting = set(classifiers) if precision == "auto" else set()
+    for classifier in classifiers:
+        if precision != "auto":
+            classifier.precision = precision
 
     def prepare(classifier: Classifier, path: Path) -> None:
         if classifier in waiting:
@@ -162,10 +170,11 @@ def explain(
             waiting.remove(classifier)
             typer.echo(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
 
-    jobs = [
-        Job(path, stem, classifiers, options, out, overwrite, precision, prepare)
-        for path, stem in zip(found, distinct_stems(found), strict=True)
-    ]
+    return prepare
+
+
+def _run_all(jobs: Sequence[Job]) -> None:
+    """Explain all images, print the table, and name those that failed."""
     errors: list[str] = []
     rows: list[tuple[Job, list[Explanation]]] = []
     for number, job in enumerate(jobs, start=1):
