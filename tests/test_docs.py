@@ -122,7 +122,8 @@ def checkouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "COLUMNS": "120"}
+    examples = os.pathsep.join(filter(None, [str(DOCS / "examples"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PATH": path, "PYTHONPATH": examples, "COLUMNS": "120"}
 
 
 @pytest.mark.parametrize(("block", "command"), to_run())
@@ -217,6 +218,29 @@ def test_programs_use_names_that_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("at", "ev"):
             assert hasattr({"at": at, "ev": ev}[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+RECIPES = {  # of docs/extending.md: the test that holds each to the contract of its registry
+    "stripes": "tests/attribution/test_regions.py",
+    "single_regions": "tests/attribution/search/test_searches.py",
+    "gradient_norm": "tests/attribution/baselines/test_attribute.py",
+    "_peak_share": "tests/evaluation/metrics/test_registry.py",
+}
+
+
+def test_recipes_are_those_that_the_contract_tests_try() -> None:
+    """Functions of the extending page stand in the tests word for word, and its study is the one that the tests run."""
+    programs = [block.text for block in PROGRAMS if block.page == "docs/extending.md"]
+    functions = {
+        node.name: ast.get_source_segment(text, node)
+        for text in programs
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(functions) == set(RECIPES)
+    for name, file in RECIPES.items():
+        assert f"{functions[name]}\n" in (ROOT / file).read_text(encoding="utf-8"), f"{name} is not in {file}"
+    assert "```{literalinclude} examples/brightness.py\n" in (DOCS / "extending.md").read_text(encoding="utf-8")
 
 
 def test_there_is_something_to_run() -> None:
