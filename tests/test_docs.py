@@ -279,6 +279,14 @@ def test_links_and_named_files_exist(path: Path) -> None:
         assert list(ROOT.glob(named.rstrip("/"))), named
 
 
+def test_the_changelog_says_where_modules_went() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## [")[1]  # of the version to come
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", text, flags=re.M)
+    named = [name for _, now in rows for name in re.findall(r"`((?:attribution|evaluation|vision_attribution)(?:\.\w+)*)`", now)]
+    assert len(named) > 30
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
+
+
 @pytest.mark.parametrize("path", sorted((DOCS / "images").iterdir()), ids=lambda path: path.name)
 def test_every_picture_is_shown(path: Path) -> None:
     assert any(f"images/{path.name}" in page.read_text(encoding="utf-8") for page in PAGES)
