@@ -25,11 +25,12 @@ import typer
 
 import attribution as at
 import evaluation as ev
+from vision_attribution import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-MARKS = ("needs-data", "not-yet", "slow")  # not-yet: the command is still to come; fails when it is there, so that the mark goes
+MARKS = ("needs-data", "slow")
 BLOCK = re.compile(r"^(?:(?:%|<!--) *([a-z, -]+?)(?: *-->)?\n)?```(\w+)\n(.*?)^```$", flags=re.M | re.S)
 
 
@@ -83,7 +84,7 @@ def inline_commands() -> list[tuple[str, str]]:
 
 
 def runs(block: Block) -> bool:
-    return not block.marks & {"needs-data", "not-yet"}
+    return "needs-data" not in block.marks
 
 
 def in_order(block: Block, value: Any, identity: str) -> Any:
@@ -164,13 +165,7 @@ def check_said(program: str, output: str) -> None:
         assert close, f"it says {said}, but the program printed\n{output}"
 
 
-@pytest.mark.parametrize(
-    ("page", "command"),
-    [
-        *(pytest.param(b.name, c, marks=[pytest.mark.xfail(strict=True)] if "not-yet" in b.marks else []) for b, c in SHELL),
-        *inline_commands(),
-    ],
-)
+@pytest.mark.parametrize(("page", "command"), [*((block.name, command) for block, command in SHELL), *inline_commands()])
 def test_the_command_and_its_options_exist(page: str, command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
@@ -184,7 +179,7 @@ def test_the_command_and_its_options_exist(page: str, command: str) -> None:
         parsed, arguments = command_of_script(ROOT / words[1]), words[2:]
     else:
         assert words[0] == "attribution", f"{command}: neither make, python nor attribution"
-        group = typer.main.get_command(command_line())
+        group = typer.main.get_command(app)
         name = words[1]
         parsed, arguments = getattr(group, "commands", {}).get(name), words[2:]
         assert parsed is not None, f"there is no command attribution {name}"
@@ -195,21 +190,14 @@ def test_the_command_and_its_options_exist(page: str, command: str) -> None:
         parsed.make_context(words[0], arguments)  # a UsageError for an unknown option or a value that does not fit
 
 
-def command_line() -> typer.Typer:
-    for name in ("vision_attribution", "attribution.cli"):
-        if importlib.util.find_spec(name):
-            return importlib.import_module(name).app
-    raise AssertionError("the package of the command is not here")
-
-
 def command_of_script(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, path
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
-    return typer.main.get_command(app)
+    single = typer.Typer()
+    single.command()(module.main)
+    return typer.main.get_command(single)
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: block.name)
