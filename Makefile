@@ -31,6 +31,7 @@ test-all: $(READY)  ## Run the slow tests too
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --line-length 92 README.md docs/*.md docs/*/*.md
 
 types: $(READY)  ## Check types
 	$(BIN)/mypy

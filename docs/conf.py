@@ -14,6 +14,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, not an installed copy
 
 from attribution import __version__
+from evaluation.study.settings import StudySettings, settings_of
 
 project = "vision-attribution"
 author = "The vision-attribution authors"
@@ -34,6 +35,8 @@ python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+
+smartquotes_action = "qe"  # no dashes: --option stays as it is
 
 html_theme = "furo"
 html_title = "vision-attribution"
@@ -64,8 +67,15 @@ def escape_markup(app: Sphinx, what: str, name: str, value: Any, options: Any, l
     """``literals`` are the only markup that our docstrings have."""
     for number, line in enumerate(lines):
         parts = line.split("``")
-        parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
+        parts[::2] = [re.sub(r"(?<!\\)([*|@])", r"\\\1", part) for part in parts[::2]]
         lines[number] = "``".join(parts)
+
+
+def join_sentence(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a property's sentence for its type."""
+    for line in [line for line in lines if what == "property" and line.startswith(":type: ")]:
+        lines.remove(line)
+        lines[0] = f"{line.removeprefix(':type: ')}: {lines[0]}"
 
 
 def list_entries(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
@@ -73,6 +83,13 @@ def list_entries(app: Sphinx, what: str, name: str, value: Any, options: Any, li
     if what == "data" and isinstance(value, dict):
         entries = {key: one_line(entry) for key, entry in value.items()}
         lines[:] = [line for key, text in entries.items() for line in (f"- ``{key}``: {text}".removesuffix(": "), "")]
+        escape_markup(app, what, name, value, options, lines)
+
+
+def list_settings(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """The settings of a study are listed with the help of their options."""
+    if what == "class" and issubclass(value, StudySettings):
+        lines += ["", *(f"- ``{key}``: {about.help}" for key, about in settings_of(value).items() if about.help), ""]
         escape_markup(app, what, name, value, options, lines)
 
 
@@ -91,4 +108,6 @@ def shorten_signature(app: Sphinx, what: str, name: str, value: Any, options: An
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-process-docstring", escape_markup, priority=400)  # before napoleon, which is at 500
+    app.connect("autodoc-process-docstring", join_sentence, priority=600)
     app.connect("autodoc-process-docstring", list_entries, priority=600)
+    app.connect("autodoc-process-docstring", list_settings, priority=600)

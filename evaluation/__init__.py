@@ -15,6 +15,11 @@ from evaluation.benchmark.study import run_benchmark
 from evaluation.benchmark.summary import Summary, summarise, summary_csv
 from evaluation.data.dataset import ImageDataset, Sample
 from evaluation.data.recipes import load_dataset, load_recipe, open_dataset
+from evaluation.failures.report import write_failures
+from evaluation.failures.results import FailureResults
+from evaluation.failures.settings import FailureSettings
+from evaluation.failures.study import run_failures
+from evaluation.failures.summary import FailureSummary, summarise_failures
 from evaluation.grids.aggregate import Aggregate, aggregate
 from evaluation.grids.draw import choose_grids
 from evaluation.grids.localize import GridMethod, grid_localization, grid_maps
@@ -27,22 +32,42 @@ from evaluation.metrics.localization import box_mask, chance_level, energy_point
 from evaluation.metrics.protocol import PROTOCOLS, Protocol
 from evaluation.metrics.registry import METRICS, Metric
 from evaluation.metrics.road import road
+from evaluation.neurons.report import write_neuron_report
+from evaluation.neurons.results import NeuronResults
+from evaluation.neurons.settings import NeuronSettings
+from evaluation.neurons.study import run_neurons
+from evaluation.neurons.summary import NeuronSummary, summarise_neurons
+from evaluation.pareto.report import write_pareto
+from evaluation.pareto.settings import ParetoResults, ParetoSettings
+from evaluation.pareto.study import run_pareto
+from evaluation.pareto.summary import ParetoSummary, summarise_pareto
 from evaluation.statistics.comparisons import holm, pairwise_tests, sign_flip, wilcoxon
 from evaluation.statistics.intervals import bootstrap_interval, share_interval
 from evaluation.statistics.ranking import significance_groups
+from evaluation.studies import STUDIES
 
 __all__ = [
     "METRICS",
     "PROTOCOLS",
+    "STUDIES",
     "Aggregate",
     "BenchmarkSettings",
     "Curves",
+    "FailureResults",
+    "FailureSettings",
+    "FailureSummary",
     "GridMethod",
     "GridModel",
     "GridSet",
     "ImageDataset",
     "MethodSpec",
     "Metric",
+    "NeuronResults",
+    "NeuronSettings",
+    "NeuronSummary",
+    "ParetoResults",
+    "ParetoSettings",
+    "ParetoSummary",
     "Protocol",
     "Results",
     "Sample",
@@ -71,12 +96,21 @@ __all__ = [
     "relevance_rank_accuracy",
     "road",
     "run_benchmark",
+    "run_failures",
+    "run_neurons",
+    "run_pareto",
     "sensitivity",
     "share_interval",
     "sign_flip",
     "significance_groups",
     "summarise",
+    "summarise_failures",
+    "summarise_neurons",
+    "summarise_pareto",
     "summary_csv",
     "wilcoxon",
+    "write_failures",
+    "write_neuron_report",
+    "write_pareto",
     "write_report",
 ]

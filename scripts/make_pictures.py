@@ -25,7 +25,7 @@ PICTURES = {  # option: {picture: its file in the folder of the study}
     "benchmark": {"curves.png": "figures/*zoo-vit-curves-1-*.png"},
     "grids": {"grids.png": "figures/*-gridpg-boxes.png", "aggatt.png": "figures/*-gridpg-input-aggregates-leading.png"},
     "neurons": {"neuron_edits.png": "figures/*-own-paths.png"},
-    "pareto": {"pareto.png": "pareto.png"},
+    "pareto": {"pareto.png": "figures/pareto.png"},
 }
 
 
@@ -33,7 +33,7 @@ def main(
     benchmark: Annotated[Path | None, typer.Option(help="Of scripts/benchmark_cifar10.toml.", show_default=False)] = None,
     grids: Annotated[Path | None, typer.Option(help="Of scripts/grids_cifar10.toml.", show_default=False)] = None,
     neurons: Annotated[Path | None, typer.Option(help="Of attribution neurons --data cifar10.", show_default=False)] = None,
-    pareto: Annotated[Path | None, typer.Option(help="Of the study of quality against evaluations.", show_default=False)] = None,
+    pareto: Annotated[Path | None, typer.Option(help="Of attribution pareto --data cifar10.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = ROOT / "docs" / "images",
 ) -> None:
     """Draw the pictures of the demo photo, and take those of the studies whose folders are given."""

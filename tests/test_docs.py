@@ -25,11 +25,12 @@ import typer
 
 import attribution as at
 import evaluation as ev
+from vision_attribution import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-MARKS = ("needs-data", "not-yet", "slow")  # not-yet: the command is still to come; fails when it is there, so that the mark goes
+MARKS = ("needs-data", "slow")
 BLOCK = re.compile(r"^(?:(?:%|<!--) *([a-z, -]+?)(?: *-->)?\n)?```(\w+)\n(.*?)^```$", flags=re.M | re.S)
 
 
@@ -83,7 +84,7 @@ def inline_commands() -> list[tuple[str, str]]:
 
 
 def runs(block: Block) -> bool:
-    return not block.marks & {"needs-data", "not-yet"}
+    return "needs-data" not in block.marks
 
 
 def in_order(block: Block, value: Any, identity: str) -> Any:
@@ -122,7 +123,8 @@ def checkouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "COLUMNS": "120"}
+    examples = os.pathsep.join(filter(None, [str(DOCS / "examples"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PATH": path, "PYTHONPATH": examples, "COLUMNS": "120"}
 
 
 @pytest.mark.parametrize(("block", "command"), to_run())
@@ -163,13 +165,7 @@ def check_said(program: str, output: str) -> None:
         assert close, f"it says {said}, but the program printed\n{output}"
 
 
-@pytest.mark.parametrize(
-    ("page", "command"),
-    [
-        *(pytest.param(b.name, c, marks=[pytest.mark.xfail(strict=True)] if "not-yet" in b.marks else []) for b, c in SHELL),
-        *inline_commands(),
-    ],
-)
+@pytest.mark.parametrize(("page", "command"), [*((block.name, command) for block, command in SHELL), *inline_commands()])
 def test_the_command_and_its_options_exist(page: str, command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
@@ -183,7 +179,7 @@ def test_the_command_and_its_options_exist(page: str, command: str) -> None:
         parsed, arguments = command_of_script(ROOT / words[1]), words[2:]
     else:
         assert words[0] == "attribution", f"{command}: neither make, python nor attribution"
-        group = typer.main.get_command(command_line())
+        group = typer.main.get_command(app)
         name = words[1]
         parsed, arguments = getattr(group, "commands", {}).get(name), words[2:]
         assert parsed is not None, f"there is no command attribution {name}"
@@ -194,21 +190,14 @@ def test_the_command_and_its_options_exist(page: str, command: str) -> None:
         parsed.make_context(words[0], arguments)  # a UsageError for an unknown option or a value that does not fit
 
 
-def command_line() -> typer.Typer:
-    for name in ("vision_attribution", "attribution.cli"):
-        if importlib.util.find_spec(name):
-            return importlib.import_module(name).app
-    raise AssertionError("the package of the command is not here")
-
-
 def command_of_script(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, path
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
-    return typer.main.get_command(app)
+    single = typer.Typer()
+    single.command()(module.main)
+    return typer.main.get_command(single)
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: block.name)
@@ -217,6 +206,29 @@ def test_programs_use_names_that_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("at", "ev"):
             assert hasattr({"at": at, "ev": ev}[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+RECIPES = {  # of docs/extending.md: the test that holds each to the contract of its registry
+    "stripes": "tests/attribution/test_regions.py",
+    "single_regions": "tests/attribution/search/test_searches.py",
+    "gradient_norm": "tests/attribution/baselines/test_attribute.py",
+    "_peak_share": "tests/evaluation/metrics/test_registry.py",
+}
+
+
+def test_recipes_are_those_that_the_contract_tests_try() -> None:
+    """Functions of the extending page stand in the tests word for word, and its study is the one that the tests run."""
+    programs = [block.text for block in PROGRAMS if block.page == "docs/extending.md"]
+    functions = {
+        node.name: ast.get_source_segment(text, node)
+        for text in programs
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(functions) == set(RECIPES)
+    for name, file in RECIPES.items():
+        assert f"{functions[name]}\n" in (ROOT / file).read_text(encoding="utf-8"), f"{name} is not in {file}"
+    assert "```{literalinclude} examples/brightness.py\n" in (DOCS / "extending.md").read_text(encoding="utf-8")
 
 
 def test_there_is_something_to_run() -> None:
@@ -253,6 +265,14 @@ def test_links_and_named_files_exist(path: Path) -> None:
         assert (path.parent / target).exists(), target
     for named in re.findall(r"`((?:scripts|tests|attribution|datasets|evaluation|docs)/[\w./*-]*)`", text):
         assert list(ROOT.glob(named.rstrip("/"))), named
+
+
+def test_the_changelog_says_where_modules_went() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## [")[1]  # of the version to come
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", text, flags=re.M)
+    named = [name for _, now in rows for name in re.findall(r"`((?:attribution|evaluation|vision_attribution)(?:\.\w+)*)`", now)]
+    assert len(named) > 30
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "images").iterdir()), ids=lambda path: path.name)

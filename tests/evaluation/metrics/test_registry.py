@@ -164,16 +164,16 @@ def test_titles() -> None:
 # --- the recipe of docs/extending.md: one function, one entry
 
 
-def peak_share(case: Case, protocol: Protocol) -> Measurement:
+def _peak_share(case: Case, protocol: Protocol) -> Measurement:
     """The share of the pixels that reach half of the map's maximum."""
-    values = judged(case.explanation).values
+    values = judged(case.explanation).heat
     return Measurement(float((values >= values.max() / 2).double().mean()))
 
 
 def test_the_recipe_of_a_metric_keeps_the_contract(
     run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METRICS, "peak_share", Metric(peak_share, "lower", "share of the pixels that reach half of the maximum"))
+    monkeypatch.setitem(METRICS, "peak_share", Metric(_peak_share, "lower", "share of the pixels that reach half of the maximum"))
     check_contract("peak_share")
     made = case("input_x_gradient", 0)
     values = made.explanation.pixel_map.flatten().tolist()
