@@ -67,7 +67,7 @@ def explain(
             ``follow_patches``).
         pending: p of the bidirectional search, default 8.
         evaluations: N, the images that a search with a budget forwards at most; 16 R for each fill by default.
-        seed: of searches that draw, 0 to 2^63 - 1.
+        seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
         preset: a key of ``PRESETS``; what is given beside it overrides it.

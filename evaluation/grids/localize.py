@@ -113,7 +113,7 @@ def grid_localization(
         smoothing: of the signed map before it is judged, or the size of its Gaussian kernel in pixels of the grid (S-IxG, S-IntGrad).
         published: start from the settings of the paper where it has the method, such as 20 steps of integrated gradients; otherwise
             from the defaults of ``METHODS``. All methods use zero as fill, which is the mean colour at the input.
-        seed: of methods that draw; grid g draws with seed + g.
+        seed: of stochastic methods; grid g draws with seed + g.
         compat: see ``GridMethod``.
         regions, region_options: how each cell is cut, for methods on regions.
         progress: called with (grids done, grids).
@@ -185,7 +185,7 @@ def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], sp
         cell: of the head.
         classes: the class of each cell; that of the head's is explained.
         spec: the method.
-        seed: of methods that draw.
+        seed: of stochastic methods.
     """
     n = view.model.n
     is_search = spec.method in SEARCHES

@@ -38,7 +38,7 @@ class Case:
         regions: the partition of region steps, the same for every method.
         explain: the method itself, image [3, H, W] -> explanation or map [H, W], for metrics that explain other images.
         mask: bool [H, W], where the object is; None where unknown.
-        seed: of metrics that draw; the same for every method.
+        seed: of stochastic metrics; the same for every method.
         curves: measured so far, by protocol label.
     """
 
