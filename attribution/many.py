@@ -42,7 +42,7 @@ def explain_many(
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes. Its module is called from one thread only.
         targets: of each image, or one for all; the predicted classes by default.
         together: images searched side by side.
-        progress: called with (images done, all of them).
+        progress: called with (images done, their total).
         options: further arguments of ``explain``; the same for all images.
 
     Returns:
