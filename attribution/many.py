@@ -156,7 +156,7 @@ class _Meeting:
                 for at, *parts in zip(group, scores.split(counts), features.split(counts), strict=True):
                     answers[at] = (parts[0], parts[1])
             except Exception:
-                for at in group:  # each on its own, so that only those fail that must
+                for at in group:  # each on its own, so that one failure does not fail the others
                     try:
                         answers[at] = forward(asked[at][0], want_features)
                     except Exception as error:
@@ -193,7 +193,7 @@ class _Meeting:
 
 @dataclass(frozen=True, eq=False)
 class _Lane(Relay):
-    """How the classifier of one job is forwarded: by the meeting."""
+    """The ``Forward`` of one job's classifier: it hands images to the meeting."""
 
     meeting: _Meeting
     job: int

@@ -288,7 +288,7 @@ def sobol(
 
 
 def sobol_design(points: Tensor) -> Tensor:
-    """Rows A, C_1 ... C_d of Jansen's design from points [n, 2d]: C_i is A with column i of B -> [n (d + 1), d]."""
+    """Rows A and C_1 to C_d of Jansen's design from points [n, 2d]: C_i is A with column i of B -> [n (d + 1), d]."""
     first, second = points.chunk(2, dim=1)
     dimensions = first.shape[1]
     columns = torch.eye(dimensions, dtype=torch.bool)
@@ -310,7 +310,7 @@ def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOpt
     if "n_samples" in options:
         check_whole("n_samples", options["n_samples"], 1)
     cut = make_regions(task.image, regions, **(region_options or {}))
-    if cut.count == 1 and method is captum.attr.KernelShap:  # whose distribution over sizes of proper subsets is empty
+    if cut.count == 1 and method is captum.attr.KernelShap:  # its distribution over sizes of proper subsets is empty
         method, options = captum.attr.FeatureAblation, {}
     explained = method(task.subsets_model(cut.labels, output))
     shown = torch.ones(1, cut.count, device=task.inputs.device)

@@ -233,7 +233,7 @@ def plot_sweep(
 
 
 def bin_names(fractions: Sequence[float]) -> list[str]:
-    """What the bins between these edges are called: "best 2 %", "2-5 %", ..., "worst 2 %"."""
+    """Names of the bins between these edges, from "best 2 %" over "2-5 %" to "worst 2 %"."""
     if len(fractions) == 2:
         return ["all"]
     percent = [f"{100 * edge:.3g}" for edge in fractions]

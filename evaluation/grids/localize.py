@@ -30,7 +30,7 @@ from evaluation.grids.model import GridModel, heads_of, join_cells, split_cells
 from evaluation.grids.scores import cell_slices, localization_scores
 from evaluation.grids.view import GridView
 
-REGION_COUNT = 49  # regions of a whole grid, about
+REGION_COUNT = 49  # about how many regions a whole grid gets
 _SHIPPED = {"rise": {"samples": 1000}}  # the configuration that Rao et al. ran, where it is not the preset's
 _COARSE = {"occlusion": {"sliding_window_shapes": 5, "strides": 2}}  # and at layers other than the input
 
@@ -223,7 +223,7 @@ def _attributed(view: GridView, task: Task, spec: GridMethod) -> Tensor:
     except NotApplicable:
         if spec.method != "guided_grad_cam" or "layer" in options:
             raise
-        return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no later map: the explained one
+        return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no map follows: the layer is the explained one
 
 
 def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str | None) -> tuple[Tensor, int]:

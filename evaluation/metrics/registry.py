@@ -218,7 +218,7 @@ METRICS: dict[str, Metric] = {
         filled=True,
         unfit=(LINEAR,),
     ),
-    "road": Metric(_road, "higher", "(least - most relevant removed) / 2, removed pixels imputed linearly, 10 ... 90 %", "ROAD"),
+    "road": Metric(_road, "higher", "(least - most relevant removed) / 2, removed pixels imputed linearly, 10 to 90 %", "ROAD"),
     "infidelity": Metric(
         _with_fill("infidelity", infidelity),
         "lower",
