@@ -2,7 +2,7 @@
 
 A painted patch is still a patch, and the model may take a black one as evidence for a class (missingness bias: Jain et al., ICLR
 2022). Here an input has a fourth channel, which is 1 where the image is hidden; patches where it is 1 never reach the first block.
-Images that keep equally many tokens are forwarded together, so that hiding more costs less.
+Images that keep the same number of tokens are forwarded together, so that hiding more costs less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attribution.regions import Regions, make_regions
 def masked_inputs(
     classifier: Classifier, image: Tensor, labels: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None
 ) -> tuple[Classifier, RegionInputs]:
-    """The classifier to ask about subsets of an image's regions under a fill, and the inputs for it; "drop" needs another classifier.
+    """The classifier that scores subsets of an image's regions under a fill, and its inputs. "drop" needs another classifier.
 
     Raises:
         UserError: see ``make_fill``; "drop" with regions that cut patches.
@@ -46,7 +46,7 @@ _SLACK = 0.25  # share of a patch that may belong to other regions, as at border
 def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Classifier, RegionInputs]:
     """The same classifier on inputs of four channels (red, green, blue and hidden), and such inputs for any subsets of regions.
 
-    What is shown of an image is shown as it is: nothing is painted that a resize could blur into it.
+    Shown pixels are not changed: no fill is painted, which a resize could blur into them.
 
     Args:
         classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
@@ -151,7 +151,7 @@ class _Axis:
 
 
 class _DroppedInputs(RegionInputs):
-    """Inputs [n, 4, h, w]: the image as it is, and 1 where a patch is hidden."""
+    """Inputs [n, 4, h, w]: the unchanged image, and 1 where a patch is hidden."""
 
     def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, owners: Tensor, patch: tuple[int, int]) -> None:
         whole = classifier.preprocessing(image[None].to(classifier.device))
@@ -195,7 +195,7 @@ class DroppingForward(Relay):
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         if inputs.requires_grad and torch.is_grad_enabled():
             raise NotApplicable("fill 'drop' shows a patch or not, so that no gradients flow to how much of it is shown")
-        self.find_out(want_features)  # not while tokens are taken away
+        self.find_out(want_features)  # now: later, tokens are taken away
         inputs = inputs.to(self.runner.device)
         (height, width), sides = self.parts.patch, inputs.shape[2:]
         rows, columns = (length * (side // length) for side, length in zip(sides, self.parts.patch, strict=True))
@@ -203,7 +203,7 @@ class DroppingForward(Relay):
         return self.runner.fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        """Forward rows that keep equally many tokens together; scores and features in the order of the rows."""
+        """Forward rows that keep the same number of tokens together; scores and features in the order of the rows."""
         counts = shown.sum(dim=1).cpu()
         places, scores, features = [], [], []
         for count in counts.unique().tolist():

@@ -1,4 +1,4 @@
-"""explain: regions, objective, search and trajectories make one explanation. polish: a better order from one that is there."""
+"""explain: make an explanation by regions, an objective and a search. polish: improve the order of an explanation."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def explain(
         regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
             ``Regions``.
         search: a key of ``SEARCHES`` (default "bidirectional"), a ``Search``, or a callable from an objective to an order.
-        weights: weights of the four scores. Default: those of the search where it has its own (1, 1, 0, 0 for "budget", which then
-            raises Insertion - Deletion), else LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
+        weights: weights of the four scores. Default: those of the search where it has its own (1, 1, 0, 0 for "budget", with which
+            the mean of F is Insertion - Deletion + 1), else LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
         fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
             fills such as "black+blur+mean": F and the trajectories are then means over them, and the images of each are counted; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
             ``follow_patches``).
         pending: p of the bidirectional search, default 8.
         evaluations: N, the images that a search with a budget forwards at most; 16 R for each fill by default.
-        seed: of searches that draw, 0 to 2^63 - 1.
+        seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
         preset: a key of ``PRESETS``; what is given beside it overrides it.
@@ -147,7 +147,7 @@ def polish(
         raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")
     for name in ("target", "search", "search_options", "region_options"):
         if name in options:
-            raise UserError(f"polish takes no {name}: it keeps the target and the regions, and searches from the order that is there")
+            raise UserError(f"polish takes no {name}: it keeps the target and the regions, and starts from the order of the explanation")
     own = explanation.order is not None and explanation.regions is not None and torch.equal(explanation.regions.labels, cut.labels)
     start = (explanation if own else explanation.ranked_over(cut)).order
     assert start is not None
@@ -227,7 +227,7 @@ def _entry(search: Any) -> Search:
 def _cut(
     image: ImageSource, classifier: Classifier, plan: _Plan, fill: Fill, max_side: int | None
 ) -> tuple[Tensor, Regions, tuple[int, int]]:
-    """The image [3, H, W] as it is cut, its regions, and the height and width of the original."""
+    """The image [3, H, W] at the size at which it is cut, its regions, and the height and width of the original."""
     original = load_image(image).cpu()
     loaded = limit_size(original, max_side) if is_method(plan.regions) else original
     cut = make_regions(loaded, plan.regions, **plan.region_options)

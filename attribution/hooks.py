@@ -19,7 +19,7 @@ _rebuilt: ContextVar[bool] = ContextVar("rebuilt", default=False)
 
 
 def is_rebuilt() -> bool:
-    """Whether a module is replaced by another at the moment, which code compiled before would not call."""
+    """Whether a module is replaced by another now. Code that was compiled before would not call the replacement."""
     return _rebuilt.get()
 
 
@@ -148,7 +148,7 @@ def edited_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iter
 
 
 def frozen_parameters(module: nn.Module) -> AbstractContextManager[None]:
-    """Run the block without gradients of parameters, which saves memory, then let those ask for them again that did before."""
+    """Run the block without gradients of parameters, which saves memory, then make those that required gradients require them again."""
     return _switched_off(module.parameters(), "requires_grad")
 
 
@@ -181,7 +181,7 @@ def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterato
 
 @contextmanager
 def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Run the block until a module has returned, collect what it returned, and compute nothing of what would follow."""
+    """Run the block until a module has returned, and collect its output. What would follow is not computed."""
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:

@@ -65,7 +65,7 @@ def demo_image_path() -> Path:
 
 
 def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
-    """Shrink an image [3, H, W], antialiased, to a longer side of max_side pixels. A smaller image stays as it is."""
+    """Shrink an image [3, H, W], antialiased, to a longer side of max_side pixels. A smaller image is returned unchanged."""
     if max_side is not None:
         check_whole("max_side", max_side, 1)
     height, width = image.shape[-2:]

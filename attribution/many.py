@@ -42,7 +42,7 @@ def explain_many(
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes. Its module is called from one thread only.
         targets: of each image, or one for all; the predicted classes by default.
         together: images searched side by side.
-        progress: called with (images done, all of them).
+        progress: called with (images done, their total).
         options: further arguments of ``explain``; the same for all images.
 
     Returns:
@@ -156,7 +156,7 @@ class _Meeting:
                 for at, *parts in zip(group, scores.split(counts), features.split(counts), strict=True):
                     answers[at] = (parts[0], parts[1])
             except Exception:
-                for at in group:  # each on its own, so that only those fail that must
+                for at in group:  # each on its own, so that one failure does not fail the others
                     try:
                         answers[at] = forward(asked[at][0], want_features)
                     except Exception as error:
@@ -193,7 +193,7 @@ class _Meeting:
 
 @dataclass(frozen=True, eq=False)
 class _Lane(Relay):
-    """How the classifier of one job is forwarded: by the meeting."""
+    """The ``Forward`` of one job's classifier: it hands images to the meeting."""
 
     meeting: _Meeting
     job: int

@@ -16,7 +16,7 @@ from attribution.errors import UserError, describe
 from attribution.masking import RegionInputs
 from attribution.model.classifier import Classifier
 
-IMAGES_PER_GRADIENT = 3  # what an image counts as that is forwarded and whose gradient is taken: a backward pass costs about two forward
+IMAGES_PER_GRADIENT = 3  # an image with a gradient counts as three images: a backward pass costs about two forward passes
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ class Regions:
     """A partition of an image.
 
     Attributes:
-        labels: int64 [H, W], ids 0...R-1, every pixel in exactly one region, no region empty.
+        labels: int64 [H, W], ids 0 to R-1, every pixel in exactly one region, no region empty.
         method: name of the method that made it; "labels" or "masks" where it was given.
         requested: number of regions asked for; None where the method has no such number.
 
     Raises:
-        UserError: labels that are no integers [H, W]. Other ids than 0...R-1 are renumbered (see ``partition``).
+        UserError: labels that are no integers [H, W]. Other ids than 0 to R-1 are renumbered (see ``partition``).
     """
 
     labels: Tensor
@@ -70,7 +70,7 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     """Cut an image into regions by a method, or check a label map or masks that are given.
 
     Args:
-        image: whatever ``load_image`` takes. A float tensor [C, H, W] is taken as it is, and may be the map of a layer.
+        image: whatever ``load_image`` takes. A float tensor [C, H, W] is used unchanged, and may be the map of a layer.
         regions: a key of ``REGIONS``; a callable (image, **options) -> label map, masks or ``Regions``; an int label map [H, W],
             whose negative ids become one more region; bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
         options: arguments of the method. A ``count`` must be a whole number from 1 to H W.
@@ -165,7 +165,7 @@ def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10)
         iterations: number of iterations.
 
     Raises:
-        UserError: OpenCV without its contrib modules, or an image too narrow for so many superpixels.
+        UserError: OpenCV without its contrib modules, or an image too narrow for that number of superpixels.
     """
     height, width = image.shape[1:]
     while levels > 2 and not _seeds_fit(width, height, count, levels):
@@ -199,8 +199,8 @@ def felzenszwalb(
 
     Args:
         image: float32 [3, H, W] in [0, 1].
-        count: most regions. The smallest region is merged into its neighbour with the nearest mean colour until so many are
-            left. None merges none.
+        count: most regions. While there are more, the smallest region is merged into its neighbour with the nearest mean colour. None
+            merges none.
         scale, sigma, min_size: as in scikit-image. By default min_size is 20 pixels, and less on small images.
     """
     from skimage.segmentation import felzenszwalb as skimage_felzenszwalb
@@ -343,7 +343,7 @@ def from_masks(
 
 
 def partition(labels: Any) -> Tensor:
-    """Renumber region ids to 0...R-1, in ascending order of the given ids. Negative ids, unassigned pixels, become the last region.
+    """Renumber region ids as 0 to R-1, in ascending order of the given ids. Negative ids, unassigned pixels, become the last region.
 
     Args:
         labels: integers [H, W].

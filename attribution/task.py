@@ -1,4 +1,4 @@
-"""Task: what an attribution method is given. A model input, the scores of a class, and what hidden pixels show."""
+"""Task: the input of an attribution method. It holds a model input, the scores of a class, and what hidden pixels show."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Task:
         fill: float32 [3, H, W], what hidden pixels show.
         target: class index.
         inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
-        seed: of methods that draw.
+        seed: of stochastic methods.
         structure: facts about the network that were found by running it. Tasks of the same network and input size may share them.
     """
 
@@ -84,7 +84,7 @@ class Task:
     _made: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.classifier.find_out(False)  # must not run while a method counts calls
+        self.classifier.find_out(False)  # its passes must not run while a method counts calls
 
     @property
     def evaluations(self) -> int:
@@ -116,7 +116,7 @@ class Task:
         return self._made[-1]
 
     def leaf(self) -> Tensor:
-        """A copy of the inputs that takes gradients."""
+        """A copy of the inputs that requires gradients."""
         self.module  # noqa: B018  refuses a black box before anything runs
         return self.inputs.detach().clone().requires_grad_()
 
@@ -132,7 +132,7 @@ class Task:
 
     @contextmanager
     def rows_together(self, rows: int) -> Iterator[None]:
-        """Forward so many rows in one batch, whatever the batch size of the classifier."""
+        """Forward this many rows in one batch, whatever the batch size of the classifier."""
         with self.classifier.forwarding(max(rows, self.classifier.batch_size)):
             yield
 

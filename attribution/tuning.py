@@ -18,7 +18,7 @@ from attribution.image import ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 
-_HOPELESS = 3.0  # a way that takes so many times as long as plain float32 in a second call is not timed any further
+_HOPELESS = 3.0  # a way that is this many times slower than plain float32 in its second call is not timed
 _TRIED = 16  # images on a CPU, which a few keep busy
 _WORTH = 0.95  # a way must take at most this share of plain float32's time
 

@@ -60,7 +60,7 @@ for study in STUDIES.values():
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can mend, 130 when interrupted."""
+    """Entry point. Errors that a user can correct print one line and exit with code 2; an interrupt exits with code 130."""
     try:
         code = app(standalone_mode=False)
     except UserError as error:

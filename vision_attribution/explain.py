@@ -105,10 +105,10 @@ def explain(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
     precision: Annotated[
-        str, typer.Option(help=f"In which the model computes: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
+        str, typer.Option(help=f"Precision of the model: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
     ] = "float32",
     max_side: Annotated[int, typer.Option(min=8, help="Longer images are shrunk to this side.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of searches that draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic searches.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what --out already holds.")] = False,
 ) -> None:
     """Show which regions of an image a classifier's decision rests on.
@@ -158,7 +158,7 @@ def explain(
 
 
 def _in_precision(classifiers: Sequence[Classifier], precision: str) -> Callable[[Classifier, Path], None]:
-    """Set the precision now, or return what finds the fastest one on the first image that each classifier explains."""
+    """Set the precision now, or return a function that finds the fastest one on the first image that a classifier explains."""
     waiting = set(classifiers) if precision == "auto" else set()
     for classifier in classifiers:
         if precision != "auto":
@@ -244,7 +244,7 @@ class Job:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
         digest = hashlib.sha256(content)
         model = classifier.identity
-        if self.precision == "auto":  # what it finds is known only after the first image
+        if self.precision == "auto":  # the precision found is known only after the first image
             model = replace(model, precision=("auto",))
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
@@ -289,7 +289,7 @@ def summary(explanation: Explanation) -> dict[str, Any]:
 
 
 def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
-    """A line per image and model, and what a reader must know to trust it."""
+    """Print a line for each image and model, and the notes that a reader needs to judge them."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for heading in ("image", "model", "class"):
         table.add_column(heading, overflow="fold")

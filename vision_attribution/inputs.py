@@ -1,4 +1,4 @@
-"""What commands are given: images by file and folder, class names by file, and names for what is written."""
+"""Inputs of commands: images by file and folder, class names by file, and names for the outputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from attribution.image import IMAGE_SUFFIXES
 
 
 def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
-    """Files as they are, folders as the images directly and deeper inside, sorted by name, but none of the output folder.
+    """List the given files, and the images at any depth in the given folders, sorted by name, without those in the output folder.
 
     Raises:
-        UserError: a path that is not there or a folder without images.
+        UserError: a path that does not exist, or a folder without images.
     """
     own_figures = outside.absolute()
     for path in paths:
@@ -32,7 +32,7 @@ def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
 
 
 def distinct_stems(paths: list[Path]) -> list[str]:
-    """Names for the outputs: the file's own, with its folder, then a number, where two would be equal."""
+    """Names for the outputs: the file's own name. Where two would be equal, the folder's name is added, and then a number."""
     taken: set[str] = set()
     repeats: Counter[str] = Counter()
     stems: list[str] = []

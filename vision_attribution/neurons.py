@@ -61,7 +61,7 @@ EXTRAS = (
 
 
 def follow_images(given: Given, extras: Given, out: Path) -> bool:
-    """Follow single images, unless a data set was given: True where that is done.
+    """Find the neuron paths of single images, unless a data set was given. Returns whether it did.
 
     Raises:
         UserError: images beside a data set, a model or an option that does not fit, or images that could not be followed.
@@ -108,7 +108,7 @@ class _Among:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What is the same for all images: the model, the options of ``neuron_path``, and where results go."""
+    """The part of the work that all images share: the model, the options of ``neuron_path``, and the output folder."""
 
     classifier: Classifier
     layers: NeuronLayers

@@ -17,7 +17,7 @@ ONLY = extra("only", str, "Explain this one sample instead, by its id, and print
 
 
 def one_failure(given: dict[str, Any], extras: dict[str, Any], out: Path) -> bool:
-    """Explain the sample of ``--only`` where it was given."""
+    """Explain the sample of ``--only``. Returns whether one was given."""
     sample = extras["only"]
     if sample is None:
         return False

@@ -32,12 +32,14 @@ def study_command(
     Args:
         study: what it runs.
         extras: parameters of the command beside the settings.
-        instead: does something else where it returns True; called with the settings that were given, on the command line or in the
-            file, the extras, and the folder.
+        instead: called first, with the settings given on the command line or in the file, the extras, and the folder. If it returns
+            True, the study is not run.
     """
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_config(extras))
     out = _parameter("out", Path, "Folder of records, tables, figures and the page.", ["--out", "-o"], Path("out") / study.name, show=True)
-    measure = _parameter("measure", bool, "Measure what is missing, or show what --out holds.", ["--measure/--no-measure"], True, show=True)
+    measure = _parameter(
+        "measure", bool, "Measure what is missing, or only show what --out holds.", ["--measure/--no-measure"], True, show=True
+    )
     options = [each for name in fields(study.settings) for each in _options(study.settings, name)]
     parameters = [*extras, config, *options, out, measure]
 
@@ -92,7 +94,7 @@ def extra(name: str, kind: Any, help: str, *names: str, default: Any = None) -> 
 
 
 def _config(extras: Sequence[inspect.Parameter]) -> Any:
-    text = "TOML file of settings; options given beside it win."
+    text = "TOML file of settings. Options on the command line override it."
     positional = any(isinstance(each.annotation.__metadata__[0], typer.models.ArgumentInfo) for each in extras)
     about = typer.Option("--config", help=text, show_default=False) if positional else typer.Argument(help=text, show_default=False)
     return Annotated[Path | None, about]
@@ -119,7 +121,7 @@ def _keyed(name: str, key: str) -> str:
 
 
 def _kind(hint: Any) -> Any:
-    """What the option of a setting is to typer: lists are text, split at commas."""
+    """The type of a setting's option in typer. Lists are text that is split at commas."""
     inner = [each for each in typing.get_args(hint) if each is not type(None)]
     if typing.get_origin(hint) is tuple:
         return list[str]
@@ -144,7 +146,7 @@ def _default(field: Field[Any]) -> str:
 
 
 def _given(settings: type[StudySettings], values: Mapping[str, Any]) -> Given:
-    """What was given on the command line, by field."""
+    """The options given on the command line, by field."""
     given: Given = {}
     for name, about in settings_of(settings).items():
         keyed = {key: values[_keyed(name, key)] for key in about.keys if values[_keyed(name, key)] is not None}

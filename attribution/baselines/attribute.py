@@ -51,9 +51,9 @@ def attribute(
         preset: a key of ``METHOD_PRESETS``, settings of the reference code; options override it.
         smoothing: Gaussian smoothing of the map, or the side of its kernel in pixels of the model input (see ``Smoothing``). S-IxG
             and S-IntGrad of Rao et al. (TPAMI 2024) are "input_x_gradient" and "integrated_gradients" with a smoothing.
-        fill: baseline of the method and what hidden pixels show (see ``explain``); default "black", with a preset that of the
+        fill: baseline of the method and what hidden pixels show (see ``explain``). "black" by default; with a preset, the fill of its
             reference code (``PRESET_FILLS``).
-        seed: of methods that draw.
+        seed: of stochastic methods.
         batch_size: most images in memory at once, also under gradients; the classifier's own by default. The result does not
             depend on it.
         max_side: longer images are shrunk to this side first; None for no limit.
@@ -129,7 +129,7 @@ def find_method(name: str) -> Method:
 
 
 def run_method(method: Method, task: Task, options: Mapping[str, Any]) -> Tensor:
-    """The map of a method over the task's image, float32 [H, W] on the CPU; the module leaves as it came."""
+    """The map of a method over the task's image, float32 [H, W] on the CPU. The module is unchanged afterwards."""
     module = task.classifier.module
     mode = evaluation_mode(module) if isinstance(module, torch.nn.Module) else nullcontext()
     with mode, torch.inference_mode(False), torch.enable_grad():  # whatever the caller's gradient mode

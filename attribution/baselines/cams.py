@@ -42,7 +42,7 @@ def grad_cam_plus_plus(
 
     Args:
         task: what is explained.
-        layer: see the module.
+        layer: see the docstring of this module.
         spatial: S_c in the denominator of alpha = g^2 / (2 g^2 + g^3 S_c): sum (the paper) or mean (xplique) of A_c.
         weight: w_c = sum (the paper) or mean (xplique) over positions of alpha relu(g).
         exponential: multiply g by exp(score) inside the relu, the paper's Y = exp(S) (as Rao et al., CVPR 2022).
@@ -63,7 +63,7 @@ def score_cam(task: Task, *, layer: Layer = None, weights: Literal["score", "sof
 
     Args:
         task: what is explained. Pixels that a channel hides show the fill.
-        layer: see the module.
+        layer: see the docstring of this module.
         weights: "score", the target's score of the masked image (as Rao et al.), or its "softmax" over the channels.
         output: the score.
     """

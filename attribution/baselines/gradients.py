@@ -1,8 +1,8 @@
 """Methods on the gradient with respect to the input: Captum's implementations, on the classifier's own inputs.
 
-Each takes a ``Task`` and returns a map [h, w] over the model input. Options of Captum have Captum's names. Two are ours and common to
-all: ``output`` is the score that is explained, "logit" (default) or "probability"; ``channels`` says how the colours of a pixel become
-one value. ``abs`` takes magnitudes before that.
+Each takes a ``Task`` and returns a map [h, w] over the model input. Options of Captum have Captum's names. Two more options are common
+to all methods: ``output`` is the score that is explained, "logit" (default) or "probability"; ``channels`` says how the colours of a
+pixel become one value. ``abs`` takes magnitudes before that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attribution.hooks import evaluation_mode, one_module_a_call
 from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
 from attribution.task import Channels, Output, Task, over_channels, seeded
 
-_OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and what they run
+_OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and their operations
     nn.ReLU: "relu",
     nn.ELU: "elu",
     nn.LeakyReLU: "leaky_relu",
@@ -60,9 +60,9 @@ def integrated_gradients(
 
     Args:
         task: what is explained.
-        n_steps: points on the straight line between them.
-        rule: Captum's ``method`` of numerical integration (``attribute`` calls the attribution method so).
-        channels, output: see the module.
+        n_steps: number of points on the straight line from the fill to the image.
+        rule: rule of numerical integration, Captum's ``method`` (a name that ``attribute`` uses for the attribution method).
+        channels, output: see the docstring of this module.
     """
     check_whole("n_steps", n_steps, 1)
     method = captum.attr.IntegratedGradients(task.scores(output))
@@ -80,15 +80,15 @@ def smooth_grad(
     channels: Channels = "sum",
     output: Output = "logit",
 ) -> Tensor:
-    """Gradients of noisy inputs, averaged (Smilkov et al., 2017), squared or their variance (Hooker et al., NeurIPS 2019).
+    """Mean gradient of noisy inputs (Smilkov et al., 2017), or the mean square or variance (Hooker et al., NeurIPS 2019).
 
     Args:
         task: what is explained.
-        nt_samples: noisy copies.
+        nt_samples: number of noisy copies.
         stdevs: standard deviation of the noise, in units of the normalised input.
         nt_type: mean of the gradients, of their squares, or their variance.
         abs: take the magnitude of each gradient before averaging; False averages signed gradients.
-        channels, output: see the module.
+        channels, output: see the docstring of this module.
     """
     check_choice("nt_type", nt_type, ("smoothgrad", "smoothgrad_sq", "vargrad"))
     check_whole("nt_samples", nt_samples, 2 if nt_type == "vargrad" else 1)
@@ -106,9 +106,9 @@ def gradient_shap(task: Task, *, n_samples: int = 50, stdevs: float = 0.0, chann
 
     Args:
         task: what is explained.
-        n_samples: random points.
+        n_samples: number of random points.
         stdevs: standard deviation of the noise, in units of the normalised input.
-        channels, output: see the module.
+        channels, output: see the docstring of this module.
     """
     check_whole("n_samples", n_samples, 1)
     check_number("stdevs", stdevs, 0)
@@ -154,7 +154,7 @@ def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Cha
         gamma: convolutions take the gamma rule (Montavon et al., 2019) and batch normalisations pass relevance unchanged; 0 is
             Captum's default, the epsilon rule everywhere.
         epsilon: stabiliser of the epsilon rule, which all other layers take.
-        channels, output: see the module.
+        channels, output: see the docstring of this module.
 
     Raises:
         NotApplicable: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks), or residual sums: Captum
@@ -228,7 +228,7 @@ def _modified_relu(task: Task, method: type[captum.attr.Attribution], name: str,
 
 @contextmanager
 def _separated(task: Task, keep: nn.Module | None = None) -> Iterator[None]:
-    """The module in evaluation mode, with one activation module a call and none of them in place."""
+    """Run the block with the module in evaluation mode, and with a separate activation module for each call, not in place."""
 
     def probe() -> None:
         with torch.no_grad():
@@ -241,7 +241,7 @@ def _separated(task: Task, keep: nn.Module | None = None) -> Iterator[None]:
 
 
 def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Module], ...]) -> Counter[str]:
-    """Count what ran. Refuse networks with a nonlinearity that is no module of the given kinds: the rule would not be applied there."""
+    """Count the operations that run. Refuse networks with a nonlinearity of other kinds, where the rule would not be applied."""
     ran = operations(task)
     known = {_OPERATIONS[kind] for kind in kinds}
     foreign = [f"{count} x {op}" for op, count in ran.items() if op not in {*known, *STRUCTURAL}]

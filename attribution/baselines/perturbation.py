@@ -1,6 +1,6 @@
 """Methods that see only scores: they hide parts of the image behind the fill and read the score of the target.
 
-They work on any callable. ``output`` is the score that is read, "probability" or "logit". What is drawn depends on the seed alone.
+They work on any callable. ``output`` is the score that is read, "probability" or "logit". Random draws depend on the seed alone.
 Methods on regions cut the image as ``make_regions`` does and give every pixel of a region the region's value. Options of Captum's
 methods have Captum's names.
 """
@@ -43,13 +43,13 @@ def occlusion(
     Args:
         task: what is explained.
         sliding_window_shapes: the window in pixels of the model input, as Captum's (channels, height, width) with all 3 channels, or
-            one number for a square; default a square of 1/7 of the short side.
-        strides: its steps likewise; default half the window.
+            one number for a square; a square of 1/7 of the short side by default.
+        strides: steps of the window, in the same forms; half the window by default.
         overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique).
         border: "inside" starts the first window at the border (Captum). "across" lets windows reach beyond the border, cuts them off
             there, and spreads the drop of each over its own area, as Rao et al. (CVPR 2022) do: windows of even side begin before the
             border, so that all pixels are covered equally often; windows of odd side are centred on multiples of the stride.
-        output: see the module.
+        output: see the docstring of this module.
     """
     check_choice("border", border, ("inside", "across"))
     square = max(1, round(min(task.size) / 7))
@@ -99,7 +99,7 @@ def _occlusion_across(task: Task, window: tuple[int, int], stride: tuple[int, in
 
 
 def _window_ends(side: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """(first, behind the last) position of each window along an axis, cut at the border."""
+    """(first, one past the last) position of each window along an axis, cut at the border."""
     count = side // stride + window // stride - 1
     before = (window // stride - 1) * stride if window % 2 == 0 else (window - 1) // 2
     ends = [(max(0, index * stride - before), min(side, index * stride - before + window)) for index in range(count)]
@@ -145,7 +145,7 @@ def lime(
         regions, region_options: see ``make_regions``.
         interpretable_model, alpha: the linear model and the weight of its penalty.
         distance_mode, kernel_width: the weight of a sample is exp(-d^2 / (2 width^2)), with d its distance from the whole image.
-        output: see the module.
+        output: see the docstring of this module.
     """
     models = {"ridge": SkLearnRidge, "lasso": SkLearnLasso}
     check_choice("interpretable_model", interpretable_model, models)
@@ -177,7 +177,7 @@ def rise(
         grid: s, cells a side of the coarse masks.
         keep: p, probability that a cell is shown.
         normalisation: "expected" divides by N p (the paper), "observed" by the sum of the masks at each pixel (xplique).
-        output: see the module.
+        output: see the docstring of this module.
     """
     check_whole("samples", samples, 1)
     _check_grid(task, grid)
@@ -214,7 +214,7 @@ def hsic(
         samples: n masks, all the images forwarded.
         grid: cells a side.
         design: rounded Sobol' points, or a Latin hypercube (the paper).
-        output: see the module.
+        output: see the docstring of this module.
     """
     check_whole("samples", samples, 2)
     check_choice("design", design, ("sobol", "latin_hypercube"))
@@ -266,7 +266,7 @@ def sobol(
         designs: n; a power of two keeps the points balanced.
         grid: cells a side.
         perturbation: a mask m blends with the fill, with a blurred image, or scales the input by m - 0.5.
-        output: see the module.
+        output: see the docstring of this module.
     """
     check_whole("designs", designs, 2)
     _check_grid(task, grid)
@@ -288,7 +288,7 @@ def sobol(
 
 
 def sobol_design(points: Tensor) -> Tensor:
-    """Rows A, C_1 ... C_d of Jansen's design from points [n, 2d]: C_i is A with column i of B -> [n (d + 1), d]."""
+    """Rows A and C_1 to C_d of Jansen's design from points [n, 2d]: C_i is A with column i of B -> [n (d + 1), d]."""
     first, second = points.chunk(2, dim=1)
     dimensions = first.shape[1]
     columns = torch.eye(dimensions, dtype=torch.bool)
@@ -310,7 +310,7 @@ def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOpt
     if "n_samples" in options:
         check_whole("n_samples", options["n_samples"], 1)
     cut = make_regions(task.image, regions, **(region_options or {}))
-    if cut.count == 1 and method is captum.attr.KernelShap:  # whose distribution over sizes of proper subsets is empty
+    if cut.count == 1 and method is captum.attr.KernelShap:  # its distribution over sizes of proper subsets is empty
         method, options = captum.attr.FeatureAblation, {}
     explained = method(task.subsets_model(cut.labels, output))
     shown = torch.ones(1, cut.count, device=task.inputs.device)

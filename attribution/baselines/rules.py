@@ -17,7 +17,7 @@ _EPSILON = 1e-9
 
 
 def positive_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer by the alpha-beta rule with alpha = 1 (relevance form); the bias takes none."""
+    """A linear layer by the alpha-beta rule with alpha = 1 (relevance form); the bias gets no relevance."""
     return _PositiveLinear.apply(x, weight, bias)
 
 
@@ -37,7 +37,7 @@ def unchanged(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied by a factor."""
+    """Return x, and multiply its gradient by a factor."""
     return x * factor + (x * (1 - factor)).detach()
 
 
@@ -74,7 +74,7 @@ def gamma_convolution(x: Tensor, module: nn.Conv2d, gamma: float) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 where the denominator is."""
+    """numerator / denominator, and 0 where the denominator is 0."""
     safe = denominator + torch.where(denominator >= 0, _EPSILON, -_EPSILON)
     return torch.where(denominator == 0, 0, numerator / safe)
 

@@ -1,9 +1,9 @@
 """Smoothed attributions: a signed map after a Gaussian convolution (S-IntGrad, S-IxG).
 
-Smoothing cancels the two signs of a fine-grained map where the image has nothing to do with the class. Where one sign prevails, it
-remains.
+Where the image has nothing to do with the class, a fine-grained map has values of both signs, and smoothing cancels them. Where one
+sign prevails, the smoothed map keeps it.
 
-Rao, Boehle and Schiele, "Better Understanding Differences in Attribution Methods via Systematic Evaluations", TPAMI 2024, smooths the
+Rao, Boehle and Schiele, "Better Understanding Differences in Attribution Methods via Systematic Evaluations", TPAMI 2024, smooth the
 attributions of Integrated Gradients and Input x Gradient at the input.
 """
 
@@ -30,7 +30,7 @@ class Smoothing:
 
     Attributes:
         kernel: side of the window in pixels of the input, odd; 1 changes nothing. The paper takes 129 for images of 224 pixels.
-        sigma: standard deviation in pixels; None is a quarter of the kernel, so that the window ends at two of them.
+        sigma: standard deviation in pixels; None is a quarter of the kernel, so that the window ends at two standard deviations.
         padding: what lies beyond the border. "reflect" mirrors the map at its outermost pixels, as often as the width of the window
             needs; "replicate" repeats these pixels; "zeros" fades the map out towards the border.
 
@@ -85,7 +85,7 @@ class Smoothing:
 def smoothed(values: Tensor, smoothing: Smoothing, scale: float = 1.0) -> Tensor:
     """Convolve maps with a Gaussian window whose weights sum to 1.
 
-    It is computed in float64, so that a constant float32 map stays exactly as it is, except with the padding "zeros".
+    It is computed in float64, so that a constant float32 map stays exactly the same, except with the padding "zeros".
 
     Args:
         values: float [..., h, w], signed. Negative and positive values must cancel, so clip afterwards, not before.

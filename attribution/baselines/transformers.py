@@ -26,7 +26,7 @@ _RULED = (*_ACTIVATIONS, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout, nn.Flat
 
 
 def attention_rollout(task: Task) -> Tensor:
-    """The product over the blocks of row-normalised (mean over heads of A + I) (Abnar & Zuidema, ACL 2020); no class enters."""
+    """The product over the blocks of row-normalised (mean over heads of A + I) (Abnar & Zuidema, ACL 2020). Ignores the class."""
     modules = attention_modules(task, "attention_rollout")
     with torch.no_grad(), open_attention(modules) as calls:
         task.scores("logit")(task.inputs)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Identity:
-    """What the numbers that a classifier gives depend on.
+    """Everything that the numbers of a classifier depend on.
 
     Attributes:
         name, preprocessing, class_names: of the classifier.
@@ -71,11 +71,11 @@ class Classifier:
         head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
         name: what reports call it; the type of the module by default.
         batch_size: most images forwarded at once; None chooses by the size of the input. A batch that does not fit into memory is
-            halved until it does, unless somebody else has hooks on the module.
+            halved until it does, unless the caller has hooks on the module.
         precision: "float32", or "bfloat16" or "float16" for autocast; scores are float32 in any case, and gradients are computed
             in float32. ``tune`` finds the fastest.
         channels_last: give the module its inputs in the channels-last memory layout.
-        compiled: forward by ``torch.compile``, except where features or gradients are wanted or somebody else has hooks on the module.
+        compiled: forward by ``torch.compile``, except when features or gradients are needed or the caller has hooks on the module.
 
     Attributes:
         forward: computes the scores; see ``with_forward``.
@@ -150,11 +150,11 @@ class Classifier:
         return self.forward.outputs
 
     def forwarding(self, batch_size: int | None) -> AbstractContextManager[None]:
-        """Forward at most so many images at once within the context; None changes nothing."""
+        """Forward at most ``batch_size`` images at once within the context; None changes nothing."""
         return nullcontext() if batch_size is None else self._during("batch_size", batch_size)
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """Forward in float32 within the context: gradients are computed so, and values that meet them must be as well."""
+        """Forward in float32 within the context. Gradients are in float32, and values that are combined with them must be so too."""
         return self._during("precision", "float32")
 
     @contextmanager
@@ -169,7 +169,7 @@ class Classifier:
 
     @property
     def num_classes(self) -> int:
-        """C, the number of class names if these were given, else of scores."""
+        """C: the number of class names if names were given, else the number of scores."""
         return len(self._class_names) if self._class_names is not None else self.outputs.count
 
     @property
@@ -241,7 +241,7 @@ class Classifier:
         """Pooled features, the input of the final layer (the mean of the two for distilled models): float32 [n, D].
 
         Raises:
-            UserError: a black box, or a module whose final layer cannot be told (name it with ``head=``).
+            UserError: a black box, or a module whose final layer cannot be identified (name it with ``head=``).
         """
         return self._scored(inputs, want_features=True)[1]
 
@@ -282,7 +282,7 @@ class Classifier:
         name: str | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Classifier:
-        """Another classifier whose scores are computed in another way. This one stays as it is.
+        """Make a classifier whose scores are computed by another ``Forward``. This classifier is not changed.
 
         Args:
             forward: computes the scores. A ``Relay`` to this classifier's ``forward`` shares its module, batch size and precision.
@@ -295,7 +295,7 @@ class Classifier:
         return made
 
     def find_out(self, want_features: bool) -> None:
-        """Make the forward passes now that are made once: for callers whose hooks must not meet them."""
+        """Run now the forward passes that are needed only once. Callers whose hooks must not record them call this first."""
         self.forward.find_out(want_features)
 
     def _scored(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:

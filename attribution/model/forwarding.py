@@ -25,11 +25,11 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Forward(Protocol):
-    """What a ``Classifier`` has its scores computed by: ``ModuleForward``, or a ``Relay`` to one."""
+    """Computes the scores of a ``Classifier``: a ``ModuleForward``, or a ``Relay`` to one."""
 
     @property
     def runner(self) -> ModuleForward:
-        """The one that runs the module: it holds module, device, batch size and precision."""
+        """The ``ModuleForward`` that runs the module. It holds module, device, batch size and precision."""
 
     @property
     def outputs(self) -> Outputs:
@@ -40,10 +40,10 @@ class Forward(Protocol):
         """sha256 of all that the scores of an input depend on; None for a black box."""
 
     def find_out(self, want_features: bool) -> None:
-        """Make the forward passes now that are made once: for callers whose hooks must not meet them."""
+        """Run now the forward passes that are needed only once. Callers whose hooks must not record them call this first."""
 
     def on(self, runner: ModuleForward) -> Forward:
-        """The same with another runner."""
+        """The same computation with another runner."""
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         """Scores [n, C] and features [n, D] of inputs [n, channels, h, w]; [n, 0] unless features are wanted."""
@@ -51,7 +51,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Relay:
-    """A ``Forward`` that has another one compute. Those built on it override what differs."""
+    """A ``Forward`` that passes every call on to another one. Subclasses override what differs."""
 
     base: Forward
 
@@ -82,9 +82,9 @@ class ModuleForward:
 
     Args:
         module, scores, head, batch_size, precision, channels_last, compiled: see ``Classifier``.
-        preprocessing: what makes its inputs: it says their shape, and how a gray image looks to the module.
+        preprocessing: makes the inputs; it gives their shape, and the input that a gray image becomes.
         name: of the classifier, for messages.
-        outputs: what the scores mean, if known; otherwise read off the scores of a gray image.
+        outputs: what the scores mean, if known; otherwise this is determined from the scores of a gray image.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ModuleForward:
 
     @property
     def module(self) -> nn.Module | Callable[[Tensor], Any]:
-        """The module, or the function that stands for one; another that takes its place must give scores of the same meaning."""
+        """The module, or the function given in its place. Whatever replaces it must return scores of the same meaning."""
         return self._module
 
     @module.setter
@@ -135,7 +135,7 @@ class ModuleForward:
 
     @property
     def precision(self) -> str:
-        """In which the module computes where no gradients are wanted."""
+        """The precision of forward passes without gradients."""
         return self._precision
 
     @precision.setter
@@ -145,7 +145,7 @@ class ModuleForward:
             try:
                 torch.autocast(self.device.type, getattr(torch, value))
             except RuntimeError as error:
-                raise UserError(f"precision {value!r} cannot be had on {self.device} ({error}): expected float32") from None
+                raise UserError(f"precision {value!r} is not available on {self.device} ({error}): expected float32") from None
         self._precision = value
 
     @property
@@ -189,7 +189,7 @@ class ModuleForward:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the module has other hooks than those it came with, such as those of weight_norm."""
+        """Whether hooks were added to the module. Hooks that it came with, such as those of weight_norm, do not count."""
         return isinstance(self.module, nn.Module) and not hooks_of(self.module) <= self._own_hooks
 
     def find_out(self, want_features: bool) -> None:
@@ -201,7 +201,7 @@ class ModuleForward:
         return runner
 
     def changed(self, **settings: Any) -> ModuleForward:
-        """A copy with other attributes, such as ``batch_size`` or ``module``; it keeps what was found out about the outputs."""
+        """A copy with other attributes, such as ``batch_size`` or ``module``; it keeps what is known about the outputs."""
         made = copy.copy(self)
         for name, value in settings.items():
             setattr(made, name, value)
@@ -222,8 +222,8 @@ class ModuleForward:
     def fitting(self, forward: Callable[[], T], rows: int, with_gradients: bool = False) -> T:
         """Call a function that forwards rows in batches, with the batch size halved until they fit into memory.
 
-        Batches stay whole under gradients, which keep every batch in memory anyway, and while the module has hooks of others, who
-        may count on one call for one batch.
+        Batches are not split under gradients, which keep every batch in memory anyway. They are not split either while the caller has
+        hooks on the module, which may rely on one call for each batch.
         """
         own = self.batch_size
         while True:
@@ -265,7 +265,7 @@ class ModuleForward:
         return read_scores(output, len(inputs), self.device, self.name)
 
     def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
-        """The module, compiled if that is wanted and nobody looks inside or has put other modules in it."""
+        """The module, compiled if wanted, unless hooks look inside it or some of its modules are replaced."""
         if not self.compiled or self.is_watched or is_rebuilt():
             return module
         if self._compiled_module is None or self._compiled_module[0] is not module:
@@ -280,7 +280,7 @@ def automatic_batch_size(pixels: int, device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a forward pass failed for want of memory, on an accelerator or on the CPU."""
+    """Whether a forward pass failed because memory ran out, on an accelerator or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 

@@ -57,7 +57,7 @@ def features_of(calls: Sequence[tuple[nn.Module, Tensor]], name: str) -> Tensor:
 
 
 def pooled_features(value: Tensor) -> Tensor:
-    """[n, D] as it is; the mean over positions of a map [n, D, h, w] or of tokens [n, N, D]."""
+    """Features [n, D] unchanged; for a map [n, D, h, w] or tokens [n, N, D], their mean over the positions."""
     if value.ndim == 4:
         return value.mean(dim=(2, 3))
     return value.mean(dim=1) if value.ndim == 3 else value

@@ -1,4 +1,4 @@
-"""load_classifier: a classifier by name or file, with the preprocessing that its own configuration asks for."""
+"""load_classifier: load a classifier by name or from a file, with the preprocessing of its own configuration."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ def load_classifier(
     batch_size: int | None = None,
     **settings: Any,
 ) -> Classifier:
-    """A classifier by name, ready to explain.
+    """Load a classifier by name or from a file, with the preprocessing of its own configuration.
 
     Args:
         model: "zoo:cnn" or "zoo:vit" (embedded), "timm:NAME", "torchvision:NAME", or a file that ``save_classifier`` wrote.
-            An ``nn.Module`` is taken with ``settings`` as ``Classifier`` takes them; a ``Classifier`` is returned as it is.
+            An ``nn.Module`` is wrapped in a ``Classifier`` with ``settings``; a ``Classifier`` is returned unchanged.
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
-        checkpoint: weights for a timm or torchvision model, in safetensors or in torch's format holding tensors only (a
-            state dict, bare or under "state_dict", "model" ...). The number of classes is read from the checkpoint.
+        checkpoint: file of weights for a timm or torchvision model, in safetensors or in torch's format. A torch file holds a state
+            dict, or a dict with one under a usual key such as "state_dict" or "model", and nothing but tensors. The number of classes
+            is read from the checkpoint.
         pretrained: without a checkpoint, load the library's published weights (a download at the first use); False gives
             random weights.
         class_names: names for the classes; the library's own for published weights.
         batch_size: most images forwarded at once.
-        settings: further arguments of ``Classifier`` that override the model's own configuration (size, mean, std ...).
+        settings: further arguments of ``Classifier`` that override the model's own configuration, such as size, mean and std.
 
     Raises:
-        UserError: unknown model, weights that cannot be had, or a checkpoint that does not fit, saying how.
+        UserError: an unknown model, weights that cannot be loaded, or a checkpoint that does not fit the model; the message says where.
     """
     if checkpoint is not None and (isinstance(model, Classifier | nn.Module) or Path(str(model)).suffix == ".safetensors"):
         raise UserError(f"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: {describe(model)} has its own weights")
@@ -80,7 +81,7 @@ def load_classifier(
 
 
 def read_class_names(path: Path) -> list[str]:
-    """One name a line; blank lines at the end are ignored."""
+    """Read class names from a text file, one name a line. Blank lines at the end are ignored."""
     try:
         names = path.read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +123,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
 
 
 class _Built(NamedTuple):
-    """What a source makes of a name: the module, its own preprocessing as settings of ``Classifier``, class names if known."""
+    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
 
     module: nn.Module
     settings: dict[str, Any]
@@ -223,10 +224,10 @@ def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, c
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Weights by name from a safetensors file or a torch file that holds tensors only (no pickled objects are run).
+    """Read weights by name from a safetensors file, or from a torch file that holds only tensors. Pickled objects are refused.
 
     Raises:
-        UserError: missing, damaged, or holding something else.
+        UserError: a file that is missing or damaged, or holds something else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
@@ -252,7 +253,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Path | None, name: str) -> nn.Module:
-    """The module with the checkpoint's weights; built with as many classes as the checkpoint's final layer has."""
+    """Build the module with the number of classes of the checkpoint's final layer, and load the weights."""
     if checkpoint is None:
         return build(None)
     state = read_state_dict(checkpoint)
@@ -267,14 +268,14 @@ def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Path 
 
 
 def _head_weight(module: nn.Module) -> str | None:
-    """Name of the weight of the last linear layer (or convolution, where there is none), the one that has a row per class."""
+    """Name of the weight with a row per class: that of the last linear layer, or else of the last convolution."""
     kinds = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     kinds = kinds or [name for name, m in module.named_modules() if isinstance(m, nn.Conv2d)]
     return f"{kinds[-1]}.weight" if kinds else None
 
 
 def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip wrappers' prefixes (DataParallel, Lightning, torch.compile) while that makes more names fit."""
+    """Strip the prefixes of wrappers (DataParallel, Lightning, torch.compile) from the names, as long as no fewer names fit."""
     while True:
         options = [{k.removeprefix(p): v for k, v in state.items()} for p in _PREFIXES if all(k.startswith(p) for k in state)]
         better = [o for o in options if len(o.keys() & expected.keys()) >= len(state.keys() & expected.keys())]
@@ -315,7 +316,7 @@ def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module
     except Exception as error:  # network libraries raise many types
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of {name} could not be had ({reason}): connect to the network once, or give --checkpoint FILE"
+            f"the weights of {name} could not be loaded ({reason}): connect to the network once, or give --checkpoint FILE"
         ) from None
 
 

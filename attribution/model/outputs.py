@@ -29,7 +29,7 @@ class Outputs:
 
     @classmethod
     def of(cls, scores: Tensor, kind: str) -> Outputs:
-        """Read the meaning off a first batch of scores [n, C].
+        """Determine the meaning from a first batch of scores [n, C].
 
         "auto" takes them for probabilities if C > 1, none is negative and each row sums to 1.
         """
@@ -43,7 +43,7 @@ class Outputs:
         """Scores [n, C] as logits; probabilities become their logarithm.
 
         Raises:
-            UserError: scores that are not finite, or probabilities that are none.
+            UserError: scores that are not finite, or probabilities of which one is negative or all are zero.
         """
         _check_finite(scores, name)
         if self.kind == "logits":
@@ -66,7 +66,7 @@ def read_scores(output: Any, count: int, device: torch.device, name: str) -> Ten
         name: of the classifier, for messages.
 
     Raises:
-        UserError: there are none in it.
+        UserError: the output holds no such scores.
     """
     received = output
     if isinstance(output, dict):

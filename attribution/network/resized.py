@@ -1,8 +1,8 @@
 """Networks at the size of a whole grid: GridPG and DiPart show n x n cells, each of the model's own size, as one image.
 
-Convolutional networks take any size. A transformer has one position embedding for each patch: a copy of it gets embeddings that
-are resampled for the grid, shares every other weight with the original, and the original stays as it is. A network that would
-compute another function on a grid than on a cell, as windowed attention does where its windows do not fit, is refused.
+Convolutional networks take any size. A transformer has one position embedding for each patch, so a copy of it gets embeddings that are
+resampled for the grid. The copy shares every other weight with the original, which is not changed. A network that would compute another
+function on a grid than on a cell is refused; an example is windowed attention whose windows do not fit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Resized:
     Attributes:
         module: the network itself where it takes the size, else a copy that shares its weights; submodules keep their names.
         interpolated: whether position embeddings, biases or rotary angles were resampled for the size. The network was never trained
-            with those: its logits on a grid are off its training distribution for this reason too, and a record should say so.
+            with resampled ones, which takes a grid further from its training distribution. Records should say so.
     """
 
     module: nn.Module
@@ -43,21 +43,23 @@ class Resized:
 
 
 def resized(module: nn.Module, size: tuple[int, int], image: tuple[int, int]) -> Resized:
-    """The network for images of the size of a grid; the one given is not altered.
+    """Adapt a network to images of the size of a grid. The given network is not altered.
 
-    The network itself is returned where a forward pass of one black image succeeds, and where only a head of fixed size fails: a
-    linear layer (or batch norm) after a flatten, whose feature maps can be cut into cells before the head. Neither case says that
-    the output is one row of C scores: a head that flattens with ``view(-1, k)``, or pools with a fixed kernel, runs and gives more.
+    The network itself is returned in two cases: a forward pass of one black image succeeds, or only a head of fixed size fails. Such a
+    head is a linear layer (or batch norm) after a flatten, and its feature maps can be cut into cells before it. In neither case
+    must the output be one row of C scores: a head that flattens with ``view(-1, k)``, or pools with a fixed kernel, runs and
+    returns more.
 
-    Otherwise a copy is changed: timm models by their ``set_input_size``, torchvision's vision transformer by
-    ``interpolate_embeddings`` (bicubic, corners aligned), models with an ``interpolate_pos_encoding`` keyword (Hugging Face) by
-    setting it; wherever they sit, as when another module normalises the image first. Prefix tokens keep their embeddings. Windows
-    keep their size, so a Swin stage that is one window at the trained size is several on a grid, and shifts them.
+    Otherwise a copy is changed: timm models by their ``set_input_size``, torchvision's vision transformer by ``interpolate_embeddings``
+    (bicubic, corners aligned), and models with an ``interpolate_pos_encoding`` keyword (Hugging Face) by setting this keyword. They
+    are also found inside other modules, such as one that normalises the image first. Prefix tokens keep their embeddings. Windows
+    keep their size: a Swin stage with one window at the trained size has several on a grid, and shifts them.
 
-    The copy shares parameters and persistent buffers with the original: loading other weights in place changes both, replacing a
-    parameter changes one. Buffers that are not persistent (masks, indices, rotary tables) depend on the size and are its own. Hooks
-    stay with the original, so that one that records does not record twice; those of ``torch.nn.utils`` (weight_norm, spectral_norm,
-    pruning) compute weights and are kept. An original that hooks edit is therefore copied without the edit.
+    The copy shares parameters and persistent buffers with the original. Loading other weights in place changes both; replacing a
+    parameter changes only one. Buffers that are not persistent (masks, indices, rotary tables) depend on the size, so the copy has
+    its own. Hooks are not copied: a hook that records would record twice. The edits of hooks on the original are therefore missing
+    in the copy. Only the hooks of ``torch.nn.utils`` (weight_norm, spectral_norm, pruning) are copied, because they compute
+    weights.
 
     Args:
         module: the network, as trained at ``size``.
@@ -65,8 +67,8 @@ def resized(module: nn.Module, size: tuple[int, int], image: tuple[int, int]) ->
         image: (H, W) wanted, pixels.
 
     Raises:
-        NotApplicable: no way to run the network at that size; windows, patch merging or patches that do not fit it; or a network
-            that scales every image to its own size, which would see the grid as one cell.
+        NotApplicable: the network cannot run at that size; its windows, patch merging or patches do not fit the size; or it scales
+            every image to its own size and would see the grid as one cell.
     """
     if size == image:
         return Resized(module, False)
@@ -75,7 +77,8 @@ def resized(module: nn.Module, size: tuple[int, int], image: tuple[int, int]) ->
     if first.flat_head:
         return Resized(module, False)
     if first.error is None:
-        # only where it is not the image itself: what is scaled to one size whatever comes would show a grid as one cell
+        # The first convolution gets another size than the image, and the same one for images of two sizes: the network scales every
+        # image to this size, and would see a grid as one cell.
         scaled = first.stem not in (None, image) and _run(module, size).stem == first.stem
         if scaled or first.misfit is not None:
             raise refuse(f"it scales every image to {_by(first.stem)} itself" if scaled and first.stem else first.misfit)
@@ -83,7 +86,7 @@ def resized(module: nn.Module, size: tuple[int, int], image: tuple[int, int]) ->
     try:
         twin = _sharing_copy(module)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm's own, about how it resamples bias tables; nothing a user could change
+            warnings.simplefilter("ignore")  # timm tells how it resamples bias tables, which a user cannot change
             found = _adapt(twin, image)
     except torch.OutOfMemoryError:
         raise
@@ -113,13 +116,13 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one forward pass showed.
+    """The outcome of one forward pass.
 
     Attributes:
-        error: what ended it.
+        error: message of the exception that ended it; None if it succeeded.
         flat_head: whether a head of fixed size raised that error.
         misfit: the first window or merging that did not fit its map.
-        stem: (h, w) that the first convolution got.
+        stem: (h, w) of the input of the first convolution.
     """
 
     error: str | None
@@ -165,7 +168,7 @@ def _run(module: nn.Module, image: tuple[int, int]) -> _Run:
 
 
 def _is_flat(layer: nn.Linear | nn.BatchNorm1d, received: Tensor) -> bool:
-    """Whether a layer got one vector of another length than it takes: a map of fixed size that was flattened."""
+    """Whether a layer got a vector of another length than it takes, as when a head flattens a map of fixed size."""
     expected = layer.in_features if isinstance(layer, nn.Linear) else layer.num_features
     return received.ndim == 2 and received.shape[0] == 1 and received.shape[1] != expected
 
@@ -191,7 +194,7 @@ def _window_misfit(layer: nn.Module, args: tuple[Any, ...]) -> str | None:
 def _window(layer: nn.Module) -> tuple[int, int] | None:
     """(h, w) of the windows that a layer cuts its map into, in positions; None for other layers."""
     window = getattr(layer, "window_size", getattr(layer, "ws", None))  # ws: timm's Twins
-    if hasattr(layer, "window_resolution"):  # timm's EfficientViT-MSRA: what its attention was built for, a small map's own size
+    if hasattr(layer, "window_resolution"):  # timm's EfficientViT-MSRA: the size that its attention was built for
         window = getattr(getattr(layer, "attn", None), "resolution", None)
     return _pair(window)
 
@@ -205,7 +208,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _merging_misfit(layer: nn.Module, args: tuple[Any, ...]) -> str | None:
-    """Patch merging joins 2 x 2 neighbours by a linear layer and pads a map with an odd side, which shifts what lies beyond."""
+    """Why patch merging does not fit a map. It joins 2 x 2 neighbours and pads odd sides, which shifts the cells that follow."""
     reduction = getattr(layer, "reduction", None)
     if not isinstance(reduction, nn.Linear) or not args or not isinstance(args[0], Tensor):
         return None
@@ -234,7 +237,7 @@ def _sharing_copy(module: nn.Module) -> nn.Module:
         for name, buffer in each._buffers.items():
             if buffer is not None:
                 memo[id(buffer)] = buffer.detach().clone() if name in each._non_persistent_buffers_set else buffer
-        # deepcopy refuses a tensor with a history, such as a weight that weight_norm computed; nothing writes into it
+        # deepcopy refuses a tensor with a history, such as a weight that weight_norm computed. It is shared: nothing writes into it.
         memo.update({id(value): value for value in vars(each).values() if isinstance(value, Tensor) and not value.is_leaf})
         for hooks in (getattr(each, name) for name in _HOOKS):
             memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if _makes_weights(hook))
@@ -246,7 +249,7 @@ def _makes_weights(hook: Any) -> bool:
 
 
 def _adapt(module: nn.Module, image: tuple[int, int]) -> bool:
-    """Change every part that has a size of its own, in place; False if there is none."""
+    """Change every part that depends on the image size, in place; False if there is none."""
     found = False
     for applies, change in _CHANGES:
         for part in list(_outermost(module, applies)):
@@ -256,7 +259,7 @@ def _adapt(module: nn.Module, image: tuple[int, int]) -> bool:
 
 
 def _outermost(module: nn.Module, applies: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """The modules that a test holds for, without those inside them: a model passes the change on to its parts."""
+    """The modules for which a test holds, without those inside them: a model passes the change on to its parts."""
     if applies(module):
         yield module
     else:
@@ -289,7 +292,7 @@ def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
 
 
 def _trained_windows(model: Any) -> dict[str, Any]:
-    """Arguments of set_input_size that keep the windows, which timm would scale with the image, and the bias tables that fit them."""
+    """Arguments of set_input_size that keep the windows and so their bias tables. By default timm scales windows with the image."""
     if _takes(model.set_input_size, "grid_size"):  # MaxViT: one size for all stages
         partitions = [pair for m in model.modules() if (pair := _pair(getattr(m, "partition_size", None)))]
         return {"window_size": partitions[0], "grid_size": partitions[0]} if partitions else {}
@@ -328,7 +331,7 @@ def _resize_hugging_face(model: nn.Module, _image: tuple[int, int]) -> None:
 
 
 def _resamples_positions(module: nn.Module, twin: nn.Module) -> bool:
-    """Whether a network that ran at another size stretches its positions: embeddings, one for each patch, or tables made anew."""
+    """Whether a network resamples positions at another size: embeddings of the patches, or tables that are computed anew."""
     named = [*twin.named_parameters(), *twin.named_buffers(), *twin.named_modules()]
     embedded = any(_POSITIONS.search(name.rpartition(".")[2]) and not isinstance(part, nn.Identity) for name, part in named)
     rotated = any(getattr(part, "rope", None) is not None for part in twin.modules())
@@ -336,7 +339,7 @@ def _resamples_positions(module: nn.Module, twin: nn.Module) -> bool:
 
 
 def _new_tables(module: nn.Module, twin: nn.Module) -> bool:
-    """Whether a tensor of the copy differs from the original's; the masks of shifted windows say nothing about a position."""
+    """Whether a tensor of the copy differs from the original's. The masks of shifted windows do not count: they hold no positions."""
     before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     after = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     changed = (name for name, tensor in after.items() if name not in before or not _same(before[name], tensor))

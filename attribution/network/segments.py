@@ -26,7 +26,8 @@ class Activation:
 
     Attributes:
         maps: float32 [n, C, h, w]; at the end of the network its logits [n, classes].
-        output: the output itself, of one image or of n; from it the prefix tokens are taken that a sequence of tokens has besides maps.
+        output: the output itself, of one image or of n. If it is a sequence of tokens, its prefix tokens are used, which the maps do
+            not have.
     """
 
     maps: Tensor
@@ -37,10 +38,10 @@ class Segment:
     """The part of a classifier between two of its layers, as a function of maps.
 
     Args:
-        classifier: at the size of the images that this part is about.
+        classifier: at the size of the images that the segment is used for.
         start: the layer whose output is given; None for the model input.
         stop: the layer whose output is wanted; None for the logits.
-        probe: of this classifier; made if None.
+        probe: the probe of this classifier; None makes one.
 
     Raises:
         NotApplicable: the start is called more than once in a pass, or after the stop.
@@ -50,7 +51,7 @@ class Segment:
         self, classifier: Classifier, start: FeatureLayer | None, stop: FeatureLayer | None = None, probe: Probe | None = None
     ) -> None:
         if stop is None:
-            classifier.find_out(False)  # not while stand-ins answer
+            classifier.find_out(False)  # now: later, stand-ins replace modules
         self.classifier = _for_parts(classifier)
         self.start, self.stop = start, stop
         self._before: dict[str, list[_Value]] = {}
@@ -61,7 +62,7 @@ class Segment:
                 raise NotApplicable(f"layer {stop.name!r} of {classifier.name} does not come after {start.name!r}")
 
     def __call__(self, given: Activation) -> Activation:
-        """From the output of the start to that of the stop; gradients flow where the maps require them."""
+        """Compute the output of the stop from that of the start. Gradients flow if the maps require them."""
         if self.start is not None and self.stop is not None and self.start.name == self.stop.name:
             return given
         images, standing = self._standing(given)
@@ -82,13 +83,13 @@ class Segment:
         images = maps.new_zeros(1).requires_grad_(maps.requires_grad and torch.is_grad_enabled())
         images = images.expand(len(maps), *self.classifier.preprocessing.shape)
         output = self.start.from_map(maps, maps if given.output is None else given.output)
-        output = output.clone(memory_format=torch.contiguous_format)  # what follows may work in place, or view it
+        output = output.clone(memory_format=torch.contiguous_format)  # the modules that follow may work in place or take views
         values = {name: [value.of(len(maps)) for value in each] for name, each in self._before.items()}
         return images, stand_ins(module_of(self.classifier), {**values, self.start.name: [output]})
 
 
 class Probe:
-    """What every module returns for one smooth random image, and for two. The structure of the network is read off these outputs.
+    """The outputs of every module for one smooth random image and for two. They show the structure of the network.
 
     Attributes:
         classifier: the model.
@@ -113,10 +114,10 @@ class Probe:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Of both images, [2, classes].
+        """Logits of both images, [2, classes].
 
         Raises:
-            NotApplicable: both images have the same logits, so that no effect of a layer can be seen.
+            NotApplicable: both images have the same logits, so that the effect of a layer cannot be measured.
         """
         with torch.no_grad():
             logits = self.classifier.logits(self.images)
@@ -131,7 +132,7 @@ class Probe:
         return Activation(layer.to_map(output), output)
 
     def values_before(self, start: str) -> dict[str, list[_Value]]:
-        """What the modules return that end before the start does, without those inside other such modules: name -> calls."""
+        """Outputs of the modules that end before the start ends, by name. Modules inside such a module are left out."""
         end = self.end_of(start)
         found: dict[str, list[_Value]] = {}
         for call, double in zip(self.one, self.two, strict=True):
@@ -141,10 +142,10 @@ class Probe:
         return found
 
     def end_of(self, layer: str) -> int:
-        """When the layer's only call ends, in events of the pass.
+        """The number of calls that end before the layer's only call does.
 
         Raises:
-            NotApplicable: it is called more than once, or the network runs other modules for two images than for one.
+            NotApplicable: the layer is not called exactly once, or the network runs other modules for two images than for one.
         """
         name = self.classifier.name
         ends = [call.stop for call in self.one if call.name == layer]
@@ -156,7 +157,7 @@ class Probe:
 
 
 def module_of(classifier: Classifier) -> nn.Module:
-    """The module.
+    """The module of a classifier.
 
     Raises:
         NotApplicable: the classifier is a black box.
@@ -171,9 +172,9 @@ class Call:
     """One call of a module in a forward pass.
 
     Attributes:
-        name: of the module.
-        stop: when it ended, in events of the pass.
-        parent_stop: when the call ended that it is part of; None if that failed, and for the whole network.
+        name: name of the module.
+        stop: number of calls that ended before it.
+        parent_stop: the stop of the call that it is part of; None if that call failed, and for the whole network.
         output: what it returned.
         edited: whether the output was changed in place later in the pass, by something other than a module.
     """
@@ -194,11 +195,11 @@ class Call:
 
 
 def trace(module: nn.Module, images: Tensor) -> list[Call]:
-    """The calls of a forward pass that ended, in the order in which they began. If the pass fails, these are the calls before that."""
+    """The calls of a forward pass, in the order in which they began. If the pass fails, those that ended before."""
     names = {each: name for name, each in module.named_modules()}
     begun: list[tuple[str, int | None]] = []  # the module's name, and the call it is part of
     ended: dict[int, tuple[int, Any]] = {}
-    versions: dict[int, int] = {}  # of each output when the last module returned it: one that works in place returns what it got
+    versions: dict[int, int] = {}  # of each output when a module last returned it; a module in place returns its input
     stack: list[int] = []
 
     def enter(called: nn.Module, _args: Any) -> None:
@@ -234,7 +235,7 @@ class _Value:
     edited: bool
 
     def of(self, count: int) -> Any:
-        """The output for so many images, all of them the first."""
+        """The output for ``count`` copies of the first image."""
         found = _repeated(self.one, self.two, count)
         return found.clone() if self.edited else found
 
@@ -265,6 +266,6 @@ def _two_images(classifier: Classifier) -> Tensor:
 
 
 def _for_parts(classifier: Classifier) -> Classifier:
-    """The classifier in float32 and without a batch size, so that rows of maps and the images that stand for them stay together."""
+    """The classifier in float32 and with batches of any size, so that all rows of maps are forwarded at once."""
     runner = classifier.runner.changed(batch_size=_ANY_BATCH, precision="float32")
     return classifier.with_forward(classifier.forward.on(runner))

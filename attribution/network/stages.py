@@ -21,20 +21,20 @@ from attribution.network.segments import Activation, Probe, Segment, module_of, 
 
 LAYERS = ("input", "middle", "final")
 _ACTIVATIONS = tuple(getattr(nn, name) for name in ("ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "CELU", "SELU", "LeakyReLU", "PReLU"))
-_MOST_OF = 2 / 3  # a module that does more than this share of the work is opened to find the middle
+_MOST_OF = 2 / 3  # a module with more than this share of all calls is opened to find the middle
 _CANNOT_RUN = (UserError, RuntimeError, TypeError, AttributeError)  # raised by a network that is run in part
 
 
 def find_layer(classifier: Classifier, layer: str) -> FeatureLayer | None:
-    """The layer named "input" (None), "middle", "final" or as a module; it is checked that no information flows past it.
+    """Find the layer "input" (None), "middle" or "final", or a module by name, and check that no information bypasses it.
 
-    Stages are the activations and blocks that are called one after another; a block that does nearly all the work is opened. "final" is
-    the last stage whose positions the logits depend on, and "middle" the stage in the middle: for VGG11 and ResNet18 these are the layers
-    of Rao et al. (features.12 and features.19, layer2 and layer4). In a transformer that reads its class token the logits do not depend
-    on the patches of the last block, so its final layer is the block before.
+    Stages are the activations and blocks that are called one after another. A block with over two thirds of all calls of modules is
+    replaced by the stages inside it. "final" is the last stage whose positions the logits depend on, and "middle" the stage in the
+    middle: for VGG11 and ResNet18 these are the layers of Rao et al. (features.12 and features.19, layer2 and layer4). In a transformer
+    that reads its class token the logits do not depend on the patches of the last block, so its final layer is the block before.
 
     Raises:
-        NotApplicable: a black box, no stages, or a layer past which information flows.
+        NotApplicable: a black box, no stages, or a layer that information bypasses.
         UserError: no such module, or one that returns no map.
     """
     if layer == "input":
@@ -69,14 +69,14 @@ def stages(classifier: Classifier) -> list[FeatureLayer]:
 
 
 def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer:
-    """The last layer whose map grows with the image: a head pools that map, or slides over it.
+    """Find the last layer whose map grows with the image. The head pools this map, or slides over it.
 
     Args:
         classifier: at the size of a cell.
         larger: the same model at the size of the grid; it may fail after that layer.
 
     Raises:
-        NotApplicable: there is none, the logits depend on more than that map, or a later one grows by another factor.
+        NotApplicable: no map grows with the image, the logits depend on more than that map, or a later map grows by another factor.
     """
     name, probe = classifier.name, Probe(classifier)
     positions = grid_positions(larger)
@@ -101,7 +101,7 @@ def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer
 
 
 def grid_positions(larger: Classifier) -> dict[str, dict[str, int]]:
-    """Positions of what each module returns for a grid, see ``Call``; the whole network, named "", is left out if the pass fails."""
+    """Number of positions of each module's output for a grid (``Call.positions``), without the whole network if it fails."""
     images = torch.zeros(1, *larger.preprocessing.shape, device=larger.device)
     return {call.name: call.positions for call in trace(module_of(larger), images)}
 
@@ -112,13 +112,13 @@ def at_grid(layer: FeatureLayer, larger: Classifier, n: int) -> FeatureLayer:
 
 
 def _positions_count(probe: Probe, layer: FeatureLayer) -> bool:
-    """Whether the logits depend on the layer's map, beside its prefix tokens."""
+    """Whether the logits depend on the layer's map, and not only on its prefix tokens."""
     given, rest = probe.activation(layer), Segment(probe.classifier, layer, probe=probe)
     return not torch.equal(rest(given).maps, rest(Activation(torch.zeros_like(given.maps), given.output)).maps)
 
 
 def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, n: int) -> bool:
-    """Whether what follows a layer only averages over its positions, so that it means the same on a grid's larger map.
+    """Whether the part after a layer only averages over positions, so that it computes the same on the larger map of a grid.
 
     Two tests: n x n copies of a map side by side must give the logits of the map, and shuffling a larger map must not change them.
     """
@@ -138,7 +138,7 @@ def only_pools(classifier: Classifier, larger: Classifier, layer: FeatureLayer, 
 
 
 def only_averages(classifier: Classifier, layer: FeatureLayer) -> bool:
-    """Whether what follows a layer depends only on the mean of its map over the positions, at the size of a cell."""
+    """Whether the part after a layer depends only on the mean of its map over the positions, at the size of a cell."""
     probe = Probe(classifier)
     given, rest = probe.activation(layer), Segment(classifier, layer, probe=probe)
     flat = given.maps.mean(dim=(2, 3), keepdim=True).expand_as(given.maps)
@@ -179,19 +179,19 @@ def _opened(module: nn.Module, name: str, layers: dict[str, FeatureLayer]) -> li
 
 
 def _passes_everything(probe: Probe, layer: FeatureLayer) -> bool:
-    """Whether the rest of the network gives the logits of an image if it gets the layer's output for it and nothing else of it."""
+    """Whether the output of a layer alone determines the logits, so that no information about the image bypasses the layer."""
     second = probe.logits[1]
     given, rest = probe.activation(layer), Segment(probe.classifier, layer, probe=probe)
     output = None if given.output is None else given.output[1:]
     try:
-        found = rest(Activation(given.maps[1:], output)).maps[0]  # the modules before return what they did for the first image
+        found = rest(Activation(given.maps[1:], output)).maps[0]  # the modules before the layer answer for the first image
     except _CANNOT_RUN:
         return False
     return _same_logits(found, second, probe)
 
 
 def _same_logits(found: Tensor, expected: Tensor, probe: Probe) -> bool:
-    """Whether logits are the same, up to 1 % of the difference between those of two images."""
+    """Whether logits are the same, up to 1 % of the difference between the logits of the probe's two images."""
     first, second = probe.logits
     scale = max(float((first - second).abs().max()), 1e-4 * float(second.abs().max()))
     return bool((found - expected).abs().max() <= 1e-2 * scale)

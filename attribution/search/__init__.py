@@ -16,10 +16,10 @@ from attribution.search.greedy import greedy, lazy_greedy, stochastic_greedy
 
 @dataclass(frozen=True)
 class Search:
-    """A search, and all that its callers have to know about it. It is called like its function.
+    """A search, with everything that its callers need to know. It is called like its function.
 
-    What the function takes says the rest: ``explain`` offers ``pending``, ``seed``, ``evaluations`` and ``progress``, and each
-    reaches the functions that have a parameter of this name.
+    ``explain`` offers ``pending``, ``seed``, ``evaluations`` and ``progress`` to every search, and passes on those that are parameters
+    of the function.
 
     Attributes:
         function: (objective, *, options) -> distinct region ids, most important first. It may return fewer than R.

@@ -1,4 +1,4 @@
-"""Search by budget: the best order that so many forwarded images can buy, and better orders from one that is given.
+"""Search by budget: the best order for a given number of forwarded images, and improvements of a given order.
 
 Both raise the mean of F along the order, over the share of the image that its first regions cover. With the weights 1 and 1 that is
 Insertion - Deletion itself. F(S) is a sum over two images, that of S and that of its complement, so the first of them often shows
@@ -62,7 +62,7 @@ def search_orders(
     seed: int = 0,
     gradients: bool = False,
 ) -> Iterator[Found]:
-    """Ever better orders, as long as the budget lasts. Stop whenever one is good enough.
+    """Yield better and better orders until the budget is spent. The caller may stop at any of them.
 
     Args:
         objective: F. A ``DividedObjective``, such as ``SubmodularObjective``, saves images. Of any other objective each subset
@@ -134,7 +134,7 @@ def budget_search(
     callback: Callable[[Found], bool | None] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The best order that a budget of forwarded images can buy: backward elimination, then local search with the rest of it.
+    """The best order for a budget of forwarded images: backward elimination, then local search with the rest of the budget.
 
     Args:
         objective, start, seed, gradients: see ``search_orders``.

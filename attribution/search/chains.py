@@ -1,6 +1,6 @@
 """Orders as chains of subsets: the mean of F along an order, and the best order through all subsets that are known.
 
-The chain of an order has the R + 1 subsets of its first k regions, k = 0...R.
+The chain of an order has the R + 1 subsets of its first k regions, k = 0 to R.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def found(sets: Sets, order: Sequence[int]) -> Found:
 
 
 def chain_of(order: Sequence[int]) -> list[int]:
-    """The subsets of the first k regions of an order, k = 0...R."""
+    """The subsets of the first k regions of an order, k = 0 to R."""
     chain = [0]
     for region in order:
         chain.append(chain[-1] | 1 << region)
@@ -98,7 +98,7 @@ def _reached(sets: Sets) -> list[dict[int, tuple[float, int]]]:
 
 
 def _known_by_count(sets: Sets) -> list[list[int]]:
-    """The subsets whose F is known, by their number of regions, 0...R."""
+    """The subsets whose F is known, by their number of regions, 0 to R."""
     levels: list[list[int]] = [[] for _ in range(sets.size + 1)]
     for image in sets.forwarded:
         subset = image if sets.needed[0] else sets.full ^ image

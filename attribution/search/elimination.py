@@ -129,7 +129,8 @@ def eliminate(sets: Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: fl
         sets: what is known; the images that this needs are forwarded.
         pool: regions that a round evaluates, those that mattered least when last evaluated.
         refresh: a round evaluates all regions once no more than this share is left of those that there were the last time.
-        tolerance: share of the range of F. While F loses no more than this by it, a round hides 1, 2, 4, ... more regions.
+        tolerance: share of the range of F. A round hides 1, then 2, then 4 more regions and so on, as long as F loses no more than
+            this.
 
     Yields:
         The order after each round: the regions still shown, by their last evaluation, then the hidden ones.
@@ -154,7 +155,7 @@ def eliminate(sets: Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: fl
 
 
 def _gone_with(sets: Sets, shown: int, others: Sequence[int], margin: float) -> Sequence[int]:
-    """The first 1, 3, 7, ... of the other regions: as many as can be hidden too while F loses no more than the margin."""
+    """The first 1, 3, 7 and so on of the other regions: the most that can be hidden as well while F loses no more than the margin."""
     if not 0 < margin < math.inf:
         return []
     least, count, more = sets.most(shown) - margin, 0, 1

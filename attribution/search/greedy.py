@@ -21,7 +21,7 @@ def greedy(objective: Objective, *, count: int | None = None, progress: Progress
 
     Args:
         objective: F.
-        count: k, stop after so many regions; all by default.
+        count: k, stop after this many regions; all by default.
         progress: called with (regions placed, R) after each.
 
     Returns:
@@ -37,7 +37,7 @@ def lazy_greedy(objective: Objective, *, count: int | None = None, batch_size: i
 
     Args:
         objective: F.
-        count: stop after so many regions; all by default.
+        count: stop after this many regions; all by default.
         batch_size: stale candidates evaluated at once.
         progress: called with (regions placed, R) after each.
 
@@ -84,7 +84,7 @@ def stochastic_greedy(
 
     Args:
         objective: F.
-        count: k, stop after so many regions; all by default.
+        count: k, stop after this many regions; all by default.
         epsilon: in (0, 1). On a monotone submodular F, the expected value is at least (1 - 1/e - epsilon) of the optimum.
         seed: of the samples.
         progress: called with (regions placed, R) after each.

@@ -14,11 +14,11 @@ PLACES_IN_A_WINDOW = 12  # consecutive places of the order that are filled again
 WINDOWS_AT_ONCE = 2  # windows filled again in one round, their images in one batch
 LEAST_ROOM = 0.3  # windows whose room for F is less than this share of the largest room are not drawn
 MOST_SWEEPS = 16  # sweeps over neighbours in a round
-ROUNDS_WITHOUT_NEWS = 30  # the search ends after so many rounds in a row that forwarded no image
+ROUNDS_WITHOUT_NEWS = 30  # the search ends after this many rounds in a row that forwarded no image
 
 
 def swap_neighbours(sets: Sets, order: list[int], first: int) -> bool:
-    """One sweep: the regions at places first and first + 1, first + 2 and first + 3, ... change places where F gains, in place.
+    """One sweep over pairs of neighbours, from place ``first`` on: a pair changes places where that raises F. Edits the order.
 
     A swap changes one prefix. F of all prefixes of the order must be known.
 

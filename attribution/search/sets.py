@@ -143,7 +143,7 @@ class Sets:
         return torch.autograd.grad(value, scores)[0]
 
     def slope_cost(self, count: int) -> int:
-        """Images that the gradient over so many soft subsets counts as."""
+        """The number of images that a gradient over ``count`` soft subsets counts as."""
         return IMAGES_PER_GRADIENT * self.objective.cost * count * sum(self.needed)
 
     def rows(self, subsets: Sequence[int]) -> Tensor:

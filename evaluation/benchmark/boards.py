@@ -68,7 +68,7 @@ def leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:
     rows = []
     entries = [e for e in summary.entries if e.model == model]
     saturated = {e.validity.saturated for e in entries}
-    shared = saturated.pop() if len(saturated) == 1 else 0  # a property of the images where all methods explained the same ones
+    shared = saturated.pop() if len(saturated) == 1 else 0  # a property of the images if all methods explained the same images
     for method in summary.methods(model):
         entry = next((e for e in entries if e.method == method), None)
         rows.append(

@@ -36,8 +36,8 @@ MOST_DOTS = 150  # images drawn for one method
 def plot_curves(summary: Summary, model: str, protocol: str) -> Figure:
     """Mean insertion and deletion curves over the images, with pointwise 95 % bootstrap bands.
 
-    The best ``MOST_CURVES`` methods by the first measure are drawn in the colour of their family, region searches thicker and
-    whatever their rank, controls gray; the title counts what was left out.
+    The best ``MOST_CURVES`` methods by the first measure are drawn, in the colours of their families. Region searches are always drawn,
+    as thicker lines, and controls are gray. The title says how many methods are shown.
 
     Args:
         model: a model of the benchmark.
@@ -84,7 +84,7 @@ def _draw_curves(axes: Sequence[Axes], curve: MeanCurve, spec: MethodSpec, dashe
 def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None = None) -> Figure:
     """Quality against the images that one explanation forwards (logarithmic from 1 on), with the intervals of the means.
 
-    Methods of equal cost stand side by side; those whose mean has no interval are left out.
+    Methods of equal cost are drawn side by side. Methods whose mean has no interval are left out.
 
     Args:
         model: a model of the benchmark.
@@ -101,7 +101,7 @@ def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None =
             _cost_axis(ax, max([10.0, *costs.values()]))
             ax.set_title(_heading(model, measure), fontweight="bold")
         axes[-1].set_xlabel("images forwarded for one explanation")
-        figure.draw_without_rendering()  # only now the panels stand where they stay
+        figure.draw_without_rendering()  # fixes the positions of the panels
         for ax, points in placed:
             place_labels(figure, ax, points)
     return figure
@@ -145,7 +145,8 @@ def plot_scores(summary: Summary, model: str, measure: Measure) -> Figure:
     """The scores of the single images by method, best mean first: median and quartiles as a box, all scores as a line, images as
     dots, the mean with its interval as a diamond.
 
-    An image has the same height in every row; of more than ``MOST_DOTS`` images so many are drawn, evenly over the ranking.
+    An image has the same height in every row; of more than ``MOST_DOTS`` images only this many are drawn, evenly spaced over the
+    ranking.
     """
     specs = _specs(summary)
     scores, entries = score_matrix(summary.results, model, measure), summary.column(model, measure)
@@ -226,7 +227,8 @@ def plot_ranks(summary: Summary, model: str) -> Figure:
 
 
 def cost_measures(summary: Summary, model: str) -> tuple[Measure, ...]:
-    """What quality against cost shows: the model's first measure, and insertion - deletion of the same (or the first) protocol."""
+    """The measures in the figure of quality against cost: the model's first measure, and insertion - deletion of the same (or the
+    first) protocol."""
     first = summary.measures_of(model)[0]
     wanted = first.protocol if METRICS[first.metric].curve else summary.first_protocol(model)
     also = [m for m in summary.measures if m.metric == "insertion_deletion" and m.protocol == wanted and m != first]

@@ -39,7 +39,7 @@ class Gallery:
         self._made: dict[tuple[str, str], dict[str, Any]] = {}
 
     def context(self) -> dict[str, Any]:
-        """What the template shows of this model."""
+        """The values of this model that the template shows."""
         samples = self.results.samples[self.model]
         return {
             "model": self.model,
@@ -102,7 +102,7 @@ def chosen_images(scores: Mapping[str, np.ndarray], leader: str, direction: str,
         scores: float [N] by method, NaN where there is none.
         leader: method whose ranking of the images gives the first three and the order of all.
         direction: "higher" or "lower" is better.
-        count: so many at most.
+        count: largest number of images.
 
     Returns:
         Distinct indices of the N images, the leader's best first.

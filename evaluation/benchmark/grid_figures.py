@@ -27,7 +27,7 @@ from evaluation.grids.aggregate import Aggregate, examples, saturation
 from evaluation.grids.scores import cell_slices, chance, positive_maps
 from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style
 
-TARGET = "#1446d8"  # the outline of the cell whose class is explained; neither on the maps' scale nor often in photos
+TARGET = "#1446d8"  # the outline of the cell whose class is explained; not on the maps' scale, and rare in photos
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#ffffff", "#8fd19a", "#1f8a4c", "#00331c"])
 _SWEEP_COLOURS = ["#0067a8", "#d04a02", "#00825f", "#a8458a", "#8a6a00", "#4b5bd0", "#a02c2c", "#5f6770"]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
@@ -106,7 +106,7 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
         labels = [f"{method}\nmean {float(found.scores.mean()):.2f}" for method, found in aggregates.items()]
         left, right, over, under = 0.4 + 0.07 * max(map(len, "\n".join(labels).split("\n"))), 0.9, 0.65, 0.55
         across, down = left + right + (side + 0.1) * columns, over + under + tall * len(labels) + apart * (len(labels) - 1)
-        figure = Figure(figsize=(across, down), dpi=130)  # laid out by hand: a hundred panels keep the solver busy for long
+        figure = Figure(figsize=(across, down), dpi=130)  # laid out by hand: matplotlib's solver is slow with a hundred panels
         place = {"left": left / across, "right": 1 - right / across, "top": 1 - over / down, "bottom": under / down}
         axes = figure.subplots(len(labels), columns, squeeze=False, gridspec_kw={**place, "wspace": 0.1 / side, "hspace": apart / tall})
         above: list[str] = []
@@ -233,7 +233,7 @@ def plot_sweep(
 
 
 def bin_names(fractions: Sequence[float]) -> list[str]:
-    """What the bins between these edges are called: "best 2 %", "2-5 %", ..., "worst 2 %"."""
+    """Names of the bins between these edges, from "best 2 %" over "2-5 %" to "worst 2 %"."""
     if len(fractions) == 2:
         return ["all"]
     percent = [f"{100 * edge:.3g}" for edge in fractions]

@@ -1,4 +1,4 @@
-"""Labels beside the points of a figure: each stands where nothing is yet."""
+"""Places labels beside the points of a figure, so that they do not overlap."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _Box = tuple[float, float, float, float]
 
 
 def plain_text(text: str) -> str:
-    """A name for matplotlib, which would else read a dollar sign as the start of a formula."""
+    """A name for matplotlib, with dollar signs escaped, which would otherwise begin a formula."""
     return text.replace("$", r"\$")
 
 
 def place_labels(figure: Figure, ax: Axes, points: Sequence[tuple[str, float, Interval, float, str]]) -> None:
-    """Write the name of each point at the nearest free place; a thin line joins both where that is not next to the point.
+    """Write the name of each point at the nearest free place. A thin line joins name and point if they are not adjacent.
 
     Args:
-        figure, ax: drawn once already, so that places are known.
+        figure, ax: drawn once already, so that the positions in pixels are known.
         points: name, x, interval on the y axis, shift in points of 1/72 inch, and colour of each.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()

@@ -1,4 +1,4 @@
-"""The benchmark measured: every method on every image and grid, under every measure, for some models.
+"""Measures the benchmark: every method on every image and grid, under every measure, for some models.
 
 Explanations are stored, so that new metrics judge them without explaining again.
 """
@@ -20,7 +20,7 @@ def measure_benchmark(run: Run[BenchmarkSettings]) -> Results:
     """Measure all methods on the same images, and on the same grids, under each model.
 
     Raises:
-        UserError: no image to judge, too few for a grid, models whose classes differ where grids are judged, or a full disk.
+        UserError: no image to judge, too few images for a grid, grids for models with different classes, or a full disk.
     """
     settings = run.settings
     grid_set = draw_grids(run) if settings.grid_settings else None
@@ -62,7 +62,7 @@ def measure_benchmark(run: Run[BenchmarkSettings]) -> Results:
 
 
 def _facts(classifier: Classifier) -> dict[str, Any]:
-    """What the tables say of a model."""
+    """The facts about a model that the tables state."""
     return {
         "weights_digest": classifier.weights_digest,
         "size": list(classifier.preprocessing.size),

@@ -38,7 +38,7 @@ from evaluation.study.run import Run, Unit, batches
 
 
 def draw_grids(run: Run[BenchmarkSettings]) -> GridSet:
-    """Draw the grids. Every model is right about every image, with confidence.
+    """Draw the grids from images that every model classifies correctly and with high confidence.
 
     Raises:
         UserError: models with other classes than the first, or too few images for the grids.
@@ -99,7 +99,7 @@ def _confidences(
 
 
 def _pixels(dataset: ImageDataset, index: int) -> str:
-    """Digest of an image's pixels, or why it cannot be read: no record is kept under that."""
+    """Digest of an image's pixels. For an image that cannot be read, the reason, which is the key of no record."""
     try:
         return pixels_digest(dataset.image(index))
     except UserError as error:
@@ -110,7 +110,7 @@ class OnGrids:
     """Judges all methods on all grids under one model.
 
     Attributes:
-        facts: what tables say of the model: the module of each layer, and whether position embeddings are interpolated.
+        facts: the facts that tables state about the model: the module of each layer, and whether position embeddings are interpolated.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class _Grid:
 
 
 def _save_map(values: Tensor, path: Path) -> None:
-    """Half precision at the scale of the map: it is kept to be looked at, after its score."""
+    """Save a map, divided by its scale, in half precision. It serves figures only: the score is computed before."""
     scale = float(values.abs().max()) or 1.0
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, values=(values / scale).half().numpy(), scale=np.float64(scale))

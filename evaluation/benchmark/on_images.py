@@ -134,7 +134,7 @@ class OnImages:
             try:
                 found = _judge(case, measure, protocol, files.get(measure))
             except NotApplicable as error:
-                by_fill = metric.curve or metric.filled  # then it depends on the model and the fill alone
+                by_fill = metric.curve or metric.filled  # such a metric is undefined for the model and the fill, whatever the method
                 self.left_out.add(measure if by_fill else (spec.label, measure))
                 self.refusals.keep(measure.label if by_fill else f"{spec.label}: {measure.label}", error)
             except Broken as error:
@@ -174,7 +174,7 @@ class _Prepared:
         target = predicted if settings.target == "predicted" or sample.label is None else sample.label
         regions = make_regions(image, settings.regions, **settings.region_options)
         if settings.drops:
-            with suppress(NotApplicable):  # what drops tokens says so itself, the rest is measured
+            with suppress(NotApplicable):  # methods and fills that drop tokens refuse such a model later
                 regions = follow_patches(classifier, regions)
         return cls(classifier, settings, identity, sample, image, regions, target)
 

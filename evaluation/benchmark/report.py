@@ -1,4 +1,4 @@
-"""What a reader of a benchmark looks at: tables, figures, and one self-contained HTML page."""
+"""Writes the report of a benchmark: tables, figures, and one self-contained HTML page."""
 
 from __future__ import annotations
 

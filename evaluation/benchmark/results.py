@@ -16,7 +16,7 @@ from evaluation.study.run import Run
 
 @dataclass(frozen=True)
 class Asked:
-    """What is explained at once: an image, or a grid at a layer, by a method with a seed."""
+    """One explanation that is asked for: of an image, or of a grid at a layer, by a method with a seed."""
 
     model: str
     sample: str
@@ -28,12 +28,12 @@ class Asked:
         return " ".join(filter(None, (self.model, self.sample, self.layer, self.method)))
 
     def names(self) -> dict[str, Any]:
-        """What scores, maps and records are named by."""
+        """The fields that name a score, a map or a record."""
         return {"model": self.model, "sample": self.sample, "method": self.method, "seed": self.seed}
 
 
 class Refusals:
-    """What is not defined for a model: each with its reason once."""
+    """Methods, measures and layers that are not defined for a model, each once and with the reason."""
 
     def __init__(self, run: Run[BenchmarkSettings], model: str) -> None:
         self.model, self._run = model, run
@@ -115,7 +115,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be explained or measured, and why.
+    """An explanation or measurement that failed, and why.
 
     Attributes:
         refused: whether the method, or the measure in its place, is not defined for the model at all.
@@ -134,14 +134,14 @@ class Results:
     """What a benchmark found, in the order of its settings.
 
     Attributes:
-        settings: what was asked.
+        settings: settings of the benchmark.
         models: name -> weights digest, input size and class names.
         samples: model -> ids of the images judged.
         scores, explained, failures: every number, every explanation, everything missing.
         out: the folder of the files.
         grid_set: the grids, shared by all models; None where no setting of grids was measured.
         grid_maps: their maps.
-        grid_models: model -> what was found out for grids: the module of each layer, whether position embeddings were interpolated.
+        grid_models: model -> facts about it on grids: the module of each layer, whether position embeddings were interpolated.
     """
 
     settings: BenchmarkSettings

@@ -70,11 +70,11 @@ class BenchmarkSettings(StudySettings):
         1, least=1, help="Runs of each stochastic method. Tables show the first seed; the others give the spread between seeds."
     )
     layers: tuple[str, ...] = setting(LAYERS, help="Of gridpg, difull, dipart: comma-separated input, middle, final, or modules.")
-    grids: int = setting(100, least=1, help="So many grids of images for gridpg, difull and dipart.")
+    grids: int = setting(100, least=1, help="Number of grids of images for gridpg, difull and dipart.")
     cells: int = setting(2, least=2, help="Images along each side of a grid.")
     confidence: float = setting(0.99, least=0, most=1, help="Least confidence of every model in the label of an image of a grid, above 0.")
     repeat_corners: bool = setting(False, help="The last cell of a grid shows the class of the first.")
-    max_side: int = setting(MAX_SIDE, least=8, help="Larger images are shrunk until their longer side has so many pixels.")
+    max_side: int = setting(MAX_SIDE, least=8, help="Larger images are shrunk until their longer side has this many pixels.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +108,7 @@ class BenchmarkSettings(StudySettings):
 
     @property
     def drops(self) -> bool:
-        """Whether anything is explained or measured with tokens dropped."""
+        """Whether any explanation or measurement drops tokens."""
         own = [spec.options.get("fill") for spec in self.methods]
         return any(map(drops, [self.explained_fill, *own, *(protocol.fill for protocol in self.protocols)]))
 
@@ -144,7 +144,7 @@ class BenchmarkSettings(StudySettings):
         return tuple(name for name in self.metrics if METRICS[name].grid)
 
     def plain(self) -> dict[str, Any]:
-        """The settings that numbers depend on, as JSON; the methods as tables, the data by their name, without their place."""
+        """The settings that numbers depend on, as JSON; the methods as tables, the data set by its name, without its path."""
         methods = [{"label": m.label, "method": m.method, "preset": m.preset, "options": m.plain_options()} for m in self.methods]
         return super().plain() | {"methods": methods, "method_fill": plain_option(self.explained_fill)}
 

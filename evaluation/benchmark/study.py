@@ -15,7 +15,7 @@ from evaluation.study.run import Progress, Study, run
 
 
 def failed_lines(results: Results) -> list[str]:
-    """A line for each explanation or measurement that failed; refusals are none."""
+    """A line for each explanation or measurement that failed. Refusals do not count as failures."""
     return [f"{each.method} on {each.sample or each.model}: {each.reason}" for each in results.failed]
 
 
@@ -51,12 +51,12 @@ BENCHMARK: Study[BenchmarkSettings, Results, Summary] = Study(
 
 
 def run_benchmark(settings: BenchmarkSettings, out: str | Path, progress: Progress | None = None) -> Results:
-    """Measure what the folder does not hold yet, and return everything.
+    """Measure what the folder does not hold yet, and return all results.
 
     Args:
         settings: what is measured.
         out: folder of ``records.jsonl``, explanations, curves and maps; one process at a time.
-        progress: called with (explanations judged, all of them, what is judged now).
+        progress: called with (explanations judged, their total, words for the current one).
 
     Raises:
         UserError: settings that cannot be run at all, or a full disk. Images that fail are kept and returned instead.

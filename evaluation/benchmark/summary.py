@@ -1,4 +1,4 @@
-"""Results -> tables: means with intervals, ranks, significance groups, cost, validity, and how far rankings depend on the fill."""
+"""From results to tables: means with intervals, ranks, significance groups, cost, validity, and how far rankings depend on the fill."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def score_matrix(results: Results, model: str, measure: Measure, seed: int | Non
 
 
 def summarise(results: Results) -> Summary:
-    """Every table of a benchmark; deterministic, and the same for a run that was interrupted."""
+    """Compute every table of a benchmark. The same records give the same tables, also after an interruption."""
     entries: list[Entry] = []
     comparisons: dict[tuple[str, Measure], Mapping[tuple[str, str], Comparison]] = {}
     for model in results.models:
@@ -343,7 +343,8 @@ def _band(curves: np.ndarray, seed: int, resamples: int = 1000) -> tuple[np.ndar
 def _agreements(results: Results, entries: Sequence[Entry]) -> list[Agreement]:
     found = []
     labels = [protocol.label() for protocol in results.settings.protocols]
-    controls = {spec.label for spec in results.settings.methods if spec.family == "control"}  # last under any protocol, they raise tau
+    # controls rank last under every protocol, which would raise tau
+    controls = {spec.label for spec in results.settings.methods if spec.family == "control"}
     for model in results.models:
         metrics = dict.fromkeys(e.measure.metric for e in entries if e.model == model and METRICS[e.measure.metric].curve)
         for metric in metrics:

@@ -24,7 +24,7 @@ _METHOD_WIDTH = 26
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Leaderboards with ranks, intervals and letters, in as many tables as the width of the console asks for."""
+    """Leaderboards with ranks, intervals and letters, in as many tables as the width of the console requires."""
     settings = summary.results.settings
     arrows = ARROWS if console.encoding.startswith("utf") else {"higher": "(higher)", "lower": "(lower)"}
     for model in summary.results.models:

@@ -58,7 +58,7 @@ def conclusions(summary: Summary, model: str) -> list[str]:
 
 
 def dependence(summary: Summary, model: str) -> list[str]:
-    """How much the ranking depends on the fill and on the steps: least and median tau where only that was changed."""
+    """How much the ranking depends on the fill and on the steps: least and median tau between protocols that differ only in one."""
     protocols = {p.label(): p.settings() for p in summary.results.settings.protocols}
     by_change: dict[str, list[Any]] = {}
     for agreement in summary.agreements:
@@ -149,7 +149,7 @@ def _separated(others: Sequence[str], all_others: int) -> str:
 
 
 def _least_p(summary: Summary, model: str, measure: Measure) -> float:
-    """The least p after correction that the sign-flip test could give with so many images and methods."""
+    """The least corrected p that the sign-flip test can give for this number of images and methods."""
     comparisons = summary.comparisons[model, measure].values()
     count = max((c.count for c in comparisons), default=0)
     single = 2 / 2**count if count <= EXACT_COUNT else 1e-4

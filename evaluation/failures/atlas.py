@@ -26,7 +26,8 @@ _SHARES = {
     "border": "caused mostly by regions at the border of the image",
     "background": "caused mostly off the object",
 }
-_OF_THE_RUN = ("samples", "most", "clusters", "min_confidence", "device", "batch_size", "workers")  # they matter for no single image
+# options that do not matter for a single image
+_OF_THE_RUN = ("samples", "most", "clusters", "min_confidence", "device", "batch_size", "workers")
 _UNKNOWN = "–"  # noqa: RUF001
 
 

@@ -16,7 +16,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class CausePlace:
-    """Where a cause lies. What is "by chance" is a probability over random sets of as many regions of the same image.
+    """Where a cause lies. Values "by chance" are probabilities for random sets of as many regions of the same image.
 
     Attributes:
         regions: number of causing regions.

@@ -16,7 +16,7 @@ from evaluation.study.run import batches
 
 _TOGETHER = 64  # images in memory at once
 _AXES = 50  # principal axes kept: what lies beyond is noise, and each axis makes the simulation slower
-_STARTS = 4  # of each run of k-means, on the data and in the simulation alike
+_STARTS = 4  # initialisations of each run of k-means, on the data and in the simulation
 _SIMULATIONS = 199
 _JUDGED = 2000  # samples from which the silhouette is estimated where there are more
 
@@ -39,7 +39,7 @@ def cause_features(results: FailureResults, failures: Sequence[Failed]) -> np.nd
 
 
 def coordinates(features: np.ndarray) -> np.ndarray:
-    """Project standardised features on their leading principal axes, float64 [N, at most 50]; up to 50 axes all distances stay."""
+    """Project standardised features on their leading principal axes, float64 [N, at most 50]; up to 50 axes preserve distances."""
     spread = features.std(axis=0)
     varied = spread > 1e-5 * np.abs(features).max(initial=0)
     standard = (features[:, varied] - features[:, varied].mean(axis=0)) / spread[varied]

@@ -31,14 +31,14 @@ from evaluation.study.records import Record
 from evaluation.study.run import Run, Unit, batches, problems
 
 TOGETHER = 64  # images predicted in one batch
-_EXPLAINED = "explanation"  # the only part of an image's unit
+_EXPLAINED = "explanation"  # name of the only part of an image's unit
 
 
 def measure_failures(run: Run[FailureSettings]) -> FailureResults:
     """Predict all images, and explain the first of those that the model gets wrong.
 
     Raises:
-        UserError: no labels, or no image that can be predicted; in reading, no prediction that was asked for.
+        UserError: no labels, or no image that can be predicted; when only reading, no prediction for these settings.
     """
     images = _Images(run)
     dataset, label, group = images.dataset, images.label, images.group
@@ -132,10 +132,10 @@ class _Images:
         return problems(self.run, lambda index: self.dataset.ids[index])
 
     def nothing(self, count: int) -> UserError:
-        """The error of a run without a prediction."""
+        """The error for a run without any prediction."""
         if self.run.reading:
             return UserError(
-                f"{self.run.log.path} holds no prediction that is asked for: expected the model and the data of an earlier run"
+                f"{self.run.log.path} holds no prediction for these settings: expected the model and the data of an earlier run"
             )
         sample, reason = next(self.broken())
         return UserError(f"none of {count} images could be predicted, such as {sample}: {reason}")
@@ -149,7 +149,7 @@ class _Images:
         return None if self.dataset.groups is None else self.dataset.groups[index]
 
     def _batch(self, batch: tuple[int, ...]) -> Unit:
-        """A batch of images: predicted whole, since other batches would change the last digits of what a resumed run writes."""
+        """A batch of images. It is predicted as a whole, because other batches would change the last digits in a resumed run."""
         keys: dict[int, str] = {}
         inputs: dict[int, Tensor] = {}
         unread: dict[int, Broken] = {}

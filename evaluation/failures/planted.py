@@ -50,7 +50,7 @@ def plant_failures(
     Args:
         classifier: of the images.
         dataset: labelled images of one size.
-        count: how many; fewer where the data do not give them.
+        count: number of failures to find; fewer are returned if the data do not allow more.
         side: of the patch, as a share of the image's short side.
         tries: patches and places tried for one image.
         seed: of the images, patches and places.

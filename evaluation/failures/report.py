@@ -18,7 +18,7 @@ from evaluation.study.style import has_interval
 from evaluation.study.tables import mean, p_value, percent
 
 _MOST_ROWS = 10  # of a table in the terminal
-_NOTICED = 0.1  # share of failures whose true class the fill alone shows, from which a remark says so
+_NOTICED = 0.1  # a remark is made from this share of failures on whose true class the fill alone suffices
 
 
 def write_failures(summary: FailureSummary, out: str | Path) -> ReportFiles:

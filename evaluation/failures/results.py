@@ -1,4 +1,4 @@
-"""What is known of the misclassified images of a data set."""
+"""Results of the study of failures: the misclassified images of a data set."""
 
 from __future__ import annotations
 

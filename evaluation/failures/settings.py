@@ -1,4 +1,4 @@
-"""What is asked of the misclassified images of a data set."""
+"""Settings of the study of failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
 from evaluation.study.settings import StudySettings, setting
 
-MOST_CLUSTERS = 8  # that are tried where the number is not given
+MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class FailureSettings(StudySettings):
     model: str | Classifier = setting(
         "zoo:cnn", short="-m", help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
     )
-    samples: int | None = setting(None, short="-n", least=1, help="Look at so many images, drawn by the seed. Default: all.")
-    most: int | None = setting(100, least=0, help="Explain so many of the misclassified images, in the order drawn; 0 for all.")
+    samples: int | None = setting(None, short="-n", least=1, help="Number of images to look at, drawn by the seed. Default: all.")
+    most: int | None = setting(100, least=0, help="Number of misclassified images to explain, in the order drawn; 0 for all.")
     fill: Fill = setting(
         DEFAULT_FILL, short="-f", help=f"What hides a region: {', '.join(FILLS)}, model_mean, drop, '#rrggbb' or an image file."
     )

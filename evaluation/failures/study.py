@@ -31,7 +31,7 @@ FAILURES: Study[FailureSettings, FailureResults, FailureSummary] = Study(
     noun="step",
     details="""
     Every misclassified image is explained towards its label and towards the predicted class: the smallest part whose removal makes
-    the model right, and the smallest part that does alone. Writes records.jsonl, explanations, failures.csv, pairs.csv,
+    the model right, and the smallest part that suffices alone. Writes records.jsonl, explanations, failures.csv, pairs.csv,
     failures.json and atlas.html, an interactive page; run again it continues where it stopped. Exit code 2 when images failed
     (they are listed, the others count).
 
@@ -52,7 +52,7 @@ def run_failures(settings: FailureSettings, out: str | Path, progress: Progress 
     Args:
         settings: what is explained, and how.
         out: folder of ``records.jsonl`` and ``explanations``; one process at a time.
-        progress: called with (steps done, all of them, what is done now): first batches predicted, then images explained.
+        progress: called with (steps done, their total, words for the current one): first batches predicted, then images explained.
 
     Raises:
         UserError: settings that cannot be run, no labels, no image that can be read, or a full disk. Images that fail are

@@ -34,8 +34,8 @@ class Pair:
     Attributes:
         label, predicted: class indices.
         count: explained failures of the pair.
-        share: of the label's images that were looked at, those taken for the other class, explained or not; NaN where not known.
-        repaired: of count, those that hiding or showing some regions makes right.
+        share: share of the label's images looked at that are taken for the other class, explained or not; NaN if not known.
+        repaired: number of these that become right by hiding or showing some regions.
         cause_area: mean share of the image that the smallest removal hides, over failures that have one.
         sufficient_area: mean share of the image that the smallest sufficient set shows, over failures that have one.
         seen: all images of the pair that were looked at, explained or not; pairs are ranked by it.
@@ -114,8 +114,8 @@ class GroupRow:
         images, wrong: number of images looked at, and of those misclassified.
         error_rate: wrong / images, with Wilson's interval.
         cause_area: mean share of the image that the smallest removal hides, over its explained failures that have one.
-        p_error: of Fisher's exact test of its error rate, adjusted by Holm over the groups.
-        p_area: of the permutation test of its cause area, adjusted likewise; NaN where there is nothing to compare.
+        p_error: p of Fisher's exact test of its error rate, adjusted by Holm over the groups.
+        p_area: p of the permutation test of its cause area, adjusted likewise; NaN where there is nothing to compare.
     """
 
     group: str
@@ -146,8 +146,8 @@ class FailureSummary:
             "background": most of its area lies off the object, among failures with a mask. A failure without a removal counts as
             none of the last three.
         by_chance: "border" and "background" for as many random regions of the same images.
-        fill_right: share of the explained failures where the fill alone is the true class to the model: their sufficient sets say
-            little.
+        fill_right: share of the explained failures for which the model predicts the true class from the fill alone. Their sufficient
+            sets say little.
         border_share: by sample, share of the cause's area that lies in regions at the border.
         unclustered: why there are no clusters, or "".
     """

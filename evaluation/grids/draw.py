@@ -52,7 +52,7 @@ def make_grids(
         models, split, pool, failures: stored in the set.
 
     Raises:
-        UserError: settings out of range, arrays of other lengths, or too few images for so many grids.
+        UserError: settings out of range, arrays of other lengths, or too few images for this number of grids.
     """
     check_grid_settings(n, threshold, seed)
     if count is not None:

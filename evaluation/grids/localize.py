@@ -30,7 +30,7 @@ from evaluation.grids.model import GridModel, heads_of, join_cells, split_cells
 from evaluation.grids.scores import cell_slices, localization_scores
 from evaluation.grids.view import GridView
 
-REGION_COUNT = 49  # regions of a whole grid, about
+REGION_COUNT = 49  # about how many regions a whole grid gets
 _SHIPPED = {"rise": {"samples": 1000}}  # the configuration that Rao et al. ran, where it is not the preset's
 _COARSE = {"occlusion": {"sliding_window_shapes": 5, "strides": 2}}  # and at layers other than the input
 
@@ -113,7 +113,7 @@ def grid_localization(
         smoothing: of the signed map before it is judged, or the size of its Gaussian kernel in pixels of the grid (S-IxG, S-IntGrad).
         published: start from the settings of the paper where it has the method, such as 20 steps of integrated gradients; otherwise
             from the defaults of ``METHODS``. All methods use zero as fill, which is the mean colour at the input.
-        seed: of methods that draw; grid g draws with seed + g.
+        seed: of stochastic methods; grid g draws with seed + g.
         compat: see ``GridMethod``.
         regions, region_options: how each cell is cut, for methods on regions.
         progress: called with (grids done, grids).
@@ -185,7 +185,7 @@ def head_map(view: GridView, setting: str, cell: int, classes: Sequence[int], sp
         cell: of the head.
         classes: the class of each cell; that of the head's is explained.
         spec: the method.
-        seed: of methods that draw.
+        seed: of stochastic methods.
     """
     n = view.model.n
     is_search = spec.method in SEARCHES
@@ -223,7 +223,7 @@ def _attributed(view: GridView, task: Task, spec: GridMethod) -> Tensor:
     except NotApplicable:
         if spec.method != "guided_grad_cam" or "layer" in options:
             raise
-        return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no later map: the explained one
+        return run_method(method, task, {**options, "layer": view.explained_layer(task)})  # no map follows: the layer is the explained one
 
 
 def _searched(view: GridView, task: Task, spec: GridMethod, cell: int, key: str | None) -> tuple[Tensor, int]:

@@ -50,7 +50,7 @@ class GridModel:
     """A classifier that looks at n x n grids of images of its own size, explained at one layer.
 
     Args:
-        classifier: of single images; left as it is.
+        classifier: of single images; it is not changed.
         n: cells a side.
         layer: "input", "middle", "final" or the name of a module (see ``find_layer``).
 
@@ -90,7 +90,7 @@ class GridModel:
 
     @property
     def interpolated(self) -> bool:
-        """Whether position embeddings were interpolated for grids, for which the model was not trained then."""
+        """Whether position embeddings were interpolated for grids. The model was not trained with interpolated ones."""
         return self._resized.interpolated
 
     @cached_property
@@ -238,7 +238,7 @@ class GridModel:
 def at_size(classifier: Classifier, size: tuple[int, int], module: nn.Module | Callable[[Tensor], Tensor]) -> Classifier:
     """The same classifier for model inputs of another size, which are not resized, run by a module that takes that size."""
     runner, way = classifier.runner, replace(classifier.preprocessing, size=size, resize="squash", resized=None)
-    runner.find_out(False)  # from images of its own size, before a head of fixed size meets others
+    runner.find_out(False)  # from images of its own size, before a head of fixed size gets larger ones
     same = {} if module is runner.module else {"module": module}
     return classifier.with_forward(classifier.forward.on(runner.changed(preprocessing=way, **same)), preprocessing=way)
 

@@ -85,10 +85,10 @@ class GridView:
         """What a method is given to explain a head.
 
         Args:
-            setting: see the module.
+            setting: see the docstring of this module.
             cell: of the head.
             target: class index.
-            seed: of methods that draw.
+            seed: of stochastic methods.
             alone: under DiFull, the cell without the rest of the grid, on which nothing of its head depends.
             inside: the method looks at the modules while they run, so that they must run for all logits.
         """

@@ -34,7 +34,7 @@ _CONTRIBUTION_VALUES = 2**27  # floats that the contributions of all steps may t
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Insertion and deletion of one explanation, after k = 0...K steps, most important first.
+    """Insertion and deletion of one explanation, after k = 0 to K steps, most important first.
 
     Attributes:
         insertion_area: float32 [K+1], share of pixels that the first k steps have revealed.
@@ -101,7 +101,7 @@ def perturbation_steps(explanation: Judged, protocol: Protocol, regions: Partiti
             read an order.
 
     Returns:
-        Label map int64 [H, W] with ids 0...K-1, and order int64 [K], most important first.
+        Label map int64 [H, W] with ids 0 to K-1, and order int64 [K], most important first.
 
     Raises:
         UserError: see ``judged``; region steps of a map without regions, or regions of another size.
@@ -251,7 +251,7 @@ def _curves(image: Tensor, labels: Tensor, order: Tensor, protocol: Protocol, sc
 
 
 def pixel_steps(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Steps of floor(k N / K) pixels by value: labels are step numbers, so that the order is 0...K-1."""
+    """Steps of floor(k N / K) pixels by value: labels are step numbers, so that the order is 0 to K-1."""
     pixels = values.numel()
     count = min(count, pixels)
     revealed = torch.arange(count + 1) * pixels // count

@@ -126,8 +126,8 @@ def infidelity(
         seed: of the squares; the same for every image, method and map.
 
     Returns:
-        Non-negative, in squared units of the score. A map of zeros gets the mean squared drop, which no other map exceeds (NaN
-        should captum return NaN).
+        Non-negative, in squared units of the score. A map of zeros gets the mean squared drop, which no other map exceeds (NaN if
+        captum returns NaN).
 
     Raises:
         UserError: see ``judged``; an image of another size than the map, or a setting out of range.
@@ -156,7 +156,7 @@ def infidelity(
         max_examples_per_batch=min(samples, _HELD),
         normalize=True,
     )
-    return float(found.clamp(min=0))  # captum expands the square, and its rounding may leave less than nothing
+    return float(found.clamp(min=0))  # captum expands the square, so that rounding may give a negative value
 
 
 def sensitivity(
@@ -193,7 +193,7 @@ def sensitivity(
         raise UserError(f"radius is {radius!r}: expected more than 0 and at most 1, in units of an image in [0, 1]")
     loaded, generator = load_image(image).cpu(), _generator(seed)
 
-    def maps(images: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:  # captum takes the norm of each row of what is no tuple
+    def maps(images: Tensor | tuple[Tensor, ...]) -> tuple[Tensor]:  # unless it gets a tuple, captum takes the norm of each row
         batch = images[0] if isinstance(images, tuple) else images
         with torch.enable_grad():  # captum switches gradients off, and most methods need them
             return (torch.stack([judged_on(one, explain_function(one.clone()))[1].heat for one in batch]),)
@@ -210,8 +210,8 @@ def sensitivity(
 def to_input(classifier: Classifier, values: Tensor) -> Tensor:
     """Bring a map of the image to the model's input: it is resized and cropped or padded as the image is.
 
-    The interpolation is that of images, so that the weights of a pixel's values are those of its colours. Densities stay, sums change
-    with the area. Padding gets 0. A map of the input's size stays as it is.
+    A map is interpolated as an image is, so that its values get the same weights as the colours of the pixels. Values are densities:
+    their sum changes with the area. Padding gets 0. A map of the input's size is returned unchanged.
 
     Args:
         classifier: gives the preprocessing; its normalisation does not apply to a map.

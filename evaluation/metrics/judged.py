@@ -58,7 +58,7 @@ class Claim:
 
 
 def judged(explanation: Judged, regions: Partition | None = None) -> Claim:
-    """Read what an evaluator is given.
+    """Read an explanation, a map or an order into one form.
 
     Args:
         explanation: an ``Explanation``; or a map, floats [H, W], tensor or array; or an order, whole numbers [R], each region id once,
@@ -106,7 +106,7 @@ def image_of_size(image: ImageSource, values: Tensor) -> Tensor:
 
 
 def as_regions(regions: Partition) -> Regions:
-    """Regions from a label map, tensor or array, or as they are."""
+    """``Regions`` from a label map, tensor or array; ``Regions`` are returned unchanged."""
     return regions if isinstance(regions, Regions) else Regions(torch.as_tensor(regions))
 
 

@@ -30,9 +30,9 @@ def pointing_game(
     Zhang et al., "Top-down neural attention by excitation backprop", IJCV 2018.
 
     Args:
-        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); signed values count as they are.
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); negative values are not clipped.
         mask: bool [H, W], True on the object.
-        tolerance: a maximum at most so many pixels (Euclidean) from the object is still a hit; the paper takes 15.
+        tolerance: a maximum at most this many pixels (Euclidean) from the object is still a hit; 15 in the paper.
         strict: judge only the first maximum, row by row; otherwise any pixel that attains the maximum may hit.
         regions: of an order; not read otherwise.
 
@@ -81,7 +81,7 @@ def relevance_rank_accuracy(explanation: Judged, mask: Mask, *, regions: Partiti
     distinct values, such as one of a few regions, therefore depends on where its ties lie.
 
     Args:
-        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); signed values count as they are.
+        explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); negative values are not clipped.
         mask: bool [H, W], True on the object.
         regions: of an order; not read otherwise.
 

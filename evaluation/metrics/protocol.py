@@ -23,7 +23,7 @@ class Protocol:
             of hidden patches leave a vision transformer's sequence; only region steps, with regions that follow its patches).
         output: the score that is followed, "probability" or "logit" of the target.
         axis: "area", the exact share of pixels; or "black_unrevealed", LiMA's, which never counts pixels that are black in the
-            image: with b the share of the other pixels, insertion runs over 0...b and deletion over 1-b...1.
+            image: with b the share of the other pixels, insertion runs from 0 to b and deletion from 1 - b to 1.
 
     Raises:
         UserError: a value other than these, or "black_unrevealed" with a fill that is not black.

@@ -38,7 +38,7 @@ class Case:
         regions: the partition of region steps, the same for every method.
         explain: the method itself, image [3, H, W] -> explanation or map [H, W], for metrics that explain other images.
         mask: bool [H, W], where the object is; None where unknown.
-        seed: of metrics that draw; the same for every method.
+        seed: of stochastic metrics; the same for every method.
         curves: measured so far, by protocol label.
     """
 
@@ -218,7 +218,7 @@ METRICS: dict[str, Metric] = {
         filled=True,
         unfit=(LINEAR,),
     ),
-    "road": Metric(_road, "higher", "(least - most relevant removed) / 2, removed pixels imputed linearly, 10 ... 90 %", "ROAD"),
+    "road": Metric(_road, "higher", "(least - most relevant removed) / 2, removed pixels imputed linearly, 10 to 90 %", "ROAD"),
     "infidelity": Metric(
         _with_fill("infidelity", infidelity),
         "lower",

@@ -315,7 +315,7 @@ def _cells(probabilities: Tensor, targets: Any) -> list[list[float]]:
 
 
 def _known(cells: Mapping[str, Sequence[Any]], labels: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """By edit, the probabilities, and whether the label is predicted."""
+    """The probabilities by edit, and by edit whether the label is predicted."""
     found = {edit: np.array(rows, dtype=float).reshape(-1, 2) for edit, rows in cells.items()}
     return {edit: rows[:, 0] for edit, rows in found.items()}, {edit: rows[:, 1] == labels for edit, rows in found.items()}
 

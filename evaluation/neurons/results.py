@@ -1,4 +1,4 @@
-"""What the study of neuron paths finds."""
+"""Results of the study of neuron paths."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from evaluation.study.settings import StudySettings, setting
 PATHS = {
     "neuron_path": "the published search",
     "neuron_path_exact": "the search with candidates reranked by their true joint score",
-    "neuron_path_removal": "the neurons, one a layer, without which the target is least",
+    "neuron_path_removal": "the neurons, one in each layer, whose removal lowers the target most",
     "influence_pattern": "largest mean gradient while the image is scaled, layers on their own (the reference's code of that name)",
     "layer_integrated_gradients": "largest integrated gradient of each layer on its own",
     "activation": "largest activation of each layer",
@@ -30,7 +30,7 @@ class NeuronSettings(StudySettings):
         short="-d",
         help="Instead of IMAGES, labelled images: a recipe name (with --root), a folder with one subfolder a class, or a CSV or text list.",
     )
-    samples: int | None = setting(500, short="-n", least=4, help="With --data: so many images, drawn by the seed.")
+    samples: int | None = setting(500, short="-n", least=4, help="With --data: number of images, drawn by the seed.")
     model: str | Classifier = setting(
         "zoo:vit", short="-m", help="A vision transformer: zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
     )

@@ -39,12 +39,12 @@ NEURONS: Study[NeuronSettings, NeuronResults, NeuronSummary] = Study(
 
 
 def run_neurons(settings: NeuronSettings, out: str | Path, progress: Progress | None = None) -> NeuronResults:
-    """Measure what the folder does not hold yet, and return everything.
+    """Measure what the folder does not hold yet, and return all results.
 
     Args:
         settings: what is measured.
         out: folder of ``records.jsonl``; several settings may share it, one process at a time.
-        progress: called with (steps done, all of them, what is done now).
+        progress: called with (steps done, their total, words for the current one).
 
     Raises:
         NotApplicable: the model has no neurons that can be followed.

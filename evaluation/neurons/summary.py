@@ -82,7 +82,7 @@ class NeuronSummary:
     agreement: tuple[float, ...]
 
     def change(self, kind: str, whose: Whose, edit: str, quantity: str) -> Change:
-        """The one with these names."""
+        """The ``Change`` with these names."""
         return next(c for c in self.changes if (c.kind, c.whose, c.edit, c.quantity) == (kind, whose, edit, quantity))
 
     def images(self, label: int) -> int:
@@ -146,7 +146,7 @@ def _changes(results: NeuronResults) -> Iterator[Change]:
 
 
 def _meaning(results: NeuronResults, class_paths: np.ndarray) -> tuple[dict[int, list[Decoded]], str, tuple[float, ...]]:
-    """The neurons of class paths in terms of classes (p-values are corrected over all of them), or why not; and how far that holds."""
+    """Decode the neurons of class paths (p-values are corrected over all of them), or say why not; and the agreement by layer."""
     try:
         decoder = NeuronDecoder(results.classifier, layers=results.layers)
     except NotApplicable as error:

@@ -48,7 +48,7 @@ def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
     """Every method within every budget, on the same images, for each model and each partition.
 
     Raises:
-        UserError: no image that a model gets right with enough confidence; in reading, nothing that was asked for.
+        UserError: no image that a model gets right with enough confidence; when only reading, no record for these settings.
     """
     settings = run.settings
     points: dict[tuple[str, str], dict[str, tuple[Point, ...]]] = {}
@@ -61,7 +61,7 @@ def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
             points[classifier.name, name.replace(":", " ")] = _Images(run, classifier, dataset, name).points(chosen)
     if run.reading and not any(any(by_sample.values()) for by_sample in points.values()):
         raise UserError(
-            f"{run.log.path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run"
+            f"{run.log.path} holds no record for these settings: expected the model, regions, methods and seed of an earlier run"
         )
     return ParetoResults(settings, points, tuple(problems(run, lambda item: item[0])))
 
@@ -146,7 +146,7 @@ class _Case:
         return MaskedInputs(self.classifier, self.image, self.regions.labels, fill)
 
     def points(self, method: str, budgets: Sequence[int]) -> Iterator[tuple[int, Point | None]]:
-        """The method within each budget, or as it is where its cost cannot be chosen; None where the budget is not enough."""
+        """The method within each budget, or once if its cost cannot be chosen; None where the budget is too small."""
         if not budgets:
             return
         if method in ("budget", WHITE_BOX):
@@ -181,7 +181,7 @@ class _Case:
     def _at_budgets(
         self, method: str, budgets: Sequence[int], start: Tensor | None, spent: int, limit: int
     ) -> Iterator[tuple[int, Point | None]]:
-        """One run of the search by budget; what its last whole round within each budget had found."""
+        """One run of the search by budget: for each budget, the order after the last complete round within it."""
         before: tuple[int, Tensor] | None = None if start is None else (0, start)
         waiting = list(budgets)
         if waiting and waiting[-1] > spent:
@@ -198,7 +198,7 @@ class _Case:
             yield budget, self._ordered(method, budget, spent, before)
 
     def _sampled(self, method: str, budget: int) -> Explanation | None:
-        """A method of ``METHODS`` that forwards at most so many images; None where it cannot."""
+        """A method of ``METHODS``, set to forward at most ``budget`` images; None if it cannot."""
         options: dict[str, Any] = {"n_samples" if method == "kernel_shap" else "samples": budget}
         if method == "occlusion":
             size = min(self.classifier.preprocessing.size)

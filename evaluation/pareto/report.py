@@ -56,7 +56,7 @@ def print_pareto(summary: ParetoSummary, console: Console) -> None:
 
 
 def protocol_of(results: ParetoResults) -> str:
-    """Under which protocol the numbers were measured."""
+    """The protocol under which the numbers were measured, in words."""
     settings = results.settings
     return f"fill {settings.fill}, region steps, probability of the label, exact share of pixels, seed {settings.seed}"
 

@@ -1,4 +1,4 @@
-"""What the study of quality against evaluations measures."""
+"""Settings of the study of quality against evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evaluation.study.settings import StudySettings, setting
 
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
 SAMPLED = ("rise", "kernel_shap", "hsic", "occlusion")  # methods of METHODS whose cost is chosen
-BALANCED_SUFFIX = " 1:1"  # of a search with weights 1 and 1, as the search by budget has them
+BALANCED_SUFFIX = " 1:1"  # of a search with the weights 1 and 1 of the search by budget
 SAMPLED_BUDGETS = (64, 256, 1024, 2590)
 POLISHED = "polished"
 WHITE_BOX = "budget gradients"
@@ -46,7 +46,7 @@ class ParetoSettings(StudySettings):
     sampled_budgets: tuple[int, ...] = setting(SAMPLED_BUDGETS, least=1, help=f"The same for {', '.join(SAMPLED)}.")
     fill: str = setting(DEFAULT_FILL, short="-f", help="What hides regions while methods work, and in the curves.")
     samples: int = setting(
-        100, short="-n", least=1, help="So many images, the first of a seeded permutation that the model gets right with confidence."
+        100, short="-n", least=1, help="Number of images: the first of a seeded permutation that the model gets right with confidence."
     )
     confidence: float = setting(0.7, least=0, most=1, help="Least probability of the label.")
 
@@ -59,7 +59,7 @@ class ParetoSettings(StudySettings):
             partition(name)
 
     def budgets_of(self, method: str) -> tuple[int, ...]:
-        """Budgets that the method is measured within; 0 alone for a search that cannot be told."""
+        """Budgets within which the method is measured; 0 alone for a search without a budget."""
         if method in SAMPLED:
             return self.sampled_budgets
         return self.budgets if method in ("budget", POLISHED, WHITE_BOX) else (0,)
@@ -83,7 +83,7 @@ class Point:
 
     Attributes:
         method: its name.
-        budget: what it was allowed; 0 for a search that cannot be told.
+        budget: images that it was allowed to forward; 0 for a search without a budget.
         evaluations: images that it forwarded.
         insertion, deletion: areas under its curves.
     """

@@ -1,4 +1,4 @@
-"""The study of quality against evaluations: how good an order so many forwarded images buy."""
+"""The study of quality against evaluations: how good an order is for the number of images forwarded to find it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evaluation.study.run import Progress, Study, run
 
 PARETO: Study[ParetoSettings, ParetoResults, ParetoSummary] = Study(
     name="pareto",
-    summary="Measure how good an order of regions so many forwarded images buy.",
+    summary="Measure how good an order of regions is for the number of images forwarded to find it.",
     settings=ParetoSettings,
     measure=measure_pareto,
     summarise=summarise_pareto,
@@ -36,12 +36,12 @@ PARETO: Study[ParetoSettings, ParetoResults, ParetoSummary] = Study(
 
 
 def run_pareto(settings: ParetoSettings, out: str | Path, progress: Progress | None = None) -> ParetoResults:
-    """Measure what the folder does not hold yet, and return everything.
+    """Measure what the folder does not hold yet, and return all results.
 
     Args:
         settings: what is measured.
         out: folder of ``records.jsonl``; several settings may share it, one process at a time.
-        progress: called with (explanations done, all of them, what is done now).
+        progress: called with (explanations done, their total, words for the current one).
 
     Raises:
         UserError: settings that cannot be run, no image that the model gets right, or a full disk.

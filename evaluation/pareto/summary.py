@@ -1,4 +1,4 @@
-"""From the points of images to means with intervals, and to differences from the published search."""
+"""Computes means with intervals over images, and differences from the published search."""
 
 from __future__ import annotations
 

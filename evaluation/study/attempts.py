@@ -1,4 +1,4 @@
-"""What a model or a method makes of an image may fail without ending a study."""
+"""Computations on single images, which may fail without ending a study."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Broken(Exception):
 
 
 def attempted(compute: Callable[[], T]) -> T:
-    """Compute something that may fail for one image. Its failure is a result of the study; a failure to write a file is not.
+    """Compute something that may fail for one image. Its failure is a result of the study, but a failure to write a file ends the
+    study.
 
     Raises:
         Broken: it failed, with the reason.

@@ -24,8 +24,8 @@ def record_key(model: str, pixels: Any, *settings: Any) -> str:
     """The key of a record.
 
     Args:
-        model: of ``identity_of``.
-        pixels: digests of the images measured, of ``pixels_digest``.
+        model: digest of the model, from ``identity_of``.
+        pixels: digests of the images measured, from ``pixels_digest``.
         settings: everything else that the record depends on, as plain JSON.
     """
     return digest_of([model, pixels, *settings])

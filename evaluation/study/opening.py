@@ -13,7 +13,7 @@ from evaluation.study.settings import StudySettings
 
 
 def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
-    """The classifier that the settings name, or hold; with the class names of their file where they have one."""
+    """The classifier that the settings name or hold. If they name a file of class names, it gets these."""
     if isinstance(model, Classifier):
         return model
     names = None if settings.classes is None else read_class_names(Path(settings.classes))
@@ -21,5 +21,5 @@ def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:
-    """The data set of the settings, its labels as indices into these names: those of a classifier."""
+    """The data set of the settings. Its labels are indices into the given class names, those of a classifier."""
     return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=class_names)

@@ -29,16 +29,16 @@ def page(template: str, **values: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, as UTF-8."""
+    """Write a text file in UTF-8, completely or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names that are not UTF-8 still name something
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be valid UTF-8
 
 
 def inline_svg(figure: Figure, prefix: str = "") -> Markup:
     """The figure as an ``svg`` element for a page that sets its colours as variables: light and dark from one drawing.
 
     Args:
-        prefix: of its ids, so that those of several figures on a page differ.
+        prefix: put before each id of the figure, so that the ids of several figures on a page differ.
     """
     buffer = io.StringIO()
     with figure_style(), warnings.catch_warnings():
@@ -64,7 +64,7 @@ def inline_svg(figure: Figure, prefix: str = "") -> Markup:
 
 
 def picture(image: Image.Image) -> dict[str, Any]:
-    """A PNG as a data URI, of 64 colours where that is smaller than all of them."""
+    """The image as a PNG in a data URI. It is reduced to 64 colours if that makes it smaller."""
     buffer = io.BytesIO()
     few = image.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) if max(image.size) > 40 else image
     few.save(buffer, format="png", optimize=True)

@@ -1,4 +1,4 @@
-"""An executor of several processes: each measures units of its own and keeps them in a log that the study then takes over."""
+"""Measures a study in several processes. Each keeps its records in a log of its own, which the study then takes over."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _PAUSE = 0.2  # seconds between looks at the processes
 
 @dataclass(frozen=True)
 class Processes:
-    """So many processes of this machine, each with its share of the CPU's threads.
+    """Processes of this machine, each with an equal share of the CPU's threads.
 
-    A process loads the model and the data by their names. Units are handed out one by one. Failures are not kept: who goes over the
-    units again in the study's own process meets them there, and finds everything else done.
+    A process loads the model and the data by their names. Units are handed out one by one. The processes keep no failures: the study's
+    own process then measures what has no record, and records what fails again.
 
     Attributes:
         count: number of processes.
@@ -37,7 +37,7 @@ class Processes:
     count: int
 
     def measure(self, run: Run[Any], stage: int, missing: Sequence[int]) -> None:
-        """Measure items of a stage, given by their places; afterwards the run's log holds their records.
+        """Measure items of a stage, given by their indices. Afterwards the run's log holds their records.
 
         Raises:
             UserError: settings that hold objects instead of names, or a process that died.
@@ -85,7 +85,7 @@ class _StageEnds(Exception):
 
 @dataclass
 class _Share(Run[Any]):
-    """The run inside a process: it measures what it is handed of one stage, and nothing of other stages."""
+    """The run inside a process. It measures the units of one stage that it is handed, and skips all other stages."""
 
     own_stage: int = 0
     waiting: Any = None

@@ -1,4 +1,4 @@
-"""An append-only log of results, one JSON object a line: killed at any moment it loses at most the line being written."""
+"""An append-only log of results, one JSON object a line. A process that is killed loses at most the line that it was writing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RecordLog:
         return key in self.records
 
     def append(self, key: str, record: Record) -> None:
-        """Write a record; when this raises, the file is as before.
+        """Write a record. If writing fails, the file is left unchanged.
 
         Raises:
             CannotWrite: the disk is full or the file cannot be written.
@@ -59,7 +59,7 @@ class RecordLog:
 
 @contextmanager
 def open_log(path: Path) -> Iterator[RecordLog]:
-    """Open a log for appending, alone.
+    """Open a log for appending. Only one process at a time may have it open.
 
     Raises:
         UserError: another process has it open, the folder cannot be written, or a line inside it is damaged.

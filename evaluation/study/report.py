@@ -1,4 +1,4 @@
-"""What a study leaves in its folder: tables, figures, and one page that needs no other file."""
+"""Writes the files of a study: tables, figures, and one page that needs no other file."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Planned:
     """A figure that a report will draw.
 
     Attributes:
-        section: of the page that shows it.
-        name: of its file, without suffix.
+        section: section of the page that shows it.
+        name: name of its file, without suffix.
         alt: what it shows, for those who cannot see it.
-        draw: makes it.
+        draw: function that draws it.
         caption: what the page writes above it.
         on_page: whether the page shows it; its file is written in any case.
     """
@@ -69,7 +69,7 @@ def draw_figures(planned: Iterable[Planned], folder: Path) -> tuple[tuple[Path, 
     shown: dict[str, list[dict[str, Any]]] = {}
     for each in planned:
         with figure_style(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # such names are whole in the page
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the page shows names with such glyphs in full
             figure = each.draw()
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once for both files
@@ -110,7 +110,7 @@ def study_page(
         protocol: how the numbers were measured, as terms with their texts.
         tables: what was found.
         conclusions: what the numbers say, in sentences, by model.
-        figures: of ``draw_figures``.
+        figures: from ``draw_figures``.
         failures: (sample, reason).
     """
     numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -119,7 +119,7 @@ def study_page(
 
 
 def write_tables(out: Path, texts: Mapping[str, str]) -> None:
-    """Write files by name, each whole.
+    """Write text files by name, each completely or not at all.
 
     Raises:
         CannotWrite: the folder cannot be written to, or the disk is full.
@@ -129,7 +129,7 @@ def write_tables(out: Path, texts: Mapping[str, str]) -> None:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """Values as JSON text, the same bytes for the same values; numbers that do not exist must be null already."""
+    """Values as JSON text, the same bytes for the same values. NaN must be None already."""
     return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""run: one skeleton for all studies. It does keys, resumption, failures, progress, interruption, and several processes.
+"""run: one skeleton for all studies. It handles keys, resumption, failures, progress, interruption, and several processes.
 
 A study is a frozen value: the type of its settings, and functions that measure, summarise, write and print. To measure, it walks
 through stages. A stage is a list of items, such as the images of a data set, and a function that makes the ``Unit`` of an item:
@@ -33,13 +33,13 @@ Found = Iterable[tuple[Any, "Record | Exception"]]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is measured at once, such as one image by one method, or a batch of images.
+    """The smallest piece of a measurement, such as one image by one method, or a batch of images.
 
     Attributes:
-        parts: the key of each record, of ``record_key``, by any name.
+        parts: any name -> key of a record, from ``record_key``.
         measure: takes the parts that are missing and yields each with its record, or with ``Broken`` or ``NotApplicable`` and the
-            reason. It may yield more than was asked for; what is known already stays.
-        files: by part, the file that has to be there beside the record; ``measure`` writes it before it yields.
+            reason. It may yield more parts than it was asked for; records that exist are kept.
+        files: part -> file that belongs to the record; ``measure`` writes it before it yields the record.
     """
 
     parts: Mapping[Any, str]
@@ -49,12 +49,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Failed:
-    """What could not be measured.
+    """A measurement that failed.
 
     Attributes:
-        item, part: of the stage and the unit; part is None where the whole unit failed.
+        item, part: item of the stage, and part of its unit; part is None if the whole unit failed.
         reason: why.
-        refused: whether it is not defined for the model at all.
+        refused: whether the measurement is not defined for the model at all.
     """
 
     item: Any
@@ -68,14 +68,14 @@ class Study(Generic[S, R, M]):
     """One kind of study.
 
     Attributes:
-        name: of its command.
+        name: name of its command.
         summary: one sentence, the help of its command.
         settings: type of its settings; the command's options are made from its fields.
         measure: walks through the stages and returns the results.
         summarise: from results to a summary: means, intervals, tests.
         write: writes tables, figures and the page of a summary into a folder; the same summary gives the same bytes.
         show: prints the summary.
-        failures: of the results, a line for each thing that failed.
+        failures: results -> a line for each measurement that failed.
         noun: what the progress counts.
         details: further paragraphs and examples of the command's help.
     """
@@ -105,12 +105,12 @@ class Run(Generic[S]):
 
     Attributes:
         study: what is run.
-        settings: of the study.
+        settings: settings of the study.
         out: the folder.
         log: its records.
         executor: where units are measured first; None measures them here alone.
-        progress: called with (items done, all of them, what is done now).
-        reading: whether only what the folder holds is wanted, and nothing is measured or written.
+        progress: called with (items done, their total, words for the current one).
+        reading: whether to return only what the folder holds, without measuring or writing.
         failures: what failed so far.
     """
 
@@ -142,10 +142,10 @@ class Run(Generic[S]):
     def stage(
         self, items: Sequence[Item], unit_of: Callable[[Item], Unit | None], what: Callable[[Item], str] = str
     ) -> dict[Item, dict[Any, Record]]:
-        """Measure what is missing of some items.
+        """Measure the records of items that the folder does not hold yet.
 
         Args:
-            items: distinct.
+            items: distinct items.
             unit_of: makes the unit of an item; None leaves the item out. Where it fails, the item has failed.
             what: the words that the progress shows for an item.
 
@@ -166,7 +166,7 @@ class Run(Generic[S]):
         return found
 
     def fail(self, item: Any, part: Any, reason: str, refused: bool = False) -> None:
-        """Keep a failure; the same one again is not written twice."""
+        """Record a failure. A failure that is on record already is not written again."""
         failed = Failed(item, part, reason, refused)
         self.failures.append(failed)
         if self.reading:
@@ -216,18 +216,18 @@ class Run(Generic[S]):
 
 
 def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executor | None = None, progress: Progress | None = None) -> R:
-    """Measure what the folder does not hold yet, and return everything.
+    """Measure what the folder does not hold yet, and return all results.
 
     Args:
         study: what to run.
         settings: what is measured.
         out: folder of ``records.jsonl`` and of the files beside it; one process at a time.
         executor: where units are measured; this process by default. See ``executor_of``.
-        progress: called with (items done, all of them, what is done now).
+        progress: called with (items done, their total, words for the current one).
 
     Raises:
-        UserError: settings that cannot be run at all, or a full disk. Images that fail are returned instead, and tried again by the
-            next run.
+        UserError: settings that cannot be run at all, or a full disk. Images that fail raise nothing: they are returned, and the next
+            run tries them again.
     """
     out = Path(out)
     with open_log(out / "records.jsonl") as log:
@@ -236,7 +236,7 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
 
 
 def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:
-    """What the folder holds of the settings, nothing measured: of a run that is finished, under way, or was killed.
+    """Read the results that a folder holds for some settings, without measuring. The run may be finished, under way or killed.
 
     Raises:
         UserError: no records in the folder.
@@ -251,7 +251,7 @@ def batches(values: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
 
 
 def problems(run: Run[Any], name: Callable[[Any], str] = str) -> Iterator[tuple[str, str]]:
-    """(sample, reason) of what failed, refusals apart, in the order in which it failed."""
+    """(sample, reason) of each failure in the order of their occurrence, without refusals."""
     for failed in run.failures:
         if not failed.refused:
             yield name(failed.item if failed.part is None else failed.part), failed.reason

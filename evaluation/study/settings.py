@@ -33,7 +33,7 @@ Choices = Iterable[str] | Callable[[], Iterable[str]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field of settings is beside its type and default.
+    """Everything about a field of settings except its type and default.
 
     Attributes:
         help: of the option; it says what the setting does, in one or two sentences.
@@ -55,19 +55,19 @@ class Setting:
     keys: Mapping[str, tuple[type, str]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """What it may be, where that is a list."""
+        """The allowed names, if there is a list of them."""
         found = self.choices() if callable(self.choices) else self.choices
         return [] if found is None else list(found)
 
 
 def setting(default: Any = MISSING, *, help: str, factory: Any = MISSING, **more: Any) -> Any:
-    """A field of settings; see ``Setting`` for what may be said of it. Without a default it must be given."""
+    """Make a field of settings; the arguments are those of ``Setting``. A field without a default is required."""
     return field(default=default, default_factory=factory, metadata={"setting": Setting(help, **more)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What all studies are told: data, where the model runs, samples and seed."""
+    """The settings that all studies share: data, where the model runs, samples and seed."""
 
     data: str = setting(
         short="-d",
@@ -76,26 +76,26 @@ class StudySettings:
     )
     root: str | None = setting(None, numbers=False, help="Where the data of a recipe lie.")
     split: str = setting("test", help="Split of a recipe.")
-    samples: int | None = setting(None, short="-n", least=1, help="So many images, drawn by the seed.")
-    seed: int = setting(0, least=0, most=LARGEST_SEED, help="Of the choice of images and of everything that draws.")
+    samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
+    seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
     checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
     classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
     device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
     batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
-    workers: int = setting(1, least=1, numbers=False, help="So many processes measure side by side. It changes no number.")
+    workers: int = setting(1, least=1, numbers=False, help="Number of processes that measure side by side. It changes no number.")
 
     def __post_init__(self) -> None:
         for name, kind in hints_of(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind, settings_of(type(self))[name]))
 
     def plain(self) -> dict[str, Any]:
-        """The settings that numbers depend on, as JSON; the data by their name, without their place."""
+        """The settings that numbers depend on, as JSON. The data set appears by its name, without its path."""
         told = {name: getattr(self, name) for name, about in settings_of(type(self)).items() if about.numbers}
         return plain_settings({name: plain_option(value) for name, value in told.items()}) | {"data": Path(self.data).name}
 
     @classmethod
     def make(cls: type[T], values: Mapping[str, Any], source: str = "the study") -> T:
-        """From plain values: lists, text, numbers.
+        """Make settings from plain values: lists, text, numbers.
 
         Args:
             values: by field.
@@ -115,7 +115,7 @@ class StudySettings:
 
     @classmethod
     def read(cls: type[T], path: Path, overrides: Mapping[str, Any]) -> T:
-        """From a TOML file; overrides win.
+        """Read settings from a TOML file. Overrides replace values of the file.
 
         Raises:
             UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
@@ -123,10 +123,10 @@ class StudySettings:
         return cls.make({**read_values(path), **overrides}, str(path))
 
     def command_line(self, command: str, without: Collection[str] = (), **further: str) -> str:
-        """The command that repeats these settings; what is among ``unsaid`` is left out, or said by its name.
+        """The command line that repeats these settings. Options in ``unsaid`` are left out, or get the name of their object.
 
         Args:
-            command: its name.
+            command: name of the command.
             without: fields that are left out.
             further: options that are added, by name.
         """
@@ -151,7 +151,7 @@ class StudySettings:
         return shlex.join(words)
 
     def unsaid(self) -> list[str]:
-        """The options that a command line cannot repeat in full, since they were given as objects of Python."""
+        """The options that a command line cannot repeat in full, because they were given as Python objects."""
         kinds = hints_of(type(self))
         options = [(name, about) for name, about in settings_of(type(self)).items() if about.option != "" or about.keys]
         return [name for name, about in options if not _can_be_said(getattr(self, name), kinds[name], about)]
@@ -161,7 +161,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """The values of a TOML file.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file cannot be read as TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
-    """What is said of each field of settings."""
+    """The ``Setting`` of each field."""
     return {each.name: each.metadata.get("setting", Setting("", option="")) for each in fields(cls)}
 
 
@@ -207,7 +207,7 @@ def plain_option(value: Any) -> Any:
 
 
 def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
-    """The value as its type says, lists as tuples.
+    """Check a value against the type of its field, and convert lists to tuples.
 
     Raises:
         UserError: another type, out of range, or none of the choices.
@@ -244,7 +244,7 @@ def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
 
 
 def _named(value: Any) -> Any:
-    """Classifiers by their names."""
+    """The value with classifiers replaced by their names."""
     if isinstance(value, tuple):
         return tuple(_named(each) for each in value)
     return value.name if isinstance(value, Classifier) else value

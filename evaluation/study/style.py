@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from evaluation.statistics.intervals import Interval
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#5f6770", "#d9dde2", "#fffffe"
-# Okabe and Ito's colours, darkened until they can be read on white; no two of them meet for colour-blind readers
+# Okabe and Ito's colours, darkened until they can be read on white; colour-blind readers can tell all of them apart
 FAMILY_COLOURS = {
     "region search": "#d04a02",
     "gradient": "#0067a8",

@@ -70,7 +70,7 @@ def test_zoo(name: str, cat: Tensor) -> None:
         ("torchvision:resnet1", "torchvision has no classifier 'resnet1': did you mean .*resnet18"),
         ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no classifier 'fasterrcnn_resnet50_fpn'"),
         ("missing.safetensors", r"missing\.safetensors: no such file"),
-        ("timm:resnet10t.nosuchtag", r"the weights of timm:resnet10t\.nosuchtag could not be had \(Invalid pretrained tag"),
+        ("timm:resnet10t.nosuchtag", r"the weights of timm:resnet10t\.nosuchtag could not be loaded \(Invalid pretrained tag"),
     ],
     ids=str,
 )
@@ -236,7 +236,7 @@ def no_network(*args: Any, **kwargs: Any) -> None:
 )
 def test_a_download_that_fails_is_explained(spec: str, library: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, function, no_network)
-    message = rf"the weights of {spec} could not be had \(\[Errno 101\] Network is unreachable\): connect to the network"
+    message = rf"the weights of {spec} could not be loaded \(\[Errno 101\] Network is unreachable\): connect to the network"
     with pytest.raises(at.UserError, match=message):
         at.load_classifier(spec, device="cpu")
 

@@ -268,7 +268,7 @@ def test_what_is_held_must_be_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(at.UserError, match="cannot be read"):
         held(FAILURES, settings(folder), tmp_path / "nowhere")
     run_failures(settings(folder, samples=3), tmp_path)
-    with pytest.raises(at.UserError, match="holds no prediction that is asked for"):
+    with pytest.raises(at.UserError, match="holds no prediction for these settings"):
         held(FAILURES, settings(folder, model=linear(seed=5)), tmp_path)
     assert held(FAILURES, settings(folder), tmp_path).looked_at == 3
 

@@ -194,7 +194,7 @@ def test_what_is_held_is_read_without_a_lock_and_must_be_there(data: Path, class
     run_pareto(chosen, tmp_path)
     with open_log(tmp_path / "records.jsonl"):
         assert len(points_of(read_pareto(chosen, tmp_path))) == 1
-    with pytest.raises(at.UserError, match="holds nothing of what is asked for"):
+    with pytest.raises(at.UserError, match="holds no record for these settings"):
         read_pareto(settings(data, classifier, methods=("rise",)), tmp_path)
 
 
