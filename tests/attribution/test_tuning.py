@@ -320,6 +320,11 @@ def test_an_interrupted_trial_changes_nothing(clock: Clock) -> None:
     assert (used.precision, used.channels_last, used.compiled) == ("float32", True, False)
 
 
+def test_a_name_has_nothing_to_set() -> None:
+    with pytest.raises(at.UserError, match="classifier is 'zoo:cnn': expected a Classifier"):
+        at.tune(None, "zoo:cnn")  # type: ignore[arg-type]
+
+
 def test_unknown_precisions_are_refused() -> None:
     with pytest.raises(at.UserError, match=r"precision is 'float17': expected one of float32, bfloat16, float16"):
         at.Classifier(Watched(), size=8, precision="float17")
