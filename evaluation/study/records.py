@@ -10,6 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from attribution.errors import UserError
 from attribution.files import CannotWrite
 
@@ -88,8 +90,23 @@ def read_log(path: Path) -> dict[str, Record]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of a benchmark") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of an earlier run") from None
     return _parse(data, path)[0]
+
+
+def stored_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file that lies beside the records.
+
+    Raises:
+        UserError: the file is gone, as after moving a report alone, or damaged.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # a path would stay open where it is damaged
+            return dict(arrays)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run again in its folder") from None
+    except Exception:  # a damaged file can raise any exception inside the decoders
+        raise UserError(f"{path} is damaged: remove that file; what it held is measured again") from None
 
 
 def shard_name(number: int) -> str:
