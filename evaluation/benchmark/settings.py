@@ -16,7 +16,7 @@ from attribution.regions import REGIONS
 from evaluation.benchmark.methods import DEFAULT_METHODS, MethodSpec
 from evaluation.metrics.protocol import PROTOCOLS, Protocol
 from evaluation.metrics.registry import METRICS, Measure, expand_metrics, measures_of
-from evaluation.study.settings import StudySettings, plain_option, setting
+from evaluation.study.settings import StudySettings, check_region_options, plain_option, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class BenchmarkSettings(StudySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_region_options(self.regions, self.region_options, least=1)
         object.__setattr__(self, "methods", tuple(map(MethodSpec.parse, self.methods)))
         object.__setattr__(self, "metrics", expand_metrics(self.metrics))
         for name in ("models", "methods", "fills", "steps", "layers"):

@@ -447,6 +447,8 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
         ({"methods": ["rise@nobody"]}, "unknown preset 'nobody' of rise"),
         ({"methods": ["rise", "rise"]}, "was named twice"),
         ({"methods": [{"method": "rise", "option": 1}]}, "expected a name, or a table"),
+        ({"methods": [{"method": "rise", "label": 3}]}, "the label of rise is int: expected text"),
+        ({"methods": [{"method": "rise", "options": "samples"}]}, "the options of rise are 'samples': expected names with values"),
         ({"methods": []}, "methods is empty"),
         ({"metrics": ["accuracy"]}, "unknown metric 'accuracy'"),
         ({"fills": ["blak"]}, "blak"),
@@ -456,6 +458,9 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
         ({"samples": 0}, "samples is 0"),
         ({"seeds": True}, "seeds is True"),
         ({"regions": "squares"}, "regions is 'squares': expected one of"),
+        ({"regions": "grid", "region_options": {"cells": 3}}, r"region_options do not fit \(.*'cells'\): grid takes count, rows, columns"),
+        ({"region_options": {"count": "49"}}, "region_options count is '49': expected a whole number"),
+        ({"fills": ["black+blur"]}, "names several at once, which explain takes and this does not"),
         ({"colour": "red"}, "unknown settings colour"),
     ],
 )
