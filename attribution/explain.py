@@ -278,8 +278,11 @@ def _check_options(options: Mapping[str, Any], taken: Sequence[str], what: str) 
 
 def _ordered(search: Search, objective: SubmodularObjective | MeanObjective, options: Mapping[str, Any]) -> Tensor:
     """The order that a search finds: int64 [R]. Regions that it did not place follow by id."""
-    order = torch.as_tensor(search(objective, **options)).cpu().long()
-    size = objective.size
+    found, size = search(objective, **options), objective.size
+    try:
+        order = torch.as_tensor(found).cpu().long()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"the search returned {describe(found)}: expected distinct region ids from 0 to {size - 1}") from None
     if order.ndim != 1 or len(order.unique()) != len(order) or not ((order >= 0) & (order < size)).all():
         raise UserError(f"the search returned {describe(order)}: expected distinct region ids from 0 to {size - 1}")
     missing = torch.ones(size, dtype=torch.bool)

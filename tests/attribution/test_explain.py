@@ -185,6 +185,7 @@ def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tenso
         ({"search": 3}, "search is int"),
         ({"search": lambda objective: [0, 0]}, "distinct region ids"),
         ({"search": lambda objective: [99]}, "distinct region ids"),
+        ({"search": lambda objective: None}, "the search returned NoneType: expected distinct region ids"),
         ({"search_options": {"depth": 2}}, "search options depth are unknown"),
         ({"region_options": {"depth": 2}}, "does not take these options"),
         ({"preset": "best"}, "preset is 'best': expected one of default"),
