@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import attribution as at
@@ -238,3 +239,16 @@ def test_rows_compare_with_the_published_search(data: Path, classifier: at.Class
 def test_bad_settings(data: Path, classifier: at.Classifier, tmp_path: Path, values: dict, message: str) -> None:
     with pytest.raises(at.UserError, match=message):
         run_pareto(settings(data, classifier, **values), tmp_path)
+
+
+def test_what_has_no_row_is_said(data: Path, classifier: at.Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = settings(data, classifier, samples=1, methods=("bidirectional", "polished"), budgets=(10, 120))
+    summary = summarise_pareto(run_pareto(chosen, tmp_path))
+    sentence = "small, grid 9: no image has an order of polished 10: the budget is too small, or it failed or is not measured yet."
+    assert summary.missing == (sentence,)
+    PARETO.show(summary, Console(width=200))
+    assert sentence in capsys.readouterr().out
+    assert sentence in PARETO.write(summary, tmp_path).html.read_text(encoding="utf-8")
+    all_known = summarise_pareto(run_pareto(settings(data, classifier, samples=1, methods=("bidirectional",)), tmp_path))
+    assert all_known.missing == ()
+    assert "Without a row" not in PARETO.write(all_known, tmp_path).html.read_text(encoding="utf-8")
