@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from attribution.errors import UserError
 from attribution.files import CannotWrite
 
 Record = dict[str, Any]
+LOG = "records.jsonl"  # of a study, in its folder
 
 
 class RecordLog:
@@ -121,6 +122,19 @@ def take_over(out: Path, log: RecordLog) -> None:
             if key not in log:
                 log.append(key, {name: value for name, value in record.items() if name != "key"})
         path.unlink()
+
+
+def read_all(out: Path) -> dict[str, Record]:
+    """The records of a folder, with those that processes of a run under way, or killed, still keep in files of their own.
+
+    Raises:
+        UserError: no log in the folder, or a damaged line.
+    """
+    kept: dict[str, Record] = {}
+    for path in sorted(out.glob("records-*.jsonl")):  # before the log, into which they may move at any moment
+        with suppress(FileNotFoundError):
+            kept |= _parse(path.read_bytes(), path)[0]
+    return kept | read_log(out / LOG)
 
 
 def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:
