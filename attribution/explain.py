@@ -218,7 +218,10 @@ def _entry(search: Any) -> Search:
     if isinstance(search, Search):
         return search
     if isinstance(search, str) and search in SEARCHES:
-        return SEARCHES[search]
+        entry = SEARCHES[search]
+        if not isinstance(entry, Search):
+            raise UserError(f"SEARCHES[{search!r}] is {describe(entry)}: expected a Search, such as Search(function)")
+        return entry
     if isinstance(search, str) or not callable(search):
         raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
     return Search(search)

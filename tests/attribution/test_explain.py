@@ -203,6 +203,12 @@ def test_bad_input(cnn: at.Classifier, small_cat: Tensor, options: dict, message
         at.explain(small_cat, cnn, **options)
 
 
+def test_an_entry_that_is_no_search_is_named(cnn: at.Classifier, small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(at.SEARCHES, "mine", lambda objective: range(objective.size))  # type: ignore[arg-type]
+    with pytest.raises(at.UserError, match=r"SEARCHES\['mine'\] is function: expected a Search, such as Search\(function\)"):
+        at.explain(small_cat, cnn, search="mine")
+
+
 def test_a_model_that_breaks_says_what_came_back(small_cat: Tensor) -> None:
     calls = 0
 
