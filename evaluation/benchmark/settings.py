@@ -88,6 +88,8 @@ class BenchmarkSettings(StudySettings):
             ("method", [spec.label for spec in self.methods], "give each a label of its own"),
             ("model", self.model_names, "give each once, under a name of its own"),
             ("layer", self.layers, "give each once"),
+            ("fill", self.fills, "give each once"),
+            ("step rule", self.steps, "give each once"),
         ):
             if repeated := [name for name in names if list(names).count(name) > 1]:
                 raise UserError(f"the {what} {repeated[0]!r} was named twice among {', '.join(names)}: {mend}")

@@ -460,6 +460,8 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
         ({"regions": "squares"}, "regions is 'squares': expected one of"),
         ({"regions": "grid", "region_options": {"cells": 3}}, r"region_options do not fit \(.*'cells'\): grid takes count, rows, columns"),
         ({"region_options": {"count": "49"}}, "region_options count is '49': expected a whole number"),
+        ({"fills": ["blur", "blur"]}, "the fill 'blur' was named twice among blur, blur: give each once"),
+        ({"steps": ["pixels", "pixels"]}, "the step rule 'pixels' was named twice"),
         ({"fills": ["black+blur"]}, "names several at once, which explain takes and this does not"),
         ({"colour": "red"}, "unknown settings colour"),
     ],
