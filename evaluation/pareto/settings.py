@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attribution.errors import UserError
-from attribution.fills import DEFAULT_FILL, LINEAR
+from attribution.fills import DEFAULT_FILL, DROP, LINEAR
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
@@ -62,8 +62,8 @@ class ParetoSettings(StudySettings):
                 raise UserError(f"{field_name} are {', '.join(given) or 'none'}: expected at least one, each once")
         for name in self.partitions:
             partition(name)
-        if self.fill == LINEAR:
-            raise UserError("fill is 'linear': it fills curves only, searches need a colour, an image or another named fill")
+        if self.fill in (LINEAR, DROP):
+            raise UserError(f"fill is {self.fill!r}, which is no image: expected a colour, an image or another named fill")
         Protocol(fill=self.fill)
 
     def budgets_of(self, method: str) -> tuple[int, ...]:
