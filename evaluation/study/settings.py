@@ -119,7 +119,7 @@ class StudySettings:
         """From a TOML file; overrides win.
 
         Raises:
-            UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
+            UserError: not TOML or an unknown field, with the file's name; or a value that does not fit.
         """
         return cls.make({**read_values(path), **overrides}, str(path))
 
