@@ -218,7 +218,10 @@ def _entry(search: Any) -> Search:
     if isinstance(search, Search):
         return search
     if isinstance(search, str) and search in SEARCHES:
-        return SEARCHES[search]
+        entry = SEARCHES[search]
+        if not isinstance(entry, Search):
+            raise UserError(f"SEARCHES[{search!r}] is {describe(entry)}: expected a Search, such as Search(function)")
+        return entry
     if isinstance(search, str) or not callable(search):
         raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
     return Search(search)
@@ -278,8 +281,11 @@ def _check_options(options: Mapping[str, Any], taken: Sequence[str], what: str) 
 
 def _ordered(search: Search, objective: SubmodularObjective | MeanObjective, options: Mapping[str, Any]) -> Tensor:
     """The order that a search finds: int64 [R]. Regions that it did not place follow by id."""
-    order = torch.as_tensor(search(objective, **options)).cpu().long()
-    size = objective.size
+    found, size = search(objective, **options), objective.size
+    try:
+        order = torch.as_tensor(found).cpu().long()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"the search returned {describe(found)}: expected distinct region ids from 0 to {size - 1}") from None
     if order.ndim != 1 or len(order.unique()) != len(order) or not ((order >= 0) & (order < size)).all():
         raise UserError(f"the search returned {describe(order)}: expected distinct region ids from 0 to {size - 1}")
     missing = torch.ones(size, dtype=torch.bool)

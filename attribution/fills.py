@@ -46,6 +46,8 @@ def parse_fill(fill: Any) -> Fill:
         return fill
     if isinstance(fill, str) and (fill in NAMED_FILLS or _is_hexadecimal(fill) or os.path.isfile(fill)):
         return fill  # unlike Path.is_file, os.path.isfile is also False for a name too long to exist
+    if len(several_fills(fill)) > 1:
+        raise UserError(f"fill {fill!r} names several at once, which explain takes and this does not: give one of them")
     received = f"unknown fill {fill!r}" if isinstance(fill, str) else f"fill is {describe(fill)}"
     raise UserError(f"{received}: expected one of {', '.join(NAMED_FILLS)}, a colour such as '#808080', or an image file")
 

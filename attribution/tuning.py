@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attribution.checks import check_choice, check_number, check_whole
 from attribution.deprecation import image_first
+from attribution.errors import UserError, describe
 from attribution.fills import make_fill
 from attribution.image import ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
@@ -104,8 +105,10 @@ def tune(
         Every way that works here, the fastest first. A precision that is much slower than float32 is not tried in other layouts.
 
     Raises:
-        UserError: unknown precisions, no repeats, or an image that cannot be read.
+        UserError: no ``Classifier`` (a name has nothing to set), unknown precisions, no repeats, or an image that cannot be read.
     """
+    if not isinstance(classifier, Classifier):
+        raise UserError(f"classifier is {describe(classifier)}: expected a Classifier, as load_classifier returns it, to be set")
     for name in precisions:
         check_choice("precision", name, PRECISIONS)
     check_whole("repeats", repeats, 1)

@@ -129,11 +129,18 @@ def find_method(name: str) -> Method:
 
 
 def run_method(method: Method, task: Task, options: Mapping[str, Any]) -> Tensor:
-    """The map of a method over the task's image, float32 [H, W] on the CPU. The module is unchanged afterwards."""
+    """The map of a method over the task's image, float32 [H, W] on the CPU. The module is unchanged afterwards.
+
+    Raises:
+        UserError: the method returned no map.
+    """
     module = task.classifier.module
     mode = evaluation_mode(module) if isinstance(module, torch.nn.Module) else nullcontext()
     with mode, torch.inference_mode(False), torch.enable_grad():  # whatever the caller's gradient mode
         values = method.function(task, **options)
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        name = getattr(method.function, "__name__", "the method")
+        raise UserError(f"{name} returned {describe(values)}: expected a map, a float tensor [h, w]")
     values = values.detach().float().cpu()
     if method.domain == "input":
         height, width = task.image.shape[1:]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from attribution.baselines.options import option_names
+from attribution.checks import check_choice
 
 Family = Literal["gradient", "cam", "perturbation", "transformer", "control"]
 
@@ -23,12 +24,19 @@ class Method:
         family: what it works on, and the colour and marker of its figures.
         domain: what the map lies on, the model "input" [h, w] or the "image" [H, W].
         stochastic: whether the result depends on the seed.
+
+    Raises:
+        UserError: another family or domain.
     """
 
     function: Callable[..., Tensor]
     family: Family
     domain: Literal["input", "image"] = "input"
     stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, get_args(Family))
+        check_choice("domain", self.domain, ("input", "image"))
 
     @property
     def options(self) -> tuple[str, ...]:

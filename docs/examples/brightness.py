@@ -74,7 +74,8 @@ def measure(run: Run[BrightnessSettings]) -> BrightnessResults:
     def unit(index: int) -> Unit:
         sample = dataset[index]
         assert sample.label is not None
-        key = record_key(identity, pixels_digest(sample.image), sample.label, settings.fill, settings.region_count, settings.seed)
+        seed = sample_seed(settings.seed, sample.id)
+        key = record_key(identity, pixels_digest(sample.image), sample.label, settings.fill, settings.region_count, seed)
 
         def explain(missing: Sequence[str]) -> Iterator[tuple[str, dict[str, object]]]:
             found = {"sample": sample.id, "difference": difference(classifier, sample, settings)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS
-from attribution.errors import UserError
+from attribution.errors import UserError, describe
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.search import SEARCHES
@@ -101,10 +101,15 @@ class MethodSpec:
         table = dict(value) if isinstance(value, Mapping) else {}
         if set(table) - {"method", "label", "preset", "options"} or not isinstance(table.get("method"), str):
             raise UserError(f"a method is {value!r}: expected a name, or a table with method, label, preset and options")
-        options = dict(table.get("options", {}))
+        label, options = table.get("label", table["method"]), table.get("options", {})
+        if not isinstance(label, str):
+            raise UserError(f"the label of {table['method']} is {describe(label)}: expected text")
+        if not isinstance(options, Mapping):
+            raise UserError(f"the options of {table['method']} are {describe(options)}: expected names with values")
+        options = dict(options)
         if isinstance(options.get("weights"), dict):
             named = {f.name: options["weights"].get(f.name, 0.0) for f in fields(ScoreWeights)}
             if set(options["weights"]) - set(named):
                 raise UserError(f"weights {options['weights']!r}: expected some of {', '.join(named)}")
             options["weights"] = ScoreWeights(**named)
-        return cls(str(table.get("label", table["method"])), table["method"], table.get("preset"), options)
+        return cls(label, table["method"], table.get("preset"), options)

@@ -33,7 +33,7 @@ from evaluation.metrics.registry import Measure
 from evaluation.study.attempts import Broken, attempted
 from evaluation.study.identity import identity_of, record_key
 from evaluation.study.opening import named_data, named_model
-from evaluation.study.records import Record
+from evaluation.study.records import Record, stored_arrays
 from evaluation.study.run import Run, Unit, batches
 
 
@@ -271,9 +271,7 @@ def load_map(path: Path) -> Tensor:
     """The stored map of the first head, float32 [h', w'].
 
     Raises:
-        UserError: the file is gone, as after moving a report alone.
+        UserError: the file is gone, as after moving a report alone, or damaged.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing: run the benchmark again in its folder")
-    with np.load(path, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["values"].astype(np.float32)) * float(arrays["scale"])
+    arrays = stored_arrays(path)
+    return torch.from_numpy(arrays["values"].astype(np.float32)) * float(arrays["scale"])

@@ -16,7 +16,7 @@ from attribution.regions import REGIONS
 from evaluation.benchmark.methods import DEFAULT_METHODS, MethodSpec
 from evaluation.metrics.protocol import PROTOCOLS, Protocol
 from evaluation.metrics.registry import METRICS, Measure, expand_metrics, measures_of
-from evaluation.study.settings import StudySettings, plain_option, setting
+from evaluation.study.settings import StudySettings, check_region_options, plain_option, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class BenchmarkSettings(StudySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_region_options(self.regions, self.region_options, least=1)
         object.__setattr__(self, "methods", tuple(map(MethodSpec.parse, self.methods)))
         object.__setattr__(self, "metrics", expand_metrics(self.metrics))
         for name in ("models", "methods", "fills", "steps", "layers"):
@@ -87,6 +88,8 @@ class BenchmarkSettings(StudySettings):
             ("method", [spec.label for spec in self.methods], "give each a label of its own"),
             ("model", self.model_names, "give each once, under a name of its own"),
             ("layer", self.layers, "give each once"),
+            ("fill", self.fills, "give each once"),
+            ("step rule", self.steps, "give each once"),
         ):
             if repeated := [name for name in names if list(names).count(name) > 1]:
                 raise UserError(f"the {what} {repeated[0]!r} was named twice among {', '.join(names)}: {mend}")

@@ -18,6 +18,7 @@ from evaluation.statistics.comparisons import Comparison, holm, pairwise_tests, 
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.statistics.ranking import rank_agreement, ranks, significance_groups
 from evaluation.statistics.validity import STABLE, SeedSpread, Validity, count_validity, seed_spread
+from evaluation.study.records import stored_arrays
 from evaluation.study.tables import csv_interval, csv_number, csv_text
 
 SIGNIFICANCE = 0.05
@@ -323,9 +324,9 @@ def _mean_curves(results: Results) -> list[MeanCurve]:
                     continue
                 insertion, deletion = [], []
                 for path in paths:
-                    with np.load(path, allow_pickle=False) as arrays:
-                        insertion.append(np.interp(AXIS, arrays["insertion_area"], arrays["insertion"]))
-                        deletion.append(np.interp(AXIS, arrays["deletion_area"], arrays["deletion"]))
+                    arrays = stored_arrays(path)
+                    insertion.append(np.interp(AXIS, arrays["insertion_area"], arrays["insertion"]))
+                    deletion.append(np.interp(AXIS, arrays["deletion_area"], arrays["deletion"]))
                 first, second = np.stack(insertion), np.stack(deletion)
                 seed = results.settings.seed
                 found.append(MeanCurve(model, spec.label, protocol, first.mean(0), _band(first, seed), second.mean(0), _band(second, seed)))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attribution.checks import check_whole
 from attribution.errors import UserError
 from attribution.fills import DEFAULT_FILL, FILLS, Fill
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
-from evaluation.study.settings import StudySettings, setting
+from evaluation.study.settings import StudySettings, check_region_options, setting
 
 MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 
@@ -51,11 +49,7 @@ class FailureSettings(StudySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taken = [name for name in inspect.signature(REGIONS[self.regions]).parameters if name != "image"]
-        if unknown := [name for name in self.region_options if name not in taken]:
-            raise UserError(f"region_options {', '.join(unknown)} are unknown: {self.regions} takes {', '.join(taken)}")
-        if "count" in self.region_options:
-            check_whole("region_options count", self.region_options["count"], 2)
+        check_region_options(self.regions, self.region_options)
         if isinstance(self.fill, str) and self.fill == "linear":
             raise UserError("fill is 'linear': it fills curves only, searches need a colour, an image or another named fill")
         Protocol(fill=self.fill)

@@ -22,10 +22,11 @@ from attribution.image import ImageSource
 from attribution.masking import MaskedInputs, prefix_scores
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import even_chunks
+from attribution.model.loading import load_classifier
 from attribution.task import Output
 from evaluation.metrics.imputation import impute
 from evaluation.metrics.judged import Judged, Partition, as_regions, image_of_size, judged
-from evaluation.metrics.protocol import Protocol
+from evaluation.metrics.protocol import Protocol, as_protocol
 
 HIGHEST_CONFIDENCE_SHARES = (0.25, 0.5, 0.75, 1.0)
 _IMAGE_VALUES = 2**24  # floats of composed full-size images held at once
@@ -113,10 +114,10 @@ def perturbation_steps(explanation: Judged, protocol: Protocol, regions: Partiti
 @image_first
 def perturbation_curves(
     image: ImageSource,
-    classifier: Classifier,
+    classifier: Classifier | str,
     explanation: Judged,
     target: int | str,
-    protocol: Protocol,
+    protocol: Protocol | str,
     *,
     regions: Partition | None = None,
     seed: int = 0,
@@ -127,17 +128,18 @@ def perturbation_curves(
 
     Args:
         image: whatever ``load_image`` takes, at the resolution of the explanation (its ``image``).
-        classifier: the model that is asked.
+        classifier: the model that is asked, or a name that ``load_classifier`` takes.
         explanation: an ``Explanation``, a map [H, W], or an order of ``regions``; gives the steps (see ``perturbation_steps``).
         target: class whose score is followed, index or name.
-        protocol: one of ``PROTOCOLS`` or your own.
+        protocol: a key of ``PROTOCOLS``, or a ``Protocol`` of your own.
         regions: of the region steps; the explanation's own by default.
         seed: of the noise of fill "linear"; all steps share one field of noise.
 
     Raises:
-        UserError: see ``perturbation_steps``; an image of another size, no such class.
+        UserError: see ``perturbation_steps``; an image of another size, no such class or protocol.
     """
     check_seed(seed)
+    classifier, protocol = load_classifier(classifier), as_protocol(protocol)
     labels, order = perturbation_steps(explanation, protocol, regions)
     loaded, index = image_of_size(image, labels), classifier.target_index(target)
     return _curves(loaded, labels, order, protocol, _prefix_scorer(classifier, loaded, labels, index, protocol, seed))
@@ -146,10 +148,10 @@ def perturbation_curves(
 @image_first
 def random_order_curves(
     image: ImageSource,
-    classifier: Classifier,
+    classifier: Classifier | str,
     regions: Partition,
     target: int | str,
-    protocol: Protocol,
+    protocol: Protocol | str,
     count: int = 100,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +169,7 @@ def random_order_curves(
     """
     check_whole("count", count, 1)
     check_seed(seed)
-    regions = as_regions(regions)
+    classifier, protocol, regions = load_classifier(classifier), as_protocol(protocol), as_regions(regions)
     labels = regions.labels.cpu()
     loaded, index = image_of_size(image, labels), classifier.target_index(target)
     generator = torch.Generator().manual_seed(seed)

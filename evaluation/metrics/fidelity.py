@@ -20,6 +20,7 @@ from attribution.errors import UserError
 from attribution.fills import DEFAULT_FILL, Fill, classifier_fill, is_drop
 from attribution.image import ImageSource, load_image
 from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.regions import grid as grid_regions
 from attribution.task import Output
 from evaluation.metrics.judged import Judged, Partition, judged_on
@@ -32,7 +33,7 @@ _ROUNDING = 1e-6  # share of the largest score below which float32 scores do not
 @image_first
 def mu_fidelity(
     image: ImageSource,
-    classifier: Classifier,
+    classifier: Classifier | str,
     explanation: Judged,
     target: int | str,
     *,
@@ -51,7 +52,7 @@ def mu_fidelity(
 
     Args:
         image: what was explained, at the resolution of the map.
-        classifier: the model explained.
+        classifier: the model explained, or a name that ``load_classifier`` takes.
         explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``).
         target: class, index or name.
         regions: of an order; not read otherwise.
@@ -70,6 +71,7 @@ def mu_fidelity(
         UserError: see ``judged``; an image of another size than the map, fewer pixels a side than cells, or a setting out of range.
         NotApplicable: fill "drop" with a model that is no vision transformer.
     """
+    classifier = load_classifier(classifier)
     check_whole("samples", samples, 2)
     check_whole("grid", grid, 1)
     check_number("drop", drop, 0, 1)
@@ -93,7 +95,7 @@ def mu_fidelity(
 @image_first
 def infidelity(
     image: ImageSource,
-    classifier: Classifier,
+    classifier: Classifier | str,
     explanation: Judged,
     target: int | str,
     *,
@@ -113,7 +115,7 @@ def infidelity(
 
     Args:
         image: what was explained, at the resolution of the map.
-        classifier: the model explained.
+        classifier: the model explained, or a name that ``load_classifier`` takes.
         explanation: an ``Explanation``, a map [H, W], or an order of ``regions`` (see ``judged``); its map is brought to the model's
             input by ``to_input`` and split equally over the channels.
         target: class, index or name.
@@ -134,6 +136,7 @@ def infidelity(
     """
     from captum.metrics import infidelity as captum_infidelity
 
+    classifier = load_classifier(classifier)
     check_whole("samples", samples, 1)
     if not is_number(square) or not 0 < square <= 1:
         raise UserError(f"square is {square!r}: expected a share of the input's side in (0, 1]")

@@ -106,8 +106,18 @@ def image_of_size(image: ImageSource, values: Tensor) -> Tensor:
 
 
 def as_regions(regions: Partition) -> Regions:
-    """``Regions`` from a label map, tensor or array; ``Regions`` are returned unchanged."""
-    return regions if isinstance(regions, Regions) else Regions(torch.as_tensor(regions))
+    """``Regions`` from a label map, tensor or array; ``Regions`` are returned unchanged.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(regions, Regions):
+        return regions
+    try:
+        labels = torch.as_tensor(regions)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"regions are {describe(regions)}: expected Regions, as make_regions cuts them, or a label map [H, W]") from None
+    return Regions(labels)
 
 
 def _of_explanation(explanation: Explanation) -> Claim:

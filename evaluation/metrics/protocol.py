@@ -65,3 +65,16 @@ PROTOCOLS: dict[str, Protocol] = {
     "smdl-baselines": Protocol(steps="pixels", count=50, fill=MODEL_MEAN),
     "lima-compat": Protocol(axis="black_unrevealed"),
 }
+
+
+def as_protocol(protocol: Protocol | str) -> Protocol:
+    """A protocol by its key in ``PROTOCOLS``, or as it is.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(protocol, str) and protocol in PROTOCOLS:
+        return PROTOCOLS[protocol]
+    if not isinstance(protocol, Protocol):
+        raise UserError(f"protocol is {describe(protocol)}: expected one of {', '.join(PROTOCOLS)}, or a Protocol")
+    return protocol

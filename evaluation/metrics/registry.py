@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from attribution.checks import check_choice
 from attribution.errors import NotApplicable, UserError
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, DROP, LINEAR, fill_label, is_named
@@ -86,6 +87,9 @@ class Metric:
         mask: whether it needs the place of the object.
         default: whether a benchmark measures it unless told otherwise.
         grid: whether it is a setting of ``evaluation.grids``: grids of images are explained, at each layer, and no function is needed.
+
+    Raises:
+        UserError: another direction.
     """
 
     function: Callable[[Case, Protocol], Measurement] | None
@@ -98,6 +102,9 @@ class Metric:
     mask: bool = False
     default: bool = True
     grid: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("direction", self.direction, get_args(Direction))
 
 
 @dataclass(frozen=True)

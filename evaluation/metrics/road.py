@@ -15,6 +15,7 @@ from attribution.deprecation import image_first
 from attribution.errors import UserError
 from attribution.image import ImageSource, limit_size
 from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.task import Output
 from evaluation.metrics.curves import composed_scores, pixel_steps
 from evaluation.metrics.imputation import impute
@@ -50,7 +51,7 @@ class Road:
 @image_first
 def road(
     image: ImageSource,
-    classifier: Classifier,
+    classifier: Classifier | str,
     explanation: Judged,
     target: int | str,
     *,
@@ -83,6 +84,7 @@ def road(
     ascending = all(a < b for a, b in zip((0, *percentages), percentages, strict=False))
     if not percentages or not ascending or percentages[-1] > 99:
         raise UserError(f"percentages are {list(percentages)}: expected ascending numbers in (0, 99] (nothing is left to impute 100 from)")
+    classifier = load_classifier(classifier)
     loaded, claim = judged_on(image, explanation, regions)
     small, index = limit_size(loaded, max(classifier.preprocessing.size)), classifier.target_index(target)
     values = claim.values

@@ -43,7 +43,7 @@ def measure_neurons(run: Run[NeuronSettings]) -> NeuronResults:
 
     Raises:
         NotApplicable: the model has no neurons that can be followed.
-        UserError: depths that the model does not have, no labels, or fewer than 4 images that could be followed.
+        UserError: depths that the model does not have, no labels, fewer than 4 images that could be followed, or no two of a class.
     """
     settings = run.settings
     with torch.inference_mode(False), torch.enable_grad():
@@ -203,6 +203,9 @@ class _Halves:
 
     Edits by a mean and edits of class paths need the images of a half at once: they are records of the whole, one for each kind of
     path. Pruning is a record for each K, depth and share.
+
+    Raises:
+        UserError: no class has two images.
     """
 
     def __init__(self, paths: _Paths, chosen: tuple[int, ...]) -> None:
@@ -210,6 +213,8 @@ class _Halves:
         self.labels = np.array([paths.label(index) for index in chosen])
         self.selection = halves(self.labels, seed=self.settings.seed)
         self.judged = np.flatnonzero(~self.selection)
+        if not len(self.judged):
+            raise UserError(f"each of {len(chosen)} images has a class of its own: expected a class with two, to split; take more images")
 
     def records(self, kind: str) -> list[Record]:
         return [self.paths.records[kind][index] for index in self.chosen]

@@ -48,7 +48,8 @@ def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
     """Every method within every budget, on the same images, for each model and each partition.
 
     Raises:
-        UserError: no image that a model gets right with enough confidence; when only reading, no record for these settings.
+        UserError: no image that a model gets right with enough confidence, or no order at all; when only reading, no record for these
+            settings.
     """
     settings = run.settings
     points: dict[tuple[str, str], dict[str, tuple[Point, ...]]] = {}
@@ -59,11 +60,15 @@ def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
         chosen = _chosen(settings, classifier, dataset)
         for name in settings.partitions:
             points[classifier.name, name.replace(":", " ")] = _Images(run, classifier, dataset, name).points(chosen)
-    if run.reading and not any(any(by_sample.values()) for by_sample in points.values()):
-        raise UserError(
-            f"{run.log.path} holds no record for these settings: expected the model, regions, methods and seed of an earlier run"
-        )
-    return ParetoResults(settings, points, tuple(problems(run, lambda item: item[0])))
+    failures = tuple(problems(run, lambda item: item[0]))
+    if not any(any(by_sample.values()) for by_sample in points.values()):
+        if run.reading:
+            raise UserError(
+                f"{run.log.path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run"
+            )
+        reason = f"{failures[0][0]}: {failures[0][1]}" if failures else "every budget is too small for its method"
+        raise UserError(f"no image has an order by {', '.join(settings.methods)}: {reason}")
+    return ParetoResults(settings, points, failures)
 
 
 def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageDataset) -> list[int]:

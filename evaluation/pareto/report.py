@@ -11,7 +11,7 @@ from rich.table import Table
 
 from evaluation.pareto.figures import plot_pareto
 from evaluation.pareto.settings import ParetoResults
-from evaluation.pareto.summary import ParetoSummary, Row, pareto_csv
+from evaluation.pareto.summary import ParetoSummary, Row, pareto_csv, row_name
 from evaluation.statistics.intervals import Interval
 from evaluation.study.page import write_text
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
@@ -34,7 +34,7 @@ def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
     files, shown = draw_figures([Planned("quality", "pareto", alt, partial(plot_pareto, summary.rows))], out / "figures")
     text = study_page(
         f"Quality against evaluations on {plain['settings']['data']}",
-        protocol=[("Measured", [protocol_of(summary.results)])],
+        protocol=[("Measured", [protocol_of(summary.results)]), *([("Without a row", summary.missing)] if summary.missing else [])],
         tables=[
             PageTable("Insertion - deletion, with the 95 % bootstrap interval over images", _HEADINGS, [cells(row) for row in summary.rows])
         ],
@@ -46,13 +46,15 @@ def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
 
 
 def print_pareto(summary: ParetoSummary, console: Console) -> None:
-    """A row for each method within each budget."""
+    """A row for each method within each budget, and what has none."""
     table = Table(box=box.SIMPLE_HEAD, title=protocol_of(summary.results), title_justify="left")
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
     for row in summary.rows:
         table.add_row(*cells(row))
     console.print(table)
+    for sentence in summary.missing:
+        console.print(sentence, markup=False)
 
 
 def protocol_of(results: ParetoResults) -> str:
@@ -63,9 +65,9 @@ def protocol_of(results: ParetoResults) -> str:
 
 def cells(row: Row) -> list[str]:
     """A row of the table as text."""
-    name = f"{row.method} {row.budget}" if row.budget else row.method
     gain = "" if row.gain is None else _text(row.gain, "+.3f")
     p = "" if row.gain is None else f"{row.p:.4f}"
+    name = row_name(row.method, row.budget)
     return [row.model, row.partition, name, f"{row.evaluations:.0f}", str(row.quality.count), _text(row.quality, ".3f"), gain, p]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attribution.errors import UserError
-from attribution.fills import DEFAULT_FILL
+from attribution.fills import DEFAULT_FILL, DROP, LINEAR
 from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
+from evaluation.metrics.protocol import Protocol
 from evaluation.study.settings import StudySettings, setting
 
 BUDGETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 2590, 3072, 4000)
@@ -55,8 +56,15 @@ class ParetoSettings(StudySettings):
         for budgets in (self.budgets, self.sampled_budgets):
             if not budgets or list(budgets) != sorted(set(budgets)):
                 raise UserError(f"budgets are {list(budgets)}: expected ascending numbers of images")
+        names = tuple(model.name if isinstance(model, Classifier) else model for model in self.models)
+        for field_name, given in (("models", names), ("partitions", self.partitions), ("methods", self.methods)):
+            if not given or len(set(given)) < len(given):
+                raise UserError(f"{field_name} are {', '.join(given) or 'none'}: expected at least one, each once")
         for name in self.partitions:
             partition(name)
+        if self.fill in (LINEAR, DROP):
+            raise UserError(f"fill is {self.fill!r}, which is no image: expected a colour, an image or another named fill")
+        Protocol(fill=self.fill)
 
     def budgets_of(self, method: str) -> tuple[int, ...]:
         """Budgets within which the method is measured; 0 alone for a search without a budget."""

@@ -47,6 +47,24 @@ class ParetoSummary:
     results: ParetoResults
     rows: tuple[Row, ...]
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """A sentence for each model and partition in which some method has no row within some budget."""
+        settings = self.results.settings
+        wanted = [(method, budget) for method in settings.methods for budget in settings.budgets_of(method)]
+        found = []
+        for model, partition in self.results.points:
+            known = {(row.method, row.budget) for row in self.rows if (row.model, row.partition) == (model, partition)}
+            if names := [row_name(*each) for each in wanted if each not in known]:
+                reasons = "the budget is too small, or it failed or is not measured yet"
+                found.append(f"{model}, {partition}: no image has an order of {', '.join(names)}: {reasons}.")
+        return tuple(found)
+
+
+def row_name(method: str, budget: int) -> str:
+    """What tables call a method within a budget."""
+    return f"{method} {budget}" if budget else method
+
 
 def summarise_pareto(results: ParetoResults) -> ParetoSummary:
     """A row for each model, partition, method and budget, in the order of the settings."""

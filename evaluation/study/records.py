@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from attribution.errors import UserError
 from attribution.files import CannotWrite
 
 Record = dict[str, Any]
+LOG = "records.jsonl"  # of a study, in its folder
 
 
 class RecordLog:
@@ -88,8 +91,23 @@ def read_log(path: Path) -> dict[str, Record]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of a benchmark") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of an earlier run") from None
     return _parse(data, path)[0]
+
+
+def stored_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file that lies beside the records.
+
+    Raises:
+        UserError: the file is gone, as after moving a report alone, or damaged.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # a path would stay open where it is damaged
+            return dict(arrays)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run again in its folder") from None
+    except Exception:  # a damaged file can raise any exception inside the decoders
+        raise UserError(f"{path} is damaged: remove that file; what it held is measured again") from None
 
 
 def shard_name(number: int) -> str:
@@ -104,6 +122,19 @@ def take_over(out: Path, log: RecordLog) -> None:
             if key not in log:
                 log.append(key, {name: value for name, value in record.items() if name != "key"})
         path.unlink()
+
+
+def read_all(out: Path) -> dict[str, Record]:
+    """The records of a folder, with those that processes of a run under way, or killed, still keep in files of their own.
+
+    Raises:
+        UserError: no log in the folder, or a damaged line.
+    """
+    kept: dict[str, Record] = {}
+    for path in sorted(out.glob("records-*.jsonl")):  # before the log, into which they may move at any moment
+        with suppress(FileNotFoundError):
+            kept |= _parse(path.read_bytes(), path)[0]
+    return kept | read_log(out / LOG)
 
 
 def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:

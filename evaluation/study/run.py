@@ -19,7 +19,7 @@ from rich.console import Console
 from attribution.errors import NotApplicable, NotMisclassified
 from attribution.provenance import digest_of
 from evaluation.study.attempts import Broken, attempted, attempted_each
-from evaluation.study.records import Record, RecordLog, open_log, read_log, take_over
+from evaluation.study.records import LOG, Record, RecordLog, open_log, read_all, take_over
 from evaluation.study.report import ReportFiles
 from evaluation.study.settings import StudySettings
 
@@ -230,7 +230,7 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
             run tries them again.
     """
     out = Path(out)
-    with open_log(out / "records.jsonl") as log:
+    with open_log(out / LOG) as log:
         take_over(out, log)
         return study.measure(Run(study, settings, out, log, executor, progress))
 
@@ -241,8 +241,8 @@ def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:
     Raises:
         UserError: no records in the folder.
     """
-    path = Path(out) / "records.jsonl"
-    return study.measure(Run(study, settings, Path(out), RecordLog(path, None, read_log(path)), reading=True))
+    log = RecordLog(Path(out) / LOG, None, read_all(Path(out)))
+    return study.measure(Run(study, settings, Path(out), log, reading=True))
 
 
 def batches(values: Sequence[Item], size: int) -> list[tuple[Item, ...]]:

@@ -7,6 +7,7 @@ options of the command (in ``vision_attribution``), and the command line that re
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shlex
 import tomllib
 import types
@@ -25,7 +26,7 @@ from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
-from attribution.regions import Regions
+from attribution.regions import REGIONS, Regions
 
 T = TypeVar("T", bound="StudySettings")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
@@ -118,7 +119,7 @@ class StudySettings:
         """Read settings from a TOML file. Overrides replace values of the file.
 
         Raises:
-            UserError: not TOML, an unknown field, or a value that does not fit, with the file's name.
+            UserError: not TOML or an unknown field, with the file's name; or a value that does not fit.
         """
         return cls.make({**read_values(path), **overrides}, str(path))
 
@@ -204,6 +205,26 @@ def plain_option(value: Any) -> Any:
     if isinstance(value, torch.Tensor | np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
     return plain_settings({"value": value})["value"]
+
+
+def check_region_options(regions: str, options: Mapping[str, Any], least: int = 2) -> None:
+    """Refuse options that a region method does not take, before it is called for the first image.
+
+    Args:
+        regions: key of ``REGIONS``.
+        options: of the method; ``count`` is at least ``least``.
+
+    Raises:
+        UserError: unknown options, or another count.
+    """
+    signature = inspect.signature(REGIONS[regions])
+    try:
+        signature.bind_partial(None, **options)
+    except TypeError as error:
+        taken = ", ".join(list(signature.parameters)[1:])
+        raise UserError(f"region_options do not fit ({error}): {regions} takes {taken or 'none'}") from None
+    if options.get("count") is not None:
+        check_whole("region_options count", options["count"], least)
 
 
 def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:

@@ -185,6 +185,7 @@ def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tenso
         ({"search": 3}, "search is int"),
         ({"search": lambda objective: [0, 0]}, "distinct region ids"),
         ({"search": lambda objective: [99]}, "distinct region ids"),
+        ({"search": lambda objective: None}, "the search returned NoneType: expected distinct region ids"),
         ({"search_options": {"depth": 2}}, "search options depth are unknown"),
         ({"region_options": {"depth": 2}}, "does not take these options"),
         ({"preset": "best"}, "preset is 'best': expected one of default"),
@@ -200,6 +201,12 @@ def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tenso
 def test_bad_input(cnn: at.Classifier, small_cat: Tensor, options: dict, message: str) -> None:
     with pytest.raises(at.UserError, match=message):
         at.explain(small_cat, cnn, **options)
+
+
+def test_an_entry_that_is_no_search_is_named(cnn: at.Classifier, small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(at.SEARCHES, "mine", lambda objective: range(objective.size))  # type: ignore[arg-type]
+    with pytest.raises(at.UserError, match=r"SEARCHES\['mine'\] is function: expected a Search, such as Search\(function\)"):
+        at.explain(small_cat, cnn, search="mine")
 
 
 def test_a_model_that_breaks_says_what_came_back(small_cat: Tensor) -> None:

@@ -128,7 +128,7 @@ def test_one_default_for_everything_that_hides_pixels() -> None:
         assert inspect.signature(function).parameters["fill"].default == DEFAULT_FILL, function.__name__
     assert ev.Protocol().fill == DEFAULT_FILL
     assert ev.make_settings({"data": "x"}).fills == (DEFAULT_FILL,)
-    assert ParetoSettings("x").fill == DEFAULT_FILL
+    assert ParetoSettings(data="x").fill == DEFAULT_FILL
     assert inspect.signature(FailureSettings).parameters["fill"].default == DEFAULT_FILL
 
 
@@ -171,6 +171,8 @@ def test_several_fills_at_once() -> None:
     assert several_fills("photo+cat.png") == ["photo+cat.png"] and several_fills("black+linear") == ["black+linear"]
     with pytest.raises(at.UserError, match=r"fill 'black\+black' names one twice"):
         several_fills("black+black")
+    with pytest.raises(at.UserError, match=r"fill 'black\+blur' names several at once, which explain takes and this does not"):
+        parse_fill("black+blur")
 
 
 def test_the_mean_colour_of_a_classifier(cnn: at.Classifier, small_cat: Tensor) -> None:

@@ -131,9 +131,11 @@ def test_what_is_really_compiled_says_the_same(cnn: at.Classifier) -> None:
 def test_every_method_works_in_a_lower_precision(network: str, method: str) -> None:
     module = vgg() if network == "cnn" else tiny_vit()
     image = photo(16)
-    options = {"rise": {"samples": 40}, "hsic": {"samples": 40}, "kernel_shap": {"samples": 40}, "lime": {"samples": 40}}.get(method, {})
+    options = {"rise": {"samples": 40}, "hsic": {"samples": 40}, "kernel_shap": {"n_samples": 40}, "lime": {"n_samples": 40}}.get(
+        method, {}
+    )
     if method == "shapley_value_sampling":
-        options = {"samples": 2}
+        options = {"n_samples": 2}
     try:
         plain = at.attribute(image, classifier(module), method, 1, seed=0, **options)
     except at.NotApplicable as error:
@@ -320,6 +322,11 @@ def test_an_interrupted_trial_changes_nothing(clock: Clock) -> None:
     assert (used.precision, used.channels_last, used.compiled) == ("float32", True, False)
 
 
+def test_a_name_has_nothing_to_set() -> None:
+    with pytest.raises(at.UserError, match="classifier is 'zoo:cnn': expected a Classifier"):
+        at.tune(None, "zoo:cnn")  # type: ignore[arg-type]
+
+
 def test_unknown_precisions_are_refused() -> None:
     with pytest.raises(at.UserError, match=r"precision is 'float17': expected one of float32, bfloat16, float16"):
         at.Classifier(Watched(), size=8, precision="float17")
@@ -341,7 +348,7 @@ def test_the_precision_belongs_to_what_a_result_depends_on(inputs: Tensor) -> No
 def test_the_command_takes_a_precision(run_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     arguments = ["explain", at.demo_image_path(), "--region-count", "4", "--out", tmp_path, "--device", "cpu"]
     code, _, said = run_command(*arguments, "--precision", "float17")
-    assert code == 2 and "precision 'float17': expected one of float32, bfloat16, float16 or auto" in said
+    assert code == 2 and "precision is 'float17': expected one of float32, bfloat16, float16, auto" in said
     code, _, said = run_command(*arguments, "--precision", "auto", "--batch-size", "2")
     assert code == 0 and "images/s" in said
     code, _, again = run_command(*arguments, "--precision", "auto", "--batch-size", "2")

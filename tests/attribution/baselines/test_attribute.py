@@ -565,6 +565,25 @@ def test_the_recipe_of_a_method_keeps_the_contract(
     assert code == 0 and "gradient_norm" in out and "Euclidean length" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("returned", [None, np.ones((32, 32)), torch.ones(1, 32, 32)], ids=["nothing", "array", "three axes"])
+def test_a_method_that_returns_no_map_is_named(
+    returned: Any, cnn: at.Classifier, small_cat: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(task: Task) -> Any:
+        return returned
+
+    monkeypatch.setitem(METHODS, "broken", Method(broken, "control"))
+    with pytest.raises(at.UserError, match=r"broken returned .*: expected a map, a float tensor \[h, w\]"):
+        attribute(small_cat, cnn, "broken")
+
+
+def test_a_method_is_of_a_known_family_and_domain() -> None:
+    with pytest.raises(at.UserError, match="family is 'colour': expected one of gradient, cam"):
+        Method(gradient_norm, "colour")  # type: ignore[arg-type]
+    with pytest.raises(at.UserError, match="domain is 'tokens': expected one of input, image"):
+        Method(gradient_norm, "gradient", domain="tokens")  # type: ignore[arg-type]
+
+
 def test_what_each_family_says_of_its_methods() -> None:
     inside = {name for name, method in METHODS.items() if method.looks_inside}
     boxes = {name for name, method in METHODS.items() if method.black_box}

@@ -419,7 +419,7 @@ def test_searches_that_draw_get_the_seed_of_the_sample(folder: Path, tmp_path: P
         ({"pending": 0}, "pending is 0"),
         ({"clusters": 0}, "clusters is 0"),
         ({"min_confidence": 1.5}, "min_confidence is 1.5: expected a number from 0 to 1"),
-        ({"region_options": {"cells": 3}}, "region_options cells are unknown: slico takes"),
+        ({"region_options": {"cells": 3}}, "region_options do not fit (got an unexpected keyword argument 'cells'): slico takes"),
         ({"region_options": 9}, "region_options is int: expected names with values"),
         ({"region_options": {"count": 1}}, "region_options count is 1: expected a whole number of at least 2"),
         ({"fill": "linear"}, "fill is 'linear'"),

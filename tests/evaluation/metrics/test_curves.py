@@ -472,6 +472,15 @@ def test_bad_protocols(options: dict, message: str) -> None:
         Protocol(**options)
 
 
+def test_a_published_protocol_by_its_name() -> None:
+    classifier, image = linear_classifier(4, 4, 0), random_image(4, 4)
+    heatmap, regions = mapped(image, image[0]), torch.arange(16).view(4, 4)
+    named = perturbation_curves(image, classifier, heatmap, 0, "smdl")
+    assert named.insertion_auc == perturbation_curves(image, classifier, heatmap, 0, PROTOCOLS["smdl"]).insertion_auc
+    by_name = random_order_curves(image, classifier, regions, 0, "lima", count=2)[0]
+    assert torch.equal(by_name, random_order_curves(image, classifier, regions, 0, PROTOCOLS["lima"], count=2)[0])
+
+
 def test_bad_input() -> None:
     classifier, image = linear_classifier(4, 4, 0), random_image(4, 4)
     heatmap = mapped(image, image[0])
@@ -492,6 +501,11 @@ def test_bad_input() -> None:
         random_order_curves(random_image(6, 5), classifier, torch.zeros(4, 4, dtype=torch.int64), 0, lima)
     with pytest.raises(at.UserError, match="class index 7"):
         perturbation_curves(image, classifier, heatmap, 7, pixels)
+    with pytest.raises(at.UserError, match=r"protocol is 'lime': expected one of lima, smdl, .*or a Protocol"):
+        perturbation_curves(image, classifier, heatmap, 0, "lime")
+    for regions in ("grid", [["a"]]):
+        with pytest.raises(at.UserError, match=r"regions are .*: expected Regions, as make_regions cuts them, or a label map"):
+            perturbation_curves(image, classifier, heatmap, 0, lima, regions=regions)
     with pytest.raises(at.UserError, match="count is 0"):
         random_order_curves(image, classifier, torch.zeros(4, 4, dtype=torch.int64), 0, lima, count=0)
     for percentages in ((), (0, 10), (50, 20), (50, 100), (10, math.nan)):

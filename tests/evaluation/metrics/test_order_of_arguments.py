@@ -35,3 +35,9 @@ def test_the_old_order_gives_the_same_number_and_a_warning(name: str, cnn: at.Cl
     with pytest.warns(DeprecationWarning, match=rf"{name}\(classifier, image, ...\) is now {name}\(image, classifier, ...\)"):
         old = EVALUATORS[name](cnn, PHOTO, regions=regions)
     assert old == expected
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_a_classifier_may_be_named(name: str, cnn: at.Classifier) -> None:
+    regions: Any = at.make_regions(PHOTO, "grid", count=4)
+    assert EVALUATORS[name](PHOTO, "zoo:cnn", regions=regions) == EVALUATORS[name](PHOTO, cnn, regions=regions)

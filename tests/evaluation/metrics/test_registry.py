@@ -185,3 +185,8 @@ def test_the_recipe_of_a_metric_keeps_the_contract(
     assert ev.make_settings({"data": "x", "metrics": ["peak_share"]}).measures == (measure,)
     code, out, _ = run_command("benchmark", "--list")
     assert code == 0 and "peak_share lower is better: share of the pixels" in " ".join(out.split())
+
+
+def test_a_metric_has_a_direction() -> None:
+    with pytest.raises(at.UserError, match="direction is 'sideways': expected one of higher, lower"):
+        ev.Metric(None, "sideways", "of nothing")  # type: ignore[arg-type]

@@ -465,6 +465,20 @@ def test_the_command_on_data(run_command: Run, folder: Path, tmp_path: Path) -> 
     assert code == 2 and "do not go with --data" in err
 
 
+def test_images_of_one_class_each_cannot_be_split(tmp_path: Path) -> None:
+    names = ("airplane", "bird", "cat", "deer")
+    for number, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (SIDE, SIDE), (60 * number, 90, 120)).save(tmp_path / "data" / name / "0.png")
+    chosen = settings(tmp_path / "data", model="zoo:vit", steps=1, kept=[1], paths=["activation"])
+    with pytest.raises(at.UserError, match="each of 4 images has a class of its own: expected a class with two, to split"):
+        run_neurons(chosen, tmp_path / "out")
+    Image.new("RGB", (SIDE, SIDE), (0, 90, 0)).save(tmp_path / "data" / "cat" / "1.png")
+    found = run_neurons(chosen, tmp_path / "out")
+    assert len(found.chosen) == 5 and int((~found.selection).sum()) == 1
+    write_neuron_report(summarise_neurons(found), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import attribution as at
@@ -230,6 +231,15 @@ def test_rows_compare_with_the_published_search(data: Path, classifier: at.Class
         ({"methods": ("budget", "magic")}, "methods is 'magic': expected one of bidirectional"),
         ({"budgets": (40, 10)}, "expected ascending numbers of images"),
         ({"partitions": ("hexagons:9",)}, "partition is 'hexagons:9'"),
+        ({"methods": ()}, "methods are none: expected at least one, each once"),
+        ({"methods": ("budget", "budget")}, "methods are budget, budget: expected at least one, each once"),
+        ({"partitions": ("grid:9", "grid:9")}, "partitions are grid:9, grid:9"),
+        ({"partitions": ()}, "partitions are none"),
+        ({"fill": "blak"}, "unknown fill 'blak'"),
+        ({"fill": "black+blur"}, "names several at once"),
+        ({"fill": "linear"}, "fill is 'linear', which is no image"),
+        ({"fill": "drop"}, "fill is 'drop', which is no image"),
+        ({"methods": ("polished",), "budgets": (3,)}, "no image has an order by polished: every budget is too small for its method"),
         ({"samples": 0}, "samples is 0"),
         ({"confidence": 1.1}, "confidence is 1.1: expected a number from 0 to 1"),
         ({"confidence": 1.0}, "has no image that small gets right"),
@@ -238,3 +248,16 @@ def test_rows_compare_with_the_published_search(data: Path, classifier: at.Class
 def test_bad_settings(data: Path, classifier: at.Classifier, tmp_path: Path, values: dict, message: str) -> None:
     with pytest.raises(at.UserError, match=message):
         run_pareto(settings(data, classifier, **values), tmp_path)
+
+
+def test_what_has_no_row_is_said(data: Path, classifier: at.Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = settings(data, classifier, samples=1, methods=("bidirectional", "polished"), budgets=(10, 120))
+    summary = summarise_pareto(run_pareto(chosen, tmp_path))
+    sentence = "small, grid 9: no image has an order of polished 10: the budget is too small, or it failed or is not measured yet."
+    assert summary.missing == (sentence,)
+    PARETO.show(summary, Console(width=200))
+    assert sentence in capsys.readouterr().out
+    assert sentence in PARETO.write(summary, tmp_path).html.read_text(encoding="utf-8")
+    all_known = summarise_pareto(run_pareto(settings(data, classifier, samples=1, methods=("bidirectional",)), tmp_path))
+    assert all_known.missing == ()
+    assert "Without a row" not in PARETO.write(all_known, tmp_path).html.read_text(encoding="utf-8")

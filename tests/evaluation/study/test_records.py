@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import attribution as at
-from evaluation.study.records import open_log, read_log
+from evaluation.study.records import open_log, read_log, stored_arrays
 
 VALUES = st.one_of(st.none(), st.integers(), st.sampled_from(["", "x", "ü\u2028", "\n"]), st.floats(allow_nan=False, allow_infinity=False))
 PLAIN = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
@@ -116,8 +117,21 @@ def test_a_full_disk_leaves_complete_lines_only(tmp_path: Path) -> None:
 
 
 def test_missing_and_unwritable(tmp_path: Path) -> None:
-    with pytest.raises(at.UserError, match="name the output folder of a benchmark"):
+    with pytest.raises(at.UserError, match="name the output folder of an earlier run"):
         read_log(tmp_path / "none.jsonl")
     (tmp_path / "file").write_text("")
     with pytest.raises(at.UserError, match="choose another output folder"), open_log(tmp_path / "file" / "records.jsonl"):
         pass
+
+
+def test_a_damaged_file_beside_the_records_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "curve.npz"
+    with pytest.raises(at.UserError, match=r"curve\.npz is missing: run again in its folder"):
+        stored_arrays(path)
+    np.savez(path, area=np.arange(3.0))
+    assert stored_arrays(path)["area"].tolist() == [0, 1, 2]
+    whole = path.read_bytes()
+    for damaged in (b"x", b"", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(at.UserError, match=r"curve\.npz is damaged: remove that file; what it held is measured again"):
+            stored_arrays(path)

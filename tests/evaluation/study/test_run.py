@@ -105,6 +105,18 @@ def test_the_numbers_are_those_of_a_loop(example: ModuleType, data: Path, tmp_pa
     assert results.differences == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_processes_still_keep_is_read_as_well(example: ModuleType, data: Path, tmp_path: Path) -> None:
+    chosen, out = settings(example, data), tmp_path / "out"
+    whole = run(example.BRIGHTNESS, chosen, out).differences
+    first, *others = (out / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / "records.jsonl").write_text(first, encoding="utf-8")
+    (out / "records-0.jsonl").write_text("".join(others[:2]) + others[2][:9], encoding="utf-8")
+    (out / "records-1.jsonl").write_text("".join(others[2:]), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert held(example.BRIGHTNESS, chosen, out).differences == whole
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_second_run_measures_nothing_and_ends_with_the_same_files(
     example: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
