@@ -64,7 +64,7 @@ def measure_pareto(run: Run[ParetoSettings]) -> ParetoResults:
     if not any(any(by_sample.values()) for by_sample in points.values()):
         if run.reading:
             raise UserError(
-                f"{run.log.path} holds nothing of what is asked for: expected the model, regions, methods and seed of an earlier run"
+                f"{run.log.path} holds no record for these settings: expected the model, regions, methods and seed of an earlier run"
             )
         reason = f"{failures[0][0]}: {failures[0][1]}" if failures else "every budget is too small for its method"
         raise UserError(f"no image has an order by {', '.join(settings.methods)}: {reason}")
