@@ -54,7 +54,7 @@ def test_the_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Pa
             (borrowed / entry.name).symlink_to(entry)
     (site / "borrowed.pth").write_text(str(borrowed))
     program = (
-        "import attribution, evaluation.data as d; print(attribution.__file__); print(d.load_recipe('cifar10').title);"
+        "import attribution, evaluation as ev; print(attribution.__file__); print(ev.load_recipe('cifar10').title);"
         "print(attribution.explain(attribution.demo_image_path(), 'zoo:cnn', regions='grid', region_options={'count': 4}))"
     )
     result = subprocess.run(

@@ -1,1 +1,6 @@
-"""Open data sets of images: from a recipe, a folder or a list of files."""
+"""Data sets: recipes, folders and lists of images."""
+
+from evaluation.data.dataset import ImageDataset, Sample
+from evaluation.data.recipes import load_dataset, load_recipe, open_dataset
+
+__all__ = ["ImageDataset", "Sample", "load_dataset", "load_recipe", "open_dataset"]
