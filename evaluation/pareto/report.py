@@ -12,10 +12,9 @@ from rich.table import Table
 from evaluation.pareto.figures import plot_pareto
 from evaluation.pareto.settings import ParetoResults
 from evaluation.pareto.summary import ParetoSummary, Row, pareto_csv, row_name
-from evaluation.statistics.intervals import Interval
 from evaluation.study.page import write_text
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
-from evaluation.study.tables import plain_values
+from evaluation.study.tables import estimated, plain_values
 
 _HEADINGS = ("model", "regions", "method", "images forwarded", "images", "insertion - deletion", "against bidirectional", "p")
 
@@ -65,11 +64,7 @@ def protocol_of(results: ParetoResults) -> str:
 
 def cells(row: Row) -> list[str]:
     """A row of the table as text."""
-    gain = "" if row.gain is None else _text(row.gain, "+.3f")
+    name, quality = row_name(row.method, row.budget), estimated(row.quality, "{:.3f}".format)
+    gain = "" if row.gain is None else estimated(row.gain, "{:+.3f}".format)
     p = "" if row.gain is None else f"{row.p:.4f}"
-    name = row_name(row.method, row.budget)
-    return [row.model, row.partition, name, f"{row.evaluations:.0f}", str(row.quality.count), _text(row.quality, ".3f"), gain, p]
-
-
-def _text(interval: Interval, form: str) -> str:
-    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    return [row.model, row.partition, name, f"{row.evaluations:.0f}", str(row.quality.count), quality, gain, p]
