@@ -80,7 +80,7 @@ def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *
     typer.echo(f"report: {files.html}")
     if failures := study.failures(results):
         count = f"{len(failures)} measurement{'' if len(failures) == 1 else 's'}"
-        raise UserError(f"{count} failed, such as {failures[0]} (all are listed in {files.html}; the others count)")
+        raise UserError(f"{count} failed, such as {': '.join(failures[0])} (all are listed in {files.html}; the others count)")
 
 
 def console() -> Console:

@@ -142,5 +142,5 @@ BRIGHTNESS: Study[BrightnessSettings, BrightnessResults, BrightnessSummary] = St
     summarise=summarise,
     write=write,
     show=show,
-    failures=lambda results: [f"{sample}: {reason}" for sample, reason in results.failures],
+    failures=lambda results: results.failures,
 )

@@ -14,9 +14,9 @@ from evaluation.study.processes import executor_of
 from evaluation.study.run import Progress, Study, run
 
 
-def failed_lines(results: Results) -> list[str]:
-    """A line for each explanation or measurement that failed. Refusals do not count as failures."""
-    return [f"{each.method} on {each.sample or each.model}: {each.reason}" for each in results.failed]
+def failed(results: Results) -> list[tuple[str, str]]:
+    """What could not be explained or measured, each with its reason. Refusals do not count as failures."""
+    return [(f"{each.method} on {each.sample or each.model}", each.reason) for each in results.failed]
 
 
 BENCHMARK: Study[BenchmarkSettings, Results, Summary] = Study(
@@ -27,7 +27,7 @@ BENCHMARK: Study[BenchmarkSettings, Results, Summary] = Study(
     summarise=summarise,
     write=write_report,
     show=print_summary,
-    failures=failed_lines,
+    failures=failed,
     noun="expl",
     details="""
     Every method, region search included, explains the same images and is measured by the same functions under one stated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.failures.measure import measure_failures
@@ -13,12 +12,6 @@ from evaluation.failures.summary import FailureSummary, summarise_failures
 from evaluation.study.processes import executor_of
 from evaluation.study.run import Progress, Study, run
 
-
-def broken_lines(results: FailureResults) -> Sequence[str]:
-    """A line for each image that could not be read or explained."""
-    return [f"{sample}: {reason}" for sample, reason in results.broken]
-
-
 FAILURES: Study[FailureSettings, FailureResults, FailureSummary] = Study(
     name="debug",
     summary="Find the images that a model gets wrong, show what causes each mistake, and what the mistakes have in common.",
@@ -27,7 +20,7 @@ FAILURES: Study[FailureSettings, FailureResults, FailureSummary] = Study(
     summarise=summarise_failures,
     write=write_failures,
     show=print_failures,
-    failures=broken_lines,
+    failures=lambda results: results.broken,
     noun="step",
     details="""
     Every misclassified image is explained towards its label and towards the predicted class: the smallest part whose removal makes

@@ -20,7 +20,7 @@ NEURONS: Study[NeuronSettings, NeuronResults, NeuronSummary] = Study(
     summarise=summarise_neurons,
     write=write_neuron_report,
     show=print_neuron_summary,
-    failures=lambda results: [f"{sample}: {reason}" for sample, reason in results.failures],
+    failures=lambda results: results.failures,
     noun="batch",
     details="""
     For IMAGES: the path, one neuron a layer, as a figure (.png) and numbers (.json), with the probability when its neurons are

@@ -19,7 +19,7 @@ PARETO: Study[ParetoSettings, ParetoResults, ParetoSummary] = Study(
     summarise=summarise_pareto,
     write=write_pareto,
     show=print_pareto,
-    failures=lambda results: [f"{sample}: {reason}" for sample, reason in results.failures],
+    failures=lambda results: results.failures,
     noun="method",
     details="""
     The search by budget stands beside published searches and sampling methods. Every order is measured by the same function:

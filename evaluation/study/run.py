@@ -75,7 +75,7 @@ class Study(Generic[S, R, M]):
         summarise: from results to a summary: means, intervals, tests.
         write: writes tables, figures and the page of a summary into a folder; the same summary gives the same bytes.
         show: prints the summary.
-        failures: results -> a line for each measurement that failed.
+        failures: from results to what failed, such as a sample, with its reason.
         noun: what the progress counts.
         details: further paragraphs and examples of the command's help.
     """
@@ -87,7 +87,7 @@ class Study(Generic[S, R, M]):
     summarise: Callable[[R], M]
     write: Callable[[M, Path], ReportFiles]
     show: Callable[[M, Console], None]
-    failures: Callable[[R], Sequence[str]]
+    failures: Callable[[R], Sequence[tuple[str, str]]]
     noun: str = "image"
     details: str = ""
 
