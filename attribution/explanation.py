@@ -71,6 +71,13 @@ class Explanation:
         return float(self.probabilities[self.target])
 
     @property
+    def predicted(self) -> tuple[int, ...]:
+        """The classes predicted for the whole image: the most probable one or, of independent labels, all above 0.5."""
+        if self.provenance.get("labels") == "independent":
+            return tuple((self.probabilities > 0.5).nonzero()[:, 0].tolist())
+        return (int(self.probabilities.argmax()),)
+
+    @property
     def fill_confidence(self) -> float:
         """Probability of the target with every region hidden, so that the model sees only the fill."""
         return float(self._need(self.insertion_scores, "insertion scores")[0])

@@ -49,7 +49,7 @@ class Scores:
     Attributes:
         consistency: probability of the target for the shown regions (or 1 minus the angle to the semantic feature).
         collaboration: 1 - probability of the target for the hidden regions.
-        confidence: 1 - H(p) / log C, or 1 - the evidential uncertainty.
+        confidence: 1 - H(p) / log C (for independent labels its mean over them), or 1 - the evidential uncertainty.
         effectiveness: sum over the shown regions of the distance to the nearest other shown region, in feature space.
     """
 
@@ -70,7 +70,8 @@ class SubmodularObjective:
         consistency: "probability", as in the published code, or "cosine", as in the paper:
             1 - arccos(cos(f(x_S), f)) / pi with the semantic feature f.
         semantic_feature: f, float [D]; the feature of the whole image by default.
-        confidence: "entropy", 1 + sum_c p_c log(p_c + 1e-7) / log C, or "evidential", 1 - C / sum_c (e_c + 1) with evidence
+        confidence: "entropy", 1 + sum_c p_c log(p_c + 1e-7) / log C (independent labels: the mean over the labels of the same for
+            p and 1 - p), or "evidential", which is for classes of which one is right, 1 - C / sum_c (e_c + 1) with evidence
             e = exp(clip(evidence_scale * output, -10, 10)) (Sensoy et al., NeurIPS 2018).
         evidence_scale: a number; 5 for faces and 1 for CUB in the published settings.
         confidence_classifier: a second classifier, for the confidence alone; it must take the same model inputs.
@@ -106,6 +107,11 @@ class SubmodularObjective:
             raise UserError(
                 f"{confidence_classifier.name} prepares images in another way than {classifier.name}: "
                 "give a confidence classifier with the same size, mean, std and resize"
+            )
+        judge = confidence_classifier or classifier
+        if confidence == "evidential" and judge.outputs.independent:
+            raise UserError(
+                f"confidence 'evidential' is for classes of which one is right, and {judge.name} has independent labels: expected 'entropy'"
             )
         self.size = masked.size
         self.evaluations = 0
@@ -160,7 +166,7 @@ class SubmodularObjective:
             shown = shown + weights.confidence * self._confidence_of(self._confidence_outputs(logits, rows))
         if weights.effectiveness:
             shown = shown + self.set_score(rows)
-        return shown, weights.collaboration * (1 - logits.softmax(dim=1)[:, self._target])
+        return shown, weights.collaboration * (1 - self._classifier.outputs.probabilities(logits)[:, self._target])
 
     def scores(self, subsets: Tensor) -> Scores:
         """The four scores of each subset: bool [n, R] -> ``Scores``. Shown and hidden regions are forwarded in one batch."""
@@ -174,7 +180,7 @@ class SubmodularObjective:
         logits, features = self._forward(rows)
         return Scores(
             consistency=self._consistency_of(logits, features)[:shown] if weights.consistency else zeros,
-            collaboration=1 - logits.softmax(dim=1)[shown:, self._target] if weights.collaboration else zeros,
+            collaboration=1 - self._classifier.outputs.probabilities(logits[shown:])[:, self._target] if weights.collaboration else zeros,
             confidence=self._confidence_of(self._confidence_outputs(logits[:shown], subsets)) if weights.confidence else zeros,
             effectiveness=self._effectiveness(subsets) if weights.effectiveness else zeros,
         )
@@ -196,7 +202,7 @@ class SubmodularObjective:
 
     def _consistency_of(self, logits: Tensor, features: Tensor | None) -> Tensor:
         if self._feature is None or features is None:
-            return logits.softmax(dim=1)[:, self._target]
+            return self._classifier.outputs.probabilities(logits)[:, self._target]
         return 1 - _angle(features, self._feature[None])[:, 0]
 
     def _confidence_outputs(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -211,14 +217,10 @@ class SubmodularObjective:
         self.evaluations += len(rows) * (IMAGES_PER_GRADIENT if rows.requires_grad else 1)
 
     def _confidence_of(self, outputs: Tensor) -> Tensor:
-        classes = outputs.shape[1]
         if self._confidence == "evidential":
             evidence = (self._evidence_scale * outputs).clamp(-10, 10).exp()
-            return 1 - classes / (evidence + 1).sum(dim=1)
-        if classes < 2:
-            return torch.ones_like(outputs[:, 0])
-        probabilities = outputs.softmax(dim=1)
-        return 1 + (probabilities * (probabilities + 1e-7).log()).sum(dim=1) / math.log(classes)
+            return 1 - outputs.shape[1] / (evidence + 1).sum(dim=1)
+        return (self._confidence_classifier or self._classifier).outputs.certainty(outputs)
 
     def _effectiveness(self, subsets: Tensor) -> Tensor:
         """e(S) = sum over i in S of the least d_ij over the other j in S; 0 where S has fewer than two regions."""

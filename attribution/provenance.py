@@ -31,6 +31,7 @@ def provenance(classifier: Classifier, settings: Mapping[str, Any], started: flo
         "weights_digest": classifier.weights_digest,
         "device": str(classifier.device),
         "precision": classifier.precision,
+        **({"labels": "independent"} if classifier.outputs.independent else {}),
         "settings": plain_settings(settings),
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 3),

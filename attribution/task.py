@@ -56,7 +56,7 @@ class Scores(nn.Module):
 
     def _scores(self, inputs: Tensor) -> Tensor:
         logits = self._classifier.logits(inputs)
-        return logits.softmax(dim=1) if self._output == "probability" else logits
+        return self._classifier.outputs.probabilities(logits) if self._output == "probability" else logits
 
 
 @dataclass(eq=False)

@@ -31,6 +31,7 @@ from attribution.image import demo_image_path
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 from attribution.model.loading import load_classifier, read_class_names
+from attribution.model.outputs import SCORES_HELP
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS
@@ -65,6 +66,7 @@ def explain(
         Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
+    scores: Annotated[str | None, typer.Option(help=SCORES_HELP, show_default=False)] = None,
     regions: Annotated[
         str | None,
         typer.Option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.", show_default=False),
@@ -147,7 +149,8 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
+    loading = {"device": device, "checkpoint": checkpoint, "class_names": names, "batch_size": batch_size, "scores": scores}
+    classifiers = [load_classifier(spec, **loading) for spec in specs]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
@@ -245,7 +248,7 @@ class Job:
         digest = hashlib.sha256(content)
         model = classifier.identity
         if self.precision == "auto":  # the precision found is known only after the first image
-            model = replace(model, precision=("auto",))
+            model = replace(model, settings=("auto", *(each for each in model.settings if each not in PRECISIONS)))
         digest.update(f"{model} {__version__}".encode())
         for name, value in sorted(self.options.items()):
             if name == "region_options":
@@ -261,12 +264,14 @@ def summary(explanation: Explanation) -> dict[str, Any]:
     """The numbers of an explanation as plain JSON."""
     assert explanation.regions is not None and explanation.order is not None
     assert explanation.insertion_scores is not None and explanation.deletion_scores is not None
-    predicted = int(explanation.probabilities.argmax())
+    names, predicted = explanation.class_names, explanation.predicted
+    labels = {"predicted_labels": [names[each] for each in predicted]} if explanation.provenance.get("labels") else {}
     return {
         "target": explanation.target_name,
         "target_index": explanation.target,
         "confidence": explanation.confidence,
-        "predicted": explanation.class_names[predicted],
+        "predicted": names[int(explanation.probabilities.argmax())],
+        **labels,
         "regions": {"requested": explanation.regions.requested, "actual": explanation.regions.count},
         "regions_needed": {f"{share:.0%}": explanation.regions_needed(share * explanation.confidence) for share in SHARES},
         "insertion_auc": explanation.insertion_auc,

@@ -144,7 +144,7 @@ def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
 
     name = "transformer_attribution(variant='lrp')"
     _refuse_layers_without_rule(task, name)
-    if task.classifier.outputs.kind != "logits" or task.classifier.forward is not task.classifier.runner:
+    if not task.classifier.outputs.are_logits or task.classifier.forward is not task.classifier.runner:
         raise NotApplicable(
             f"{name} does not apply to {task.classifier.name}: its scores are no output of a linear layer of the module, where the "
             "relevance starts; use variant='generic'"

@@ -79,10 +79,10 @@ def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     """Draw the image, with the class and its probability as title."""
     ax.imshow(shown_pixels(explanation.image))
     model = explanation.provenance.get("model", "")
-    predicted = int(explanation.probabilities.argmax())
     title = f"{model}: {explanation.target_name}, p = {explanation.confidence:.2f}".removeprefix(": ")
-    if predicted != explanation.target:
-        title += f"\npredicted {explanation.class_names[predicted]}, p = {float(explanation.probabilities[predicted]):.2f}"
+    if explanation.target not in explanation.predicted:
+        others = [f"{explanation.class_names[each]}, p = {float(explanation.probabilities[each]):.2f}" for each in explanation.predicted]
+        title += f"\npredicted {'; '.join(others[:3]) or 'no label'}"
     draw_title(ax, title)
     ax.set_axis_off()
 

@@ -19,7 +19,8 @@ from attribution.checks import check_choice, is_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
 from attribution.model.forwarding import Forward, ModuleForward
-from attribution.model.outputs import SCORES, Outputs
+from attribution.model.label import LabelForward
+from attribution.model.outputs import SCORES, OutputChoice, Outputs
 from attribution.model.preprocessing import Preprocessing, Resize, checked_sides, checked_triple
 from attribution.model.prototypes import PrototypeForward
 
@@ -33,14 +34,14 @@ class Identity:
     Attributes:
         name, preprocessing, class_names: of the classifier.
         weights: their digest; None for a black box.
-        precision: empty for float32.
+        settings: the precision unless it is float32, and the meaning of the scores where classes do not exclude each other.
     """
 
     name: str
     weights: str | None
     preprocessing: str
     class_names: tuple[str, ...]
-    precision: tuple[str, ...]
+    settings: tuple[str, ...]
 
 
 class _OfRunner(Generic[T]):
@@ -61,13 +62,19 @@ class Classifier:
 
     Args:
         module: an ``nn.Module``, or any callable from a float32 batch [n, 3, h, w] to scores [n, C] (tensor or array). Its
-            output may also be a tuple or list (the first item), a dict or an object with ``logits``.
+            output may also be a tuple, list, mapping or object that holds them, see ``output``.
         size: side of the model input in pixels, or (h, w).
         mean, std: normalisation per channel of an image in [0, 1].
-        class_names: C names; "class 0", "class 1", "class 2" and so on by default.
+        class_names: C names; "class 0", "class 1", "class 2" and so on by default. A module with a single score may have two, such
+            as "no" and "yes": the score is then that of the second.
         resize, resized, interpolation: see ``Preprocessing``.
-        scores: what the module returns: "logits", "probabilities", or "auto" (probabilities if the rows of a first output
-            are non-negative and sum to 1, else logits).
+        scores: what the module returns. "softmax": logits of classes of which one is right ("logits" means the same). "sigmoid": logits
+            of independent labels, or a single logit. "probabilities": of classes, where the rows of a first output sum to 1, else of
+            labels. "label_probabilities": of independent labels, each in [0, 1]. "auto" decides by a first output (see
+            ``Outputs.of``): probabilities where rows sum to 1, probabilities of labels where a sigmoid made them, "sigmoid" for a single
+            logit, else "softmax". It cannot know that logits are of independent labels.
+        output: which part of the module's output holds the scores: a key or attribute, an index, or a function of the output. By default
+            ``logits``, else the only part with a row for each image; of several parts the one with a column for each class name.
         head: name of the final layer whose input is the pooled feature; found automatically for linear heads.
         name: what reports call it; the type of the module by default.
         batch_size: most images forwarded at once; None chooses by the size of the input. A batch that does not fit into memory is
@@ -108,7 +115,8 @@ class Classifier:
         resize: Resize = "squash",
         resized: tuple[int, int] | None = None,
         interpolation: str = "bilinear",
-        scores: Literal["auto", "logits", "probabilities"] = "auto",
+        scores: Literal["auto", "softmax", "sigmoid", "probabilities", "label_probabilities", "logits"] = "auto",
+        output: OutputChoice | None = None,
         head: str | None = None,
         name: str | None = None,
         batch_size: int | None = None,
@@ -128,6 +136,8 @@ class Classifier:
             self.preprocessing,
             name=self.name,
             scores=scores,
+            output=output,
+            classes=None if self._class_names is None else len(self._class_names),
             head=head,
             batch_size=batch_size,
             precision=precision,
@@ -170,7 +180,7 @@ class Classifier:
     @property
     def num_classes(self) -> int:
         """C: the number of class names if names were given, else the number of scores."""
-        return len(self._class_names) if self._class_names is not None else self.outputs.count
+        return len(self._class_names) if self._class_names is not None else self.outputs.classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -185,8 +195,9 @@ class Classifier:
     @property
     def identity(self) -> Identity:
         """What numbers depend on. Memory layout and compiling are left out: they change the rounding of float32 and no more."""
-        precision = () if self.precision == "float32" else (self.precision,)
-        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, precision)
+        settings = () if self.precision == "float32" else (self.precision,)
+        settings += (self.outputs.kind,) if self.outputs.independent else ()
+        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, settings)
 
     def target_index(self, target: int | str) -> int:
         """The class index of a name (exact, or unique regardless of case) or of an index.
@@ -234,8 +245,12 @@ class Classifier:
         return self._scored(inputs, want_features=False)[0]
 
     def probabilities(self, inputs: Tensor) -> Tensor:
-        """Probabilities of model inputs, float32 [n, C]: the softmax of the logits."""
+        """Probabilities of model inputs, float32 [n, C]: the softmax of the logits, or the sigmoid of each for independent labels."""
         return self.outputs.probabilities(self.logits(inputs))
+
+    def predicted(self, probabilities: Tensor) -> tuple[int, ...]:
+        """The classes predicted for an image with probabilities [C]: the most probable one, or all independent labels above 0.5."""
+        return self.outputs.predicted(probabilities)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Pooled features, the input of the final layer (the mean of the two for distilled models): float32 [n, D].
@@ -274,6 +289,20 @@ class Classifier:
         forward = PrototypeForward(self.forward, matrix.detach(), float(scale), normalize)
         return self.with_forward(forward, name=f"{self.name} with prototypes", class_names=class_names)
 
+    def of_label(self, label: int | str) -> Classifier:
+        """One of several independent labels as a classifier of two classes, "no LABEL" and LABEL, with logits -z and z.
+
+        It says whether the image has the label, so that a label that is missing or false can be debugged like a wrong class.
+
+        Raises:
+            UserError: no such label, or classes of which one is right.
+        """
+        if not self.outputs.independent:
+            raise UserError(f"{self.name} has classes of which one is right: of_label is for independent labels, scores='sigmoid'")
+        index = self.target_index(label)
+        name = self.class_names[index]
+        return self.with_forward(LabelForward(self.forward, index), name=f"{self.name}, {name}", class_names=[f"no {name}", name])
+
     def with_forward(
         self,
         forward: Forward,
@@ -303,7 +332,7 @@ class Classifier:
         expected = self.preprocessing.shape
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected:
             raise UserError(f"model inputs are {describe(inputs)}: expected [n, {', '.join(map(str, expected))}], as inputs() returns them")
-        count = self.outputs.count
+        count = self.outputs.classes
         if self._class_names is not None and len(self._class_names) != count:
             raise UserError(f"{self.name} returns {count} scores, but {len(self._class_names)} class names were given: give one for each")
         scores, features = self.forward(inputs, want_features)

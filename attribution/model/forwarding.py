@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
@@ -17,7 +17,7 @@ from attribution.checks import check_choice, check_whole
 from attribution.errors import UserError
 from attribution.hooks import evaluation_mode, hooks_of, is_rebuilt, record_inputs
 from attribution.model.head import features_of, find_heads
-from attribution.model.outputs import Outputs, read_scores
+from attribution.model.outputs import OutputChoice, Outputs, read_scores
 from attribution.model.preprocessing import Preprocessing
 
 T = TypeVar("T")
@@ -81,7 +81,8 @@ class ModuleForward:
     """The ``Forward`` that runs a module, in evaluation mode and in batches.
 
     Args:
-        module, scores, head, batch_size, precision, channels_last, compiled: see ``Classifier``.
+        module, scores, output, head, batch_size, precision, channels_last, compiled: see ``Classifier``.
+        classes: number of class names, if known.
         preprocessing: makes the inputs; it gives their shape, and the input that a gray image becomes.
         name: of the classifier, for messages.
         outputs: what the scores mean, if known; otherwise this is determined from the scores of a gray image.
@@ -94,6 +95,8 @@ class ModuleForward:
         *,
         name: str,
         scores: str = "auto",
+        output: OutputChoice | None = None,
+        classes: int | None = None,
         head: str | None = None,
         batch_size: int | None = None,
         precision: str = "float32",
@@ -102,6 +105,7 @@ class ModuleForward:
         outputs: Outputs | None = None,
     ) -> None:
         self.preprocessing, self.name, self.scores, self.head = preprocessing, name, scores, head
+        self.output, self.classes = output, classes
         self.module = module
         self.batch_size = batch_size
         self.precision = precision
@@ -163,7 +167,7 @@ class ModuleForward:
     @property
     def outputs(self) -> Outputs:
         if self._outputs is None:
-            self._outputs = Outputs.of(self._plainly(self.preprocessing.gray_inputs(self.device)), self.scores)
+            self._outputs = Outputs.of(self._first_scores(), self.scores, self.classes, self.name)
         return self._outputs
 
     @property
@@ -247,6 +251,14 @@ class ModuleForward:
             scores = self._scores(inputs, torch.is_grad_enabled())
         return scores, features_of(calls, self.name)
 
+    def _first_scores(self) -> Tensor:
+        """Scores of two plain images; with their gradient if its last operation is of use and the module has one."""
+        inputs = self.preprocessing.gray_inputs(self.device)
+        if self.scores == "auto":
+            with suppress(Exception), torch.enable_grad():  # a module without gradients fails in many ways
+                return self._scores(inputs.requires_grad_() * 1, plainly=True)  # not a leaf: the module may write into it
+        return self._plainly(inputs.detach())
+
     def _plainly(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():
             return self._scores(inputs, plainly=True)
@@ -262,7 +274,8 @@ class ModuleForward:
                     output = (self.module if plainly else self._fastest(self.module))(inputs)
             else:
                 output = self.module(inputs)
-        return read_scores(output, len(inputs), self.device, self.name)
+        classes = self.classes if self._outputs is None else self._outputs.count
+        return read_scores(output, len(inputs), self.device, self.name, self.output, classes)
 
     def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
         """The module, compiled if wanted, unless hooks look inside it or some of its modules are replaced."""

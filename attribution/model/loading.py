@@ -23,7 +23,7 @@ from attribution.model.forwarding import resolve_device
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "network")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
 _METADATA_KEY = "vision-attribution"
-_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "head", "scores")
+_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "head", "scores", "output")
 _LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 
 
@@ -35,6 +35,7 @@ def load_classifier(
     pretrained: bool = True,
     class_names: Sequence[str] | None = None,
     batch_size: int | None = None,
+    scores: str | None = None,
     **settings: Any,
 ) -> Classifier:
     """Load a classifier by name or from a file, with the preprocessing of its own configuration.
@@ -50,6 +51,7 @@ def load_classifier(
             random weights.
         class_names: names for the classes; the library's own for published weights.
         batch_size: most images forwarded at once.
+        scores: what the module returns, see ``Classifier``; what a saved file says, or "auto", by default.
         settings: further arguments of ``Classifier`` that override the model's own configuration, such as size, mean and std.
 
     Raises:
@@ -59,6 +61,8 @@ def load_classifier(
         raise UserError(f"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: {describe(model)} has its own weights")
     if isinstance(model, Classifier):
         return model
+    if scores is not None:
+        settings["scores"] = scores
     if isinstance(model, nn.Module):
         if "size" not in settings:
             raise UserError("a bare nn.Module has no input size: give size=, mean=, std= and class_names=")
@@ -99,7 +103,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
     """
     source = classifier.name.partition(":")[0]
     runner = classifier.runner
-    if source not in SOURCES or classifier.forward is not runner or not isinstance(runner.module, nn.Module):
+    if source not in SOURCES or classifier.forward is not runner or not isinstance(runner.module, nn.Module) or callable(runner.output):
         raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
     way = classifier.preprocessing
     card = {
@@ -114,6 +118,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
             "interpolation": way.interpolation,
             "head": runner.head,
             "scores": runner.scores,
+            "output": runner.output,
         },
     }
     # shared tensors are written once per name: safetensors refuses aliases

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -12,7 +13,19 @@ from torch import Tensor
 
 from attribution.errors import UserError, describe
 
-SCORES = ("auto", "logits", "probabilities")
+Meaning = Literal["softmax", "sigmoid", "probabilities", "label_probabilities"]
+SCORES = ("auto", "softmax", "sigmoid", "probabilities", "label_probabilities", "logits")  # "logits" is another name of "softmax"
+SCORES_HELP = (
+    "What the model returns: softmax (logits of classes of which one is right), sigmoid (logits of independent labels, or a single one), "
+    "probabilities, or label_probabilities (of independent labels). Default: what a saved file says, or found from a first output."
+)
+OutputChoice = str | int | Callable[[Any], Any]
+
+_SUM = 0.02  # probabilities in half precision, or rounded to few digits, sum to 1 within this
+_UNCHANGED = re.compile(
+    r"(Clone|Alias|(Unsafe|As)?View|Reshape\w*|Unsqueeze|Squeeze|Slice|Select|Index|ToCopy|T|Transpose|Permute|Expand)$"
+)
+_LINEAR = re.compile(r"(Addmm|Mm|Bmm|Convolution|Linear\w*|MkldnnLinear)$")
 
 
 @dataclass(frozen=True)
@@ -20,66 +33,201 @@ class Outputs:
     """What the scores of a classifier mean. Nothing else turns scores into logits, or logits into probabilities.
 
     Attributes:
-        count: C, the number of scores of an image.
-        kind: what they are.
+        count: number of scores that the module returns for an image.
+        kind: "softmax": logits of classes of which one is right. "sigmoid": logits of labels of which each may be right.
+            "probabilities" and "label_probabilities": probabilities of such classes, and of such labels.
+        two_sided: whether the only score z is of the second of two classes; the logit of the first is then -z.
     """
 
     count: int
-    kind: Literal["logits", "probabilities"]
+    kind: Meaning
+    two_sided: bool = False
+
+    @property
+    def classes(self) -> int:
+        """C, the number of classes or labels."""
+        return 2 if self.two_sided else self.count
+
+    @property
+    def independent(self) -> bool:
+        """Whether each label has a probability of its own, so that several of them, or none, may be right."""
+        return self._elementwise and not self.two_sided
+
+    @property
+    def are_logits(self) -> bool:
+        """Whether the module returns the logits themselves."""
+        return self.kind in ("softmax", "sigmoid") and not self.two_sided
+
+    @property
+    def _elementwise(self) -> bool:
+        return self.kind in ("sigmoid", "label_probabilities")
 
     @classmethod
-    def of(cls, scores: Tensor, kind: str) -> Outputs:
-        """Determine the meaning from a first batch of scores [n, C].
+    def of(cls, scores: Tensor, kind: str, classes: int | None, name: str) -> Outputs:
+        """Determine the meaning from a first batch of scores.
 
-        "auto" takes them for probabilities if C > 1, none is negative and each row sums to 1.
-        """
-        count = scores.shape[1]
-        if kind == "auto":
-            sums_to_one = bool(((scores.sum(dim=1) - 1).abs() < 1e-4).all())
-            kind = "probabilities" if count > 1 and sums_to_one and bool((scores >= 0).all()) else "logits"
-        return cls(count, "probabilities" if kind == "probabilities" else "logits")
-
-    def logits(self, scores: Tensor, name: str) -> Tensor:
-        """Scores [n, C] as logits; probabilities become their logarithm.
+        Args:
+            scores: [n, count]. Where gradients were recorded, "auto" also looks at the operation that made the scores.
+            kind: one of ``SCORES``. "auto" takes what a sigmoid made for probabilities of labels, rows that are not negative
+                and sum to 1 for probabilities of classes, a single score for the logit of a label, and all others for
+                logits of classes.
+            classes: number of class names, if known.
+            name: of the classifier, for messages.
 
         Raises:
-            UserError: scores that are not finite, or probabilities of which one is negative or all are zero.
+            UserError: scores whose meaning must be named; the message says how.
+        """
+        count, values = scores.shape[1], scores.detach()
+        found = cls(count, "softmax" if kind == "logits" else cast(Meaning, kind))
+        if kind == "auto":
+            found = cls(count, _meaning(values, _last_operation(scores), name))
+        elif kind == "probabilities" and (count == 1 or not _sum_to_one(values, _SUM)):
+            found = cls(count, "label_probabilities")
+        if count == 1 and not found._elementwise:
+            raise UserError(
+                f"{name} returns one score for an image, and the softmax of one score is always 1: give scores='sigmoid' if it is a "
+                "logit, or scores='label_probabilities' if it is a probability"
+            )
+        return replace(found, two_sided=count == 1 and classes == 2)
+
+    def logits(self, scores: Tensor, name: str) -> Tensor:
+        """Scores [n, count] as logits [n, C]; probabilities p of classes become log p, those of labels log(p / (1 - p)).
+
+        Raises:
+            UserError: scores that are not finite, or probabilities that are none.
         """
         _check_finite(scores, name)
-        if self.kind == "logits":
-            return scores
-        _check_probabilities(scores, name)
-        return scores.log()
+        if self.kind == "probabilities":
+            _check_probabilities(scores, name)
+            scores = scores.log()
+        elif self.kind == "label_probabilities":
+            _check_label_probabilities(scores, name)
+            scores = scores.logit(eps=1e-7)
+        return torch.cat([-scores, scores], dim=1) if self.two_sided else scores
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The softmax of logits [n, C]."""
-        return logits.softmax(dim=1)
+        """Probabilities of logits [n, C]: their softmax, or their sigmoid for labels. Probabilities that a module returned are unchanged."""
+        if self._elementwise:
+            return logits.sigmoid()
+        return logits.exp() if self.kind == "probabilities" else logits.softmax(dim=1)
+
+    def predicted(self, probabilities: Tensor) -> tuple[int, ...]:
+        """The classes predicted by probabilities [C]: the most probable one, or all independent labels above 0.5."""
+        if self.independent:
+            return tuple((probabilities > 0.5).nonzero()[:, 0].tolist())
+        return (int(probabilities.argmax()),)
+
+    def certainty(self, logits: Tensor) -> Tensor:
+        """1 - H(p) / log C of logits [n, C]; for labels the mean of 1 - H(p, 1 - p) / log 2 over them: [n]."""
+        found = self.probabilities(logits)
+        if self.independent:
+            found = torch.stack([found, 1 - found], dim=2)
+        inner = found.shape[-1] if found.ndim == 3 else self.classes
+        certain = 1 + (found * (found + 1e-7).log()).sum(dim=-1) / float(np.log(inner))
+        return certain.mean(dim=1) if certain.ndim == 2 else certain
 
 
-def read_scores(output: Any, count: int, device: torch.device, name: str) -> Tensor:
+def read_scores(
+    output: Any, count: int, device: torch.device, name: str, chosen: OutputChoice | None = None, classes: int | None = None
+) -> Tensor:
     """Take the scores out of what a module returned for ``count`` images: float32 [count, C].
 
     Args:
-        output: a tensor or array; or a tuple or list whose first item is one, a dict or an object with ``logits``.
+        output: a tensor or array; or a tuple, list, mapping or object that holds one.
         count: number of images.
         device: where the scores are wanted.
         name: of the classifier, for messages.
+        chosen: which part holds the scores: a key or attribute, an index, or a function of the output. By default "logits" where there
+            is one, else the only part with a row for each image (and ``classes`` columns).
+        classes: number of scores of an image, if known.
 
     Raises:
-        UserError: the output holds no such scores.
+        UserError: the output holds no such scores, or several parts that could be them.
     """
-    received = output
-    if isinstance(output, dict):
-        output = output.get("logits", output)
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and len(output):
-        output = output[0]
-    if isinstance(output, np.ndarray):
-        output = torch.from_numpy(output.copy())  # torch takes neither read-only nor flipped arrays
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != count or output.shape[1] < 1:
-        raise UserError(f"{name} returned {_describe_output(received)} for {count} images: expected scores [{count}, classes]")
-    return output.float().to(device)
+    scores = _only_scores(output, count, classes, name) if chosen is None else _chosen_part(output, chosen, name)
+    if isinstance(scores, np.ndarray):
+        scores = torch.from_numpy(scores.copy())  # torch takes neither read-only nor flipped arrays
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != count or scores.shape[1] < 1:
+        received = describe(scores) if chosen is not None else _describe_output(output)
+        hint = ""
+        if isinstance(scores, Tensor) and scores.shape == (count,):
+            hint = "; a single score for an image is a row of one, [:, None]"
+        elif chosen is None and not isinstance(scores, Tensor | np.ndarray):
+            hint = "; name the part with output= (a key, an index or a function)"
+        raise UserError(f"{name} returned {received} for {count} images: expected scores [{count}, classes]{hint}")
+    return scores.float().to(device)
+
+
+def _only_scores(output: Any, count: int, classes: int | None, name: str) -> Any:
+    if isinstance(output, Tensor | np.ndarray):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if not isinstance(output, Mapping) and hasattr(output, "logits"):
+        return output.logits
+    if not isinstance(output, Mapping | tuple | list):
+        return output
+    parts = dict(output.items() if isinstance(output, Mapping) else enumerate(output))
+    fitting = {key: part for key, part in parts.items() if getattr(part, "ndim", 0) == 2 and len(part) == count}
+    of_width = {key: part for key, part in fitting.items() if part.shape[1] == classes}
+    likely = of_width if len(of_width) == 1 else fitting
+    if len(likely) > 1:
+        raise UserError(
+            f"{name} returned {_describe_output(output)}, of which {', '.join(map(repr, likely))} could be the scores: "
+            f"name them with output=, such as output={next(reversed(likely))!r}"
+        )
+    if not likely or (isinstance(output, Mapping) and not of_width):
+        return output
+    return next(iter(likely.values()))
+
+
+def _chosen_part(output: Any, chosen: OutputChoice, name: str) -> Any:
+    if callable(chosen):
+        return chosen(output)
+    try:
+        if isinstance(chosen, str):
+            return output[chosen] if isinstance(output, Mapping) else getattr(output, chosen)
+        return (list(output.values()) if isinstance(output, Mapping) else output)[chosen]
+    except (KeyError, AttributeError, IndexError, TypeError):
+        raise UserError(f"{name} returned {_describe_output(output)}: it has no output {chosen!r}") from None
+
+
+def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
+    """What scores [n, count] are, by their values and by the last operation that changed them, if known."""
+    count, shares = values.shape[1], bool(((values >= 0) & (values <= 1)).all())
+    if operation == "Sigmoid" and shares:
+        return "label_probabilities"
+    if count > 1 and shares and _sum_to_one(values, 1e-4):
+        return "probabilities"
+    unknown = f"{name} returns scores from {values.min():.3g} to {values.max():.3g} for plain images, which may be "
+    if count > 1 and bool(((values.norm(dim=1) - 1).abs() < 1e-3).all()):
+        raise UserError(
+            f"{unknown}an embedding, because every row has length 1: use with_prototypes for class embeddings, name the scores with "
+            "output=, or give scores='softmax' if they are logits"
+        )
+    is_linear = operation is not None and _LINEAR.match(operation) is not None
+    if shares and not is_linear and (count == 1 or operation is None):
+        single = "scores='sigmoid'" if count == 1 else "scores='softmax' or 'sigmoid'"
+        raise UserError(
+            f"{unknown}probabilities or logits: give {single} if they are logits, or scores='label_probabilities' if each is the "
+            "probability of a label"
+        )
+    return "sigmoid" if count == 1 else "softmax"
+
+
+def _last_operation(scores: Tensor) -> str | None:
+    """The last operation that changed the values of scores with a gradient, as autograd calls it: "Sigmoid", "Addmm" and so on."""
+    node = scores.grad_fn
+    while node is not None:
+        operation = re.sub(r"Backward\d*$", "", node.name())
+        if not _UNCHANGED.match(operation):
+            return operation
+        node = node.next_functions[0][0] if node.next_functions else None
+    return None
+
+
+def _sum_to_one(values: Tensor, within: float) -> bool:
+    return bool(((values.sum(dim=1) - 1).abs() < within).all())
 
 
 def _check_finite(scores: Tensor, name: str) -> None:
@@ -93,20 +241,28 @@ def _check_finite(scores: Tensor, name: str) -> None:
 
 
 def _check_probabilities(scores: Tensor, name: str) -> None:
-    bad = (scores < 0).any(dim=1) | (scores.sum(dim=1) <= 0)
+    total = scores.sum(dim=1)
+    bad = (scores < 0).any(dim=1) | ((total - 1).abs() >= _SUM)
     if bad.any():
         row = int(bad.nonzero()[0, 0])
         low, high = scores[row].min().item(), scores[row].max().item()
         raise UserError(
-            f"{name} returned {low:.4g} to {high:.4g} as the probabilities of image {row}: expected none negative and not all "
-            "zero; give scores='logits' if they are logits"
+            f"{name} returned {low:.4g} to {high:.4g}, in sum {total[row].item():.4g}, as the probabilities of image {row}: expected none "
+            "negative and a sum of 1; give scores='softmax' if they are logits, or 'label_probabilities' if each is of a label of its own"
+        )
+
+
+def _check_label_probabilities(scores: Tensor, name: str) -> None:
+    if not bool(((scores >= 0) & (scores <= 1)).all()):
+        low, high = scores.min().item(), scores.max().item()
+        raise UserError(
+            f"{name} returned {low:.4g} to {high:.4g} as probabilities of labels: expected 0 to 1; give scores='sigmoid' if they are logits"
         )
 
 
 def _describe_output(output: Any) -> str:
-    if isinstance(output, dict):
-        return f"a dict with {', '.join(map(str, list(output)[:5])) or 'no keys'}"
+    if isinstance(output, Mapping):
+        return f"a {'dict' if type(output) is dict else type(output).__name__} with {', '.join(map(str, list(output)[:5])) or 'no keys'}"
     if isinstance(output, tuple | list):
         return f"a {type(output).__name__} of {', '.join(describe(item) for item in output[:3]) or 'nothing'}"
-    logits = inspect.getattr_static(output, "logits", None)
-    return describe(output) if logits is None else f"{type(output).__name__} with logits {describe(output.logits)}"
+    return f"{type(output).__name__} with logits {describe(output.logits)}" if hasattr(output, "logits") else describe(output)

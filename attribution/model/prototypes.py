@@ -30,7 +30,7 @@ class PrototypeForward(Relay):
 
     @property
     def outputs(self) -> Outputs:
-        return Outputs(len(self.matrix), "logits")
+        return Outputs(len(self.matrix), "softmax")
 
     @property
     def weights_digest(self) -> str | None:

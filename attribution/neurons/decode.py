@@ -285,7 +285,7 @@ def _read_head(classifier: Classifier, layers: NeuronLayers) -> _Head:
         if expected.shape != read.shape[1:] or not torch.allclose(expected, read.mean(dim=0), atol=1e-4):
             raise _refused(classifier, "its head reads more than the normalised class token or mean of tokens")
     answers = torch.stack([head(values) for head, values in zip(heads, read, strict=True)]).mean(dim=0).detach().float()
-    if runner.outputs.kind == "logits" and not torch.allclose(answers, scores.detach(), atol=1e-3):
+    if runner.outputs.are_logits and not torch.allclose(answers, scores.detach(), atol=1e-3):
         raise _refused(classifier, "its logits are not what its linear head returns")
     weight = torch.stack([head.weight.detach().float() for head in heads]).mean(dim=0)  # type: ignore[operator]
     if isinstance(forward := classifier.forward, PrototypeForward):

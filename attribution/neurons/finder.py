@@ -391,7 +391,7 @@ class PathFinder:
 
     def _score(self, inputs: Tensor, owners: Tensor) -> Tensor:
         logits = self.classifier.logits(inputs)
-        values = logits.softmax(dim=1) if self.output == "probability" else logits
+        values = self.classifier.outputs.probabilities(logits) if self.output == "probability" else logits
         return values.gather(1, self.targets[owners.to(self.targets.device), None])[:, 0]
 
     def _differentiable(self) -> Any:

@@ -129,7 +129,7 @@ class GridView:
         channels = maps.shape[1]
         plain = Preprocessing(size, (0.0,) * channels, (1.0,) * channels)
         way = plain if layer is not None else replace(self.preprocessing, size=size)
-        outputs = Outputs(cell.num_classes, "logits")
+        outputs = Outputs(cell.num_classes, "softmax")
         forward = ModuleForward(head, way, name=name, batch_size=rows, outputs=outputs)
         return cell.with_forward(forward, preprocessing=way, name=name, class_names=cell.class_names)
 

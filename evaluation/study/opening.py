@@ -17,7 +17,8 @@ def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
     if isinstance(model, Classifier):
         return model
     names = None if settings.classes is None else read_class_names(Path(settings.classes))
-    return load_classifier(model, device=settings.device, checkpoint=settings.checkpoint, class_names=names, batch_size=settings.batch_size)
+    loading = {"checkpoint": settings.checkpoint, "class_names": names, "scores": settings.scores}
+    return load_classifier(model, device=settings.device, batch_size=settings.batch_size, **loading)
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:

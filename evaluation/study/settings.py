@@ -24,6 +24,7 @@ from attribution.baselines.smoothing import Smoothing
 from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
+from attribution.model.outputs import SCORES, SCORES_HELP
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
 from attribution.regions import REGIONS, Regions
@@ -81,6 +82,7 @@ class StudySettings:
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
     checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
     classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
+    scores: str | None = setting(None, choices=SCORES, numbers=False, help=SCORES_HELP)
     device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
     batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
     workers: int = setting(1, least=1, numbers=False, help="Number of processes that measure side by side. It changes no number.")
