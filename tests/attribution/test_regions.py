@@ -106,12 +106,11 @@ def test_the_number_asked_for_is_met_within_a_fifth_or_what_was_made_is_said(nam
     for count in (7, 30, 120) if name != "quickshift" else (30,):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            try:
-                regions = at.make_regions(image, name, count=count, **options)
-            except at.UserError as error:
-                assert name == "seeds", error
-                assert "too small or narrow" in str(error)
+            if (name, kind, count) == ("seeds", "tall", 7):
+                with pytest.raises(at.UserError, match="too small or narrow"):
+                    at.make_regions(image, name, count=count)
                 continue
+            regions = at.make_regions(image, name, count=count, **options)
         assert_partition(regions, *size)
         assert regions.requested == count
         if abs(regions.count - count) <= 0.2 * count:
@@ -178,8 +177,11 @@ def test_one_region_explains_nothing(cnn: at.Classifier) -> None:
 def test_the_provenance_says_another_number_of_regions(small_cat: Tensor, cnn: at.Classifier, tmp_path: Path) -> None:
     explanation = at.explain(small_cat, cnn, regions="seeds", search=lambda objective: range(objective.size))
     assert explanation.provenance["settings"]["regions"] == {
-        "method": "seeds", "requested": 50, "actual": 63, "note": "63 regions where 50 were asked for, the nearest that seeds can make of this image"
-    }  # fmt: skip
+        "method": "seeds",
+        "requested": 50,
+        "actual": 63,
+        "note": "63 regions where 50 were asked for, the nearest that seeds can make of this image",
+    }
     explanation.save(tmp_path / "cat.npz")
     assert at.Explanation.load(tmp_path / "cat.npz") == explanation
 
@@ -303,9 +305,9 @@ def test_without_opencvs_contrib_modules_the_others_work(small_cat: Tensor, cnn:
     with pytest.raises(at.UserError, match=r"regions='seeds' need OpenCV's contrib modules: .*opencv-contrib-python-headless"):
         at.make_regions(small_cat, "seeds")
     note = "cut by scikit-image's SLICO, not by OpenCV's, the published one"
-    for given, count in (({}, 56), ({"count": 20}, 20), ({"region_size": 8}, 16)):
+    for chosen, count in (({}, 56), ({"count": 20}, 20), ({"region_size": 8}, 16)):
         with pytest.warns(UserWarning, match=rf"regions='slico' are {note}: pip uninstall opencv-python"):
-            regions = at.make_regions(small_cat, "slico", **given)
+            regions = at.make_regions(small_cat, "slico", **chosen)
         labels = skimage.segmentation.slic(small_cat.permute(1, 2, 0).numpy(), n_segments=count, slic_zero=True, start_label=0)
         assert torch.equal(regions.labels, partition(labels))
         assert (regions.method, regions.note) == ("slico", note)
