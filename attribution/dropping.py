@@ -98,7 +98,7 @@ def follow_patches(classifier: Classifier | str, regions: Regions | Tensor | np.
     if torch.equal(labels, regions.labels):
         return regions
     _, numbers = labels.unique(return_inverse=True)
-    return Regions(numbers, regions.method, regions.requested)
+    return replace(regions, labels=numbers)
 
 
 class _Patches:

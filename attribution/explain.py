@@ -25,7 +25,7 @@ from attribution.model.loading import load_classifier
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS
 from attribution.provenance import plain_settings, provenance
-from attribution.regions import Regions, is_method, make_regions
+from attribution.regions import Regions, is_method, make_regions, several
 from attribution.search import SEARCHES, Search
 from attribution.search.contract import Objective, Progress
 
@@ -236,7 +236,7 @@ def _cut(
     cut = make_regions(loaded, plan.regions, **plan.region_options)
     if drops(fill) and is_method(plan.regions):
         cut = follow_patches(classifier, cut)
-    return loaded, cut, (original.shape[1], original.shape[2])
+    return loaded, several(cut), (original.shape[1], original.shape[2])
 
 
 def _objective(
@@ -302,8 +302,9 @@ def _trajectories(masked: Sequence[tuple[Classifier, RegionInputs]], order: Tens
 
 def _recorded(plan: _Plan, cut: Regions, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the provenance holds."""
+    note = {"note": cut.note} if cut.note else {}
     return {
-        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **plain_settings(plan.region_options)},
+        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **note, **plain_settings(plan.region_options)},
         "search": plan.search_name,
         "search_options": plain_settings(options),
         "weights": vars(plan.weights),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.checks import check_choice, check_number
+from attribution.checks import check_choice, check_number, is_whole
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.regions import Regions
@@ -276,7 +276,9 @@ class Explanation:
         channels, height, width = self.image.shape
         floats = (self.image, self.probabilities, self.insertion_scores, self.deletion_scores, self.pixel_map)
         ok = channels == 3 and all(value is None or value.dtype == torch.float32 for value in floats)
-        ok = ok and isinstance(self.target, int) and isinstance(self.evaluations, int) and isinstance(self.provenance, dict)
+        ok = ok and is_whole(self.target) and is_whole(self.evaluations) and isinstance(self.provenance, dict)
+        ok = ok and all(isinstance(name, str) for name in self.class_names)
+        ok = ok and (self.regions is None or (isinstance(self.regions.method, str) and _is_count(self.regions.requested)))
         ok = ok and len(self.class_names) == len(self.probabilities) and 0 <= self.target < len(self.class_names)
         if self.regions is not None:
             ok = ok and self.regions.labels.shape == (height, width)
@@ -287,7 +289,10 @@ class Explanation:
         if self.pixel_map is not None:
             ok = ok and self.pixel_map.shape == (height, width)
         if not ok:
-            raise ValueError("its arrays do not fit together")
+            raise ValueError("its parts do not fit together")
+        for name in ("image", "probabilities", "insertion_scores", "deletion_scores"):  # a map may hold NaN: its figure says how many
+            if (values := getattr(self, name)) is not None and not values.isfinite().all():
+                raise ValueError(f"its {name.replace('_', ' ')} are not all finite")
 
     def _auc(self, scores: Tensor) -> float:
         return float(torch.trapezoid(scores.double(), self.area.double()))
@@ -301,6 +306,10 @@ class Explanation:
         if value is None:
             raise UserError(f"this explanation has no {name}: expected one of a region search, received a map ({describe(self.pixel_map)})")
         return value
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or is_whole(value)
 
 
 def order_of_means(values: Tensor, labels: Tensor) -> Tensor:

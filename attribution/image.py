@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", "
 MAX_SIDE = 512
 _FILTERS = threading.Lock()  # Python's filters of warnings are shared by all threads
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # formats that start another program, such as EPS, are left out
-_INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_INTEGER_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+_BITS, _WHITE_IS_ZERO, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
@@ -32,7 +36,8 @@ def load_image(source: ImageSource) -> Tensor:
         source: a path or the bytes of a JPEG (also CMYK), PNG (8 or 16 bit, palette, gray, alpha), WebP, TIFF, BMP or GIF
             file (the first frame); a PIL image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8, uint16, or
             float in [0, 1]; a tensor [3, H, W], [1, H, W] or [4, H, W], also with a leading dimension of 1, of uint8, or float
-            in [0, 1]. EXIF rotation is applied, transparent pixels are blended with white, colour profiles are ignored.
+            in [0, 1]. EXIF rotation is applied, transparent pixels are blended with white, colour profiles are ignored. Files and PIL
+            images of signed or 32-bit whole numbers, as of a scanner or a map of heights, are refused.
 
     Returns:
         float32 [3, H, W], RGB in [0, 1], on the CPU (a tensor stays on its device).
@@ -52,6 +57,32 @@ def load_image(source: ImageSource) -> Tensor:
     if isinstance(source, str | Path):
         return _from_bytes(_read_file(Path(source)), str(source))
     raise UserError(f"cannot read an image from {describe(source)}: give a path, PIL image, array [H, W, 3] or tensor [3, H, W]")
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files at any depth below a folder, sorted.
+
+    Links to files and folders are followed. A link to a folder that it lies in ends there. Names that begin with a dot are left out, as
+    are the files that systems and editors put beside images ("._photo.png", ".ipynb_checkpoints").
+
+    Raises:
+        UserError: a folder that cannot be listed, or a link without a target where a folder of images may have been.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): its images would be left out; make it readable")
+
+    found, above = [], {str(folder): (os.path.realpath(folder),)}  # above: the real paths of a folder and of those that it lies in
+    for path, names, files in os.walk(folder, followlinks=True, onerror=refuse):
+        inner = {name: os.path.realpath(os.path.join(path, name)) for name in names if not name.startswith(".")}
+        names[:] = [name for name, real in inner.items() if real not in above[path]]
+        above.update({os.path.join(path, name): (*above[path], inner[name]) for name in names})
+        for file in (Path(path, name) for name in files if not name.startswith(".")):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(file)
+            elif not file.suffix and file.is_symlink() and not file.exists():
+                raise UserError(f"{file} is a link to {os.readlink(file)}, which does not exist: mend the link, or remove it")
+    return sorted(found)
 
 
 def demo_image_path() -> Path:
@@ -110,12 +141,24 @@ def _from_bytes(data: bytes, name: str) -> Tensor:
 
 
 def _from_pil(picture: Image.Image, name: str) -> Tensor:
+    tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
+    if 2 in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) or (picture.mode == "I" and picture.format != "PNG"):
+        raise UserError(
+            f"{name} holds signed or 32-bit whole numbers, which do not say what is black and what is white: expected 8 or 16 bits without "
+            "sign; save it so, or give an array of floats in [0, 1]"
+        )
+    inverted, clear = tags.get(_WHITE_IS_ZERO) == 0, picture.info.get("transparency")
+    white = 4095 if np.max(tags.get(_BITS, 16)) == 12 else 65535
     try:
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode in _INTEGER_16_MODES:
-            return _from_array(np.clip(np.asarray(picture).astype(np.int64), 0, 65535).astype(np.uint16), name)
+        if picture.mode in (*_INTEGER_16_MODES, "I"):
+            values = np.asarray(picture).astype(np.float32)
+            shown = np.where(values == clear, white, white - values if inverted else values)
+            return _from_array(shown / np.float32(white), name)
         if picture.mode == "F":
-            return _from_array(np.asarray(picture), name)
+            return _from_array(1 - np.asarray(picture) if inverted else np.asarray(picture), name)
+        if picture.mode == "La":
+            picture = picture.convert("LA")
         if picture.has_transparency_data:
             return _from_array(np.asarray(picture.convert("RGBA")), name)
         return _from_array(np.asarray(picture.convert("RGB")), name)

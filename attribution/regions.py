@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,10 @@ from attribution.image import ImageSource, load_image
 
 PUBLISHED_COUNT = 49  # 7x7 cells of 30 pixels at 224x224, SMDL and LiMA
 _PUBLISHED_SIDE = 224
+_NEAR = 0.2  # a number of regions is as asked for if it differs by at most this share
+_TRIES = 6  # most cuts by one algorithm to come near the number asked for
+_SHRINKS = (1, 1 / 4, 1 / 16, 1 / 64)  # of the scale of an algorithm, until it makes enough regions
+_CONTRIB = "pip uninstall opencv-python opencv-python-headless, then pip install --force-reinstall opencv-contrib-python-headless"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,7 @@ class Regions:
         labels: int64 [H, W], ids 0 to R-1, every pixel in exactly one region, no region empty.
         method: name of the method that made it; "labels" or "masks" where it was given.
         requested: number of regions asked for; None where the method has no such number.
+        note: what is not as asked for, such as another number of regions; empty where nothing is.
 
     Raises:
         UserError: labels that are no integers [H, W]. Other ids than 0 to R-1 are renumbered (see ``partition``).
@@ -37,6 +44,7 @@ class Regions:
     labels: Tensor
     method: str = "labels"
     requested: int | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", partition(self.labels))
@@ -75,6 +83,9 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
             whose negative ids become one more region; bool masks [R, H, W] (see ``from_masks``); or ``Regions``.
         options: arguments of the method. A ``count`` must be a whole number from 1 to H W.
 
+    A ``count`` is met within 20 % where the method can: it then tries other values of its own parameters. Where it cannot, a warning
+    and ``Regions.note`` say so.
+
     Raises:
         UserError: an unknown name, options that the method does not take, or labels of another size.
     """
@@ -101,6 +112,20 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     return made
 
 
+def several(regions: Regions) -> Regions:
+    """The same regions, if there are two or more.
+
+    Raises:
+        UserError: one region, which has no order and explains nothing.
+    """
+    if regions.count < 2:
+        raise UserError(
+            f"{regions.method} gave 1 region, the whole image, and one region has no order: expected at least 2; "
+            "ask for more (region_options={'count': 49}), or use another method, such as grid"
+        )
+    return regions
+
+
 def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, columns: int | None = None) -> Regions:
     """Rectangular cells, numbered row by row. Their heights, and their widths, differ by at most one pixel.
 
@@ -116,8 +141,7 @@ def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, c
     requested = None
     if rows is None and columns is None:
         requested = count
-        rows = min(max(1, round(math.sqrt(count * height / width))), height)
-        columns = min(max(1, round(count / rows)), width)
+        rows, columns = _cells(count, height, width)
     rows, columns = columns if rows is None else rows, rows if columns is None else columns
     if rows is None or columns is None or not (0 < rows <= height and 0 < columns <= width):
         raise UserError(f"a grid of {rows}x{columns} cells does not fit an image of {height}x{width} pixels (rows x columns)")
@@ -126,33 +150,52 @@ def grid(image: Tensor, count: int = PUBLISHED_COUNT, rows: int | None = None, c
     return Regions(vertical[:, None] * columns + horizontal, "grid", requested or rows * columns)
 
 
+def _cells(count: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of about ``count`` cells: of the shapes that are near enough the one with the squarest cells."""
+    ideal = math.sqrt(count * height / width)
+    shapes = [(rows, min(max(1, round(count / rows)), width)) for rows in sorted(range(1, height + 1), key=lambda rows: abs(rows - ideal))]
+    return next((shape for shape in shapes if _is_near(shape[0] * shape[1], count)), shapes[0])
+
+
 def slico(image: Tensor, count: int | None = None, region_size: int | None = None, ruler: float = 20.0, iterations: int = 20) -> Regions:
     """SLICO superpixels (Achanta et al., PAMI 2012) by OpenCV, with the parameters published for SMDL and LiMA.
 
+    Where OpenCV lacks its contrib modules, scikit-image's SLICO is used instead: its labels are others, and a warning and
+    ``Regions.note`` say so.
+
     Args:
         image: float32 [3, H, W] in [0, 1].
-        count: about how many superpixels; sets region_size to sqrt(H W / count).
-        region_size: side of a superpixel in pixels. Default: 30 at 224x224 (49 regions), scaled with the image.
+        count: about how many superpixels; sets region_size to sqrt(H W / count), or to a size that gives this number.
+        region_size: side of a superpixel in pixels, kept exactly. Default: 30 at 224x224 (49 regions), scaled with the image.
         ruler: compactness of the first iteration.
         iterations: number of iterations, at least 1.
 
     Raises:
-        UserError: OpenCV without its contrib modules, both count and region_size, or a region_size larger than the image.
+        UserError: both count and region_size, or a region_size larger than the image.
     """
     if count is not None and region_size is not None:
         raise UserError(f"slico takes count or region_size, not both: received count={count} and region_size={region_size}")
     height, width = image.shape[1:]
-    requested = None
-    if region_size is None:
-        requested = PUBLISHED_COUNT if count is None else count
-        ideal = 30 * math.sqrt(height * width) / _PUBLISHED_SIDE if count is None else math.sqrt(height * width / count)
-        region_size = max(1, min(round(ideal), height, width))  # OpenCV crashes on seeds farther apart than the image is wide
-    check_whole("region_size", region_size, 1, min(height, width))
+
+    def side(superpixels: float) -> int:  # OpenCV crashes on seeds farther apart than the image is wide
+        return max(1, min(round(math.sqrt(height * width / superpixels)), height, width))
+
+    @cache
+    def cut(size: int) -> Tensor:
+        slic = ximgproc.createSuperpixelSLIC(_uint8(image), ximgproc.SLICO, size, ruler)
+        slic.iterate(iterations)
+        return torch.from_numpy(slic.getLabels().astype(np.int64))
+
+    requested = (count or PUBLISHED_COUNT) if region_size is None else None
+    size = side(count or (_PUBLISHED_SIDE / 30) ** 2) if region_size is None else region_size
+    check_whole("region_size", size, 1, min(height, width))
     check_whole("iterations", iterations, 1)
-    ximgproc = _ximgproc("slico")
-    slic = ximgproc.createSuperpixelSLIC(_uint8(image), ximgproc.SLICO, region_size, ruler)
-    slic.iterate(iterations)
-    return Regions(torch.from_numpy(slic.getLabels().astype(np.int64)), "slico", requested)
+    ximgproc = _ximgproc()
+    if ximgproc is None:
+        note = "cut by scikit-image's SLICO, not by OpenCV's, the published one"
+        warnings.warn(f"regions='slico' are {note}: {_CONTRIB}", stacklevel=2)
+        return Regions(slic(image, count or max(1, round(height * width / size**2)), zero=True).labels, "slico", requested, note)
+    return Regions(cut(size) if count is None else _as_many(count, lambda asked: cut(side(asked))), "slico", requested)
 
 
 def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10) -> Regions:
@@ -161,39 +204,52 @@ def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10)
     Args:
         image: float32 [3, H, W] in [0, 1].
         count: about how many superpixels (50 asked gives 49 at 224x224).
-        levels: levels of blocks, 2 or more; fewer are used where the image is too narrow.
+        levels: levels of blocks, 2 or more; fewer are used where the image is too narrow, or where they come nearer to count.
         iterations: number of iterations.
 
     Raises:
         UserError: OpenCV without its contrib modules, or an image too narrow for that number of superpixels.
     """
     height, width = image.shape[1:]
-    while levels > 2 and not _seeds_fit(width, height, count, levels):
-        levels -= 1
-    if not _seeds_fit(width, height, count, levels):
+    ximgproc = _ximgproc()
+    if ximgproc is None:
+        raise UserError(f"regions='seeds' need OpenCV's contrib modules: {_CONTRIB}; without them use slico, slic, grid or watershed")
+    depths = [depth for depth in range(max(levels, 2), 1, -1) if _seeds_fit(width, height, count, depth)]
+    if not depths:
         raise UserError(f"an image of {width}x{height} pixels is too small or narrow for {count} SEEDS superpixels: use grid or slico")
-    algorithm = _ximgproc("seeds").createSuperpixelSEEDS(width, height, 3, count, levels)
-    algorithm.iterate(_uint8(image), iterations)
-    return Regions(torch.from_numpy(algorithm.getLabels().astype(np.int64)), "seeds", count)
+
+    def cut(depth: int, asked: int) -> Tensor | None:
+        if not _seeds_fit(width, height, asked, depth):
+            return None
+        algorithm = ximgproc.createSuperpixelSEEDS(width, height, 3, asked, depth)
+        algorithm.iterate(_uint8(image), iterations)
+        return torch.from_numpy(algorithm.getLabels().astype(np.int64))
+
+    return Regions(_nearest(count, (_as_many(count, partial(cut, depth)) for depth in depths)), "seeds", count)
 
 
-def slic(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 10.0, zero: bool = False) -> Regions:
+def slic(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float | None = None, zero: bool = False) -> Regions:
     """SLIC superpixels (Achanta et al., PAMI 2012) by scikit-image. With zero=True it is SLICO, without OpenCV and with other labels.
 
     Args:
         image: float32 [3, H, W] in [0, 1].
         count: about how many superpixels.
-        compactness: weight of distance in space against distance in colour.
+        compactness: weight of distance in space against distance in colour. Default: 10, or 100 or 1000 on an image of fine texture, where
+            too few superpixels are left otherwise.
         zero: adapt the compactness per superpixel (SLIC-zero).
     """
     from skimage.segmentation import slic as skimage_slic
 
-    labels = skimage_slic(_hwc(image), n_segments=count, compactness=compactness, slic_zero=zero, start_label=0)
-    return Regions(torch.from_numpy(labels.astype(np.int64)), "slic", count)
+    def cut(weight: float, asked: int) -> Tensor:
+        labels = skimage_slic(_hwc(image), n_segments=asked, compactness=weight, slic_zero=zero, start_label=0)
+        return torch.from_numpy(labels.astype(np.int64))
+
+    weights = (10.0, 100.0, 1000.0) if compactness is None else (compactness,)
+    return Regions(_nearest(count, (_as_many(count, partial(cut, weight)) for weight in weights)), "slic", count)
 
 
 def felzenszwalb(
-    image: Tensor, count: int | None = PUBLISHED_COUNT, scale: float = 50.0, sigma: float = 0.8, min_size: int | None = None
+    image: Tensor, count: int | None = PUBLISHED_COUNT, scale: float | None = None, sigma: float = 0.8, min_size: int | None = None
 ) -> Regions:
     """Graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004) by scikit-image, merged down to count regions.
 
@@ -201,14 +257,17 @@ def felzenszwalb(
         image: float32 [3, H, W] in [0, 1].
         count: most regions. While there are more, the smallest region is merged into its neighbour with the nearest mean colour. None
             merges none.
-        scale, sigma, min_size: as in scikit-image. By default min_size is 20 pixels, and less on small images.
+        scale, sigma, min_size: as in scikit-image. By default scale is 50 and min_size 20 pixels; both are less on small images and
+            where there would be fewer than count regions.
     """
     from skimage.segmentation import felzenszwalb as skimage_felzenszwalb
 
-    if min_size is None:
-        min_size = min(20, image[0].numel() // (4 * PUBLISHED_COUNT))
-    labels = skimage_felzenszwalb(_hwc(image), scale=scale, sigma=sigma, min_size=min_size)
-    return Regions(_merged(image, labels, count), "felzenszwalb", count)
+    def cut(shrink: float) -> Tensor:
+        size = max(1, round(shrink * min(20, image[0].numel() // (4 * PUBLISHED_COUNT)))) if min_size is None else min_size
+        labels = skimage_felzenszwalb(_hwc(image), scale=50 * shrink if scale is None else scale, sigma=sigma, min_size=size)
+        return _merged(image, labels, count)
+
+    return Regions(_nearest(count, map(cut, _SHRINKS if scale is None or min_size is None else (1,))), "felzenszwalb", count)
 
 
 def quickshift(
@@ -223,16 +282,20 @@ def quickshift(
     Args:
         image: float32 [3, H, W] in [0, 1].
         count: most regions; None merges none.
-        kernel_size, max_dist, ratio: as in scikit-image. By default kernel_size is 4 and max_dist 20 pixels from 224x224 on, and
-            less on small images.
+        kernel_size, max_dist, ratio: as in scikit-image. By default kernel_size is 4 and max_dist 20 pixels from 224x224 on; both are less
+            on small images and where there would be fewer than count regions.
     """
     from skimage.segmentation import quickshift as skimage_quickshift
 
-    shrink = min(1.0, math.sqrt(image[0].numel()) / _PUBLISHED_SIDE)
-    kernel_size = max(1.0, 4 * shrink) if kernel_size is None else kernel_size
-    max_dist = max(2.0, 20 * shrink) if max_dist is None else max_dist
-    labels = skimage_quickshift(_hwc(image).astype(np.float64), kernel_size=kernel_size, max_dist=max_dist, ratio=ratio, rng=0)
-    return Regions(_merged(image, labels, count), "quickshift", count)
+    small = min(1.0, math.sqrt(image[0].numel()) / _PUBLISHED_SIDE)
+
+    def cut(shrink: float) -> Tensor:
+        kernel = max(1.0, 4 * small * shrink) if kernel_size is None else kernel_size
+        distance = max(2.0, 20 * small * shrink) if max_dist is None else max_dist
+        labels = skimage_quickshift(_hwc(image).astype(np.float64), kernel_size=kernel, max_dist=distance, ratio=ratio, rng=0)
+        return _merged(image, labels, count)
+
+    return Regions(_nearest(count, map(cut, _SHRINKS if kernel_size is None or max_dist is None else (1,))), "quickshift", count)
 
 
 def watershed(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 0.001) -> Regions:
@@ -247,8 +310,12 @@ def watershed(image: Tensor, count: int = PUBLISHED_COUNT, compactness: float = 
     from skimage.filters import sobel
     from skimage.segmentation import watershed as skimage_watershed
 
-    labels = skimage_watershed(sobel(rgb2gray(_hwc(image))), markers=count, compactness=compactness)
-    return Regions(torch.from_numpy(labels.astype(np.int64)), "watershed", count)
+    edges = sobel(rgb2gray(_hwc(image)))
+
+    def cut(asked: int) -> Tensor:
+        return torch.from_numpy(skimage_watershed(edges, markers=asked, compactness=compactness).astype(np.int64))
+
+    return Regions(_as_many(count, cut), "watershed", count)
 
 
 def saliency_patches(
@@ -261,8 +328,8 @@ def saliency_patches(
 ) -> Regions:
     """SMDL's prior allocation (Chen et al., ICLR 2024): cells of a grid are ranked by a heatmap, and each region gets the next ranks.
 
-    Region 0 holds the most salient cells. Regions need not be contiguous. The least salient cells, where they are too few for a
-    region of full size, become one more region.
+    Region 0 holds the most salient cells. Regions need not be contiguous. With cells_per_region the least salient cells, where they are
+    too few for a region of full size, become one more region; with count the sizes of the regions differ by at most one cell.
 
     Args:
         image: float32 [3, H, W].
@@ -288,19 +355,17 @@ def saliency_patches(
     if side < 1 or cells[0] > height or cells[1] > width:
         raise UserError(f"{side}x{side} cells do not fit an image of {width}x{height} pixels: give a smaller side")
     total = cells[0] * cells[1]
-    if count is None and cells_per_region is None and level == "pixel":
-        count = min(112, total)
-    if count is not None:
-        cells_per_region = total // min(count, total)
-    cells_per_region = 8 if cells_per_region is None else cells_per_region
+    published = 8 if level == "cell" else total // min(112, total)
+    cells_per_region = published if cells_per_region is None else cells_per_region
     check_whole("cells_per_region", cells_per_region, 1, total)
     if values.shape != cells:
         values = F.interpolate(values[None, None], size=cells, mode="bilinear", align_corners=False)[0, 0]
     ranking = values.flatten().argsort(descending=True, stable=True)
     groups = torch.empty(total, dtype=torch.int64)
-    groups[ranking] = (torch.arange(total) // cells_per_region).clamp(max=total // cells_per_region)
+    groups[ranking] = torch.arange(total) // cells_per_region if count is None else torch.arange(total) * min(count, total) // total
     upscaled = F.interpolate(groups.view(1, 1, *cells).double(), size=(height, width), mode="nearest")[0, 0].long()
-    return Regions(upscaled, "saliency_patches", count or total // cells_per_region)
+    requested = count or (112 if level == "pixel" and cells_per_region == published else total // cells_per_region)
+    return Regions(upscaled, "saliency_patches", requested)
 
 
 def from_masks(
@@ -397,7 +462,66 @@ def _call_method(method: Callable[..., Any], image: Tensor, name: str, options: 
     if count is not None or ("count" in options and parameter is not None and parameter.annotation in (int, "int")):
         check_whole("count", count, 1, image.shape[1] * image.shape[2])
         options = {**options, "count": int(count)}  # type: ignore[arg-type]
-    return method(image, **options)
+    made = method(image, **options)
+    is_asked = "count" in options or (parameter is not None and isinstance(parameter.default, int))
+    return _counted(made) if isinstance(made, Regions) and is_asked else made
+
+
+def _counted(made: Regions) -> Regions:
+    """The regions with a note, after a warning, where their number is far from the one asked for."""
+    asked = min(made.requested or made.count, made.labels.numel())
+    if _is_near(made.count, asked):
+        return made
+    note = f"{made.count} regions where {asked} were asked for, the nearest that {made.method} can make of this image"
+    warnings.warn(f"{note}: ask for another number, or use grid", stacklevel=4)
+    return replace(made, note="; ".join(filter(None, (made.note, note))))
+
+
+def _is_near(made: int, asked: int) -> bool:
+    return abs(made / asked - 1) <= _NEAR
+
+
+def _nearest(count: int | None, cuts: Iterable[Tensor]) -> Tensor:
+    """The first label map with about count regions, or else the one whose number of regions is nearest; the first without a count."""
+    best, best_off = None, math.inf
+    for labels in cuts:
+        made = len(labels.unique())
+        off = 0.0 if count is None else abs(math.log(made / count))
+        if best is None or off < best_off:
+            best, best_off = labels, off
+        if count is None or _is_near(made, count):
+            break
+    assert best is not None
+    return best
+
+
+def _as_many(count: int, cut: Callable[[int], Tensor | None]) -> Tensor:
+    """Cut by an algorithm that makes about the number that it is asked for. Other numbers are tried until about count come out.
+
+    Args:
+        count: number of regions wanted. It is asked for first, so that a result which is near enough is the algorithm's own.
+        cut: number asked for -> labels, or None where the image cannot hold as many.
+    """
+
+    def tried() -> Iterable[Tensor]:
+        low, high, asked = 1, 64 * count, count
+        for _ in range(_TRIES):
+            labels = cut(asked)
+            made = 0 if labels is None else len(labels.unique())
+            if labels is not None:
+                yield labels
+            if labels is not None and 8 * made < count:
+                return  # this is due to the image, not to the number
+            if labels is None or made > count:
+                high = asked - 1
+            else:
+                low = asked + 1
+            if low > high:
+                return
+            guess = round(asked * count / made) if made else 0
+            asked = guess if low <= guess <= high else math.isqrt(low * high)
+
+    return _nearest(count, tried())
 
 
 def _without_overlaps(masks: Tensor) -> Tensor:
@@ -463,16 +587,13 @@ def _seeds_fit(width: int, height: int, count: int, levels: int) -> bool:
     return False
 
 
-def _ximgproc(method: str) -> Any:
+def _ximgproc() -> Any:
+    """OpenCV's module of superpixels; None where OpenCV is not there, or lacks its contrib modules."""
     try:
         import cv2
-
-        return cv2.ximgproc
-    except (ImportError, AttributeError):
-        raise UserError(
-            f"regions={method!r} need OpenCV's contrib modules: pip uninstall opencv-python, then pip install "
-            "opencv-contrib-python-headless; without them use slic, grid, felzenszwalb, quickshift or watershed"
-        ) from None
+    except ImportError:
+        return None
+    return getattr(cv2, "ximgproc", None)
 
 
 def _uint8(image: Tensor) -> np.ndarray:

@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attribution.errors import UserError
-from attribution.image import IMAGE_SUFFIXES
+from attribution.image import IMAGE_SUFFIXES, image_files
 
 
 def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
-    """List the given files, and the images at any depth in the given folders, sorted by name, without those in the output folder.
+    """List the given files, and the ``image_files`` of the given folders, without those in the output folder.
 
     Raises:
         UserError: a path that does not exist, or a folder without images.
     """
-    own_figures = outside.absolute()
+    own_figures = outside.resolve()
     for path in paths:
         if os.path.isdir(path):
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-            inside = [file for file in files if own_figures not in file.absolute().parents]
+            inside = [file for file in image_files(path) if own_figures not in (file.parent.resolve(), *file.parent.resolve().parents)]
             if not inside:
                 raise UserError(f"{path} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
             yield from inside

@@ -16,10 +16,13 @@ from attribution.figures.style import (
     INK,
     INSERTION,
     Figure,
+    as_written,
     border_segments,
+    class_text,
     draw_colorbar,
     draw_title,
     gray_photo,
+    one_line,
     shown_pixels,
     style_curves,
 )
@@ -61,7 +64,7 @@ def plot_explanations(explanations: Sequence[DrawnExplanation], share: float = 0
         chosen = chosen_prefix(explanation, share)
         draw_regions(axes[2], explanation, chosen, share)
         draw_curves(axes[3], explanation, chosen)
-    return figure
+    return as_written(figure)
 
 
 def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
@@ -78,11 +81,12 @@ def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
 def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     """Draw the image, with the class and its probability as title."""
     ax.imshow(shown_pixels(explanation.image))
-    model = explanation.provenance.get("model", "")
-    title = f"{model}: {explanation.target_name}, p = {explanation.confidence:.2f}".removeprefix(": ")
+    model = one_line(explanation.provenance.get("model", ""))
+    title = f"{model}: {class_text(explanation.target_name, explanation.target)}, p = {explanation.confidence:.2f}".removeprefix(": ")
     if explanation.target not in explanation.predicted:
-        others = [f"{explanation.class_names[each]}, p = {float(explanation.probabilities[each]):.2f}" for each in explanation.predicted]
-        title += f"\npredicted {'; '.join(others[:3]) or 'no label'}"
+        names, values = explanation.class_names, explanation.probabilities.tolist()
+        others = [f"{class_text(names[each], each)}, p = {values[each]:.2f}" for each in explanation.predicted[:3]]
+        title += f"\npredicted {'; '.join(others) or 'no label'}"
     draw_title(ax, title)
     ax.set_axis_off()
 
@@ -149,9 +153,9 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
         ax.axvline(area[chosen], color=INK, linewidth=0.8, linestyle=":")
         point = (area[chosen], float(insertion[chosen]))
         ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
-    style_curves(ax, "share of the image shown / hidden", f"p({explanation.target_name})")
+    style_curves(ax, "share of the image shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})")
     fill = explanation.provenance.get("settings", {}).get("fill")
-    title = f"most important first{f', fill {fill}' if isinstance(fill, str) else ''}"
+    title = f"most important first{f', fill {one_line(fill)}' if isinstance(fill, str) else ''}"
     if explanation.fill_is_informative:
         title += f"\nthe fill alone gives p = {explanation.fill_confidence:.2f}: try another"
     draw_title(ax, title)

@@ -7,7 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from attribution.figures.drawn import DrawnFailure, DrawnRepair
-from attribution.figures.style import INK, Figure, border_segments, draw_colorbar, draw_title, gray_photo, shown_pixels, style_curves
+from attribution.figures.style import (
+    INK,
+    Figure,
+    as_written,
+    border_segments,
+    class_text,
+    draw_colorbar,
+    draw_title,
+    gray_photo,
+    shown_pixels,
+    style_curves,
+)
 
 _TRUE, _PREDICTED = "#0072b2", "#d55e00"
 
@@ -22,12 +33,20 @@ def plot_failure(failure: DrawnFailure) -> Figure:
     probabilities = failure.truth.probabilities
     _draw_image(axes[0], shown_pixels(failure.truth.image))
     wrong, right = float(probabilities[failure.mistake.target]), float(probabilities[failure.truth.target])
-    draw_title(axes[0], f"predicted {failure.predicted_name}, p = {wrong:.2f}\nshows {failure.true_name}, p = {right:.2f}")
+    draw_title(axes[0], f"predicted {_predicted(failure)}, p = {wrong:.2f}\nshows {_true(failure)}, p = {right:.2f}")
     _draw_causes(axes[1], failure)
     _draw_repair(axes[2], failure, failure.cause, hide=True)
     _draw_repair(axes[3], failure, failure.sufficient, hide=False)
     _draw_curves(axes[4], failure)
-    return figure
+    return as_written(figure)
+
+
+def _true(failure: DrawnFailure) -> str:
+    return class_text(failure.true_name, failure.truth.target)
+
+
+def _predicted(failure: DrawnFailure) -> str:
+    return class_text(failure.predicted_name, failure.mistake.target)
 
 
 def _draw_causes(ax: Axes, failure: DrawnFailure) -> None:
@@ -38,7 +57,7 @@ def _draw_causes(ax: Axes, failure: DrawnFailure) -> None:
     image = ax.imshow(values, cmap="RdBu", vmin=-1, vmax=1, alpha=0.62, interpolation="nearest")
     draw_colorbar(ax, image, [-1, 0, 1], ["cause", "", "support"], fraction=0.04, fontsize=8)
     ax.set_axis_off()
-    draw_title(ax, f"from cause of the error\nto support of {failure.true_name}")
+    draw_title(ax, f"from cause of the error\nto support of {_true(failure)}")
 
 
 def _draw_repair(ax: Axes, failure: DrawnFailure, repair: DrawnRepair | None, hide: bool) -> None:
@@ -54,14 +73,14 @@ def _draw_repair(ax: Axes, failure: DrawnFailure, repair: DrawnRepair | None, hi
     _draw_image(ax, np.where(shown[:, :, None], shown_pixels(failure.truth.image), shown_pixels(failure.fill)))
     ax.add_collection(LineCollection(border_segments(np.where(inside, 1, 0)), colors=_PREDICTED if hide else _TRUE, linewidths=1.4))
     count = f"{len(repair.regions)} region{'s' if len(repair.regions) > 1 else ''}, {repair.area:.0%} of the image"
-    draw_title(ax, f"{'without' if hide else 'only'} {count}:\n{failure.true_name}, p = {repair.true:.2f}")
+    draw_title(ax, f"{'without' if hide else 'only'} {count}:\n{_true(failure)}, p = {repair.true:.2f}")
 
 
 def _draw_curves(ax: Axes, failure: DrawnFailure) -> None:
     area = failure.truth.area.numpy()
     for scores, colour, name in (
-        (failure.shown.true, _TRUE, failure.true_name),
-        (failure.shown.predicted, _PREDICTED, failure.predicted_name),
+        (failure.shown.true, _TRUE, _true(failure)),
+        (failure.shown.predicted, _PREDICTED, _predicted(failure)),
     ):
         ax.plot(area, scores.numpy(), color=colour, linewidth=1.9, label=name)
     right = failure.shown.right.numpy()
@@ -70,7 +89,7 @@ def _draw_curves(ax: Axes, failure: DrawnFailure) -> None:
     ax.plot(area[peak], float(failure.shown.true[peak]), "o", color=_TRUE, markeredgecolor="white", markersize=8, zorder=3)
     ax.axvline(area[peak], color=INK, linewidth=0.8, linestyle=":")
     style_curves(ax, "share of the image shown, support of the truth first", "probability", fontsize=8.5)
-    draw_title(ax, f"highest p({failure.true_name}) = {float(failure.shown.true[1:].max()):.2f}\nshaded: the model is right")
+    draw_title(ax, f"highest p({_true(failure)}) = {float(failure.shown.true[1:].max()):.2f}\nshaded: the model is right")
 
 
 def _draw_image(ax: Axes, pixels: np.ndarray) -> None:

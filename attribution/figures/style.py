@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import warnings
+from functools import cache
+from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.text import Text
 from torch import Tensor
 
+F = TypeVar("F", bound=MatplotlibFigure)
+_LONGEST = 60  # characters of a class name
+_NOT_FOR_TEXT = ("Last Resort", "cm", "STIXSize", "STIXNon")  # matplotlib's own fonts of boxes and of parts of formulas
 INSERTION, DELETION, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart
 
 
@@ -20,6 +28,72 @@ class Figure(MatplotlibFigure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=90)
         return buffer.getvalue()
+
+
+def one_line(text: str, instead: str | None = None) -> str:
+    """A text of data, such as a name, as a figure can show it.
+
+    Line breaks, tabs and characters that are not printed become spaces. If no installed font has all its letters, it is replaced, and
+    a warning says so.
+
+    Args:
+        text: as it was given.
+        instead: what replaces it, such as "class 7"; by default the text with "?" for each letter that no font has.
+    """
+    line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    lacking = {each for each in line if not _font_of(each)}
+    if not lacking:
+        return line
+    shown = "".join("?" if each in lacking else each for each in line) if instead is None else instead
+    readable = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    warnings.warn(
+        f"no installed font has all letters of {readable!r}: figures show {shown!r}; install a font that has them, such as Noto Sans CJK",
+        stacklevel=2,
+    )
+    return shown
+
+
+def class_text(name: str, index: int) -> str:
+    """The name of a class as a figure can show it (see ``one_line``), or its index. A name that would cover other panels is shortened."""
+    text = one_line(name, f"class {index}")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def as_written(figure: F) -> F:
+    """The figure with every text drawn as it is written: dollar signs begin no formula, and letters come from a font that has them.
+
+    Every figure goes through this function when it is complete; names in it come from ``one_line`` or ``class_text``.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        families = text.get_fontfamily()
+        others = {_font_of(each) for each in text.get_text() if not each.isascii() and not _has(tuple(families), each)} - {""}
+        if others:
+            text.set_fontfamily([*families, *sorted(others)])
+    return figure
+
+
+def _font_of(letter: str) -> str:
+    """The family of the usual font if it has the letter, else of another installed font; empty where none has it."""
+    usual = tuple(matplotlib.rcParams["font.family"])
+    if letter.isascii() or _has(usual, letter):
+        return usual[0]
+    return next((family for family, path in _installed() if ord(letter) in _letters(path)), "")
+
+
+def _has(families: tuple[str, ...], letter: str) -> bool:
+    return any(ord(letter) in _letters(font_manager.findfont(font_manager.FontProperties(family=[family]))) for family in families)
+
+
+def _installed() -> list[tuple[str, str]]:
+    """Families and files of the installed fonts of upright letters."""
+    fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal" and not font.name.startswith(_NOT_FOR_TEXT)]
+    return sorted((font.name, font.fname) for font in fonts)
+
+
+@cache
+def _letters(path: str) -> frozenset[int]:
+    return frozenset(font_manager.get_font(path).get_charmap())
 
 
 def border_segments(labels: np.ndarray) -> Any:
@@ -50,13 +124,11 @@ def style_curves(ax: Axes, xlabel: str, ylabel: str, fontsize: float = 8) -> Non
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    legend = ax.legend(fontsize=fontsize, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    ax.legend(fontsize=fontsize, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
 
 
 def draw_title(ax: Axes, text: str) -> None:
-    ax.set_title(text, fontsize=10, color=INK, parse_math=False)
+    ax.set_title(text, fontsize=10, color=INK)
 
 
 def draw_colorbar(ax: Axes, image: Any, ticks: list[float], names: list[str], fraction: float = 0.035, fontsize: float = 7) -> None:

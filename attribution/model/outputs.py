@@ -23,7 +23,7 @@ OutputChoice = str | int | Callable[[Any], Any]
 
 _SUM = 0.02  # probabilities in half precision, or rounded to few digits, sum to 1 within this
 _UNCHANGED = re.compile(
-    r"(Clone|Alias|(Unsafe|As)?View|Reshape\w*|Unsqueeze|Squeeze|Slice|Select|Index|ToCopy|T|Transpose|Permute|Expand)$"
+    r"(Clone|Alias|(Unsafe|As)?View|Reshape\w*|Unsqueeze|Squeeze|Slice|Select|Index|ToCopy|T|Transpose|Transpose|Permute|Expand)$"
 )
 _LINEAR = re.compile(r"(Addmm|Mm|Bmm|Convolution|Linear\w*|MkldnnLinear)$")
 
@@ -106,7 +106,7 @@ class Outputs:
         return torch.cat([-scores, scores], dim=1) if self.two_sided else scores
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities of logits [n, C]: their softmax, or their sigmoid for labels. Probabilities that a module returned are unchanged."""
+        """Probabilities of logits [n, C]: their softmax, or their sigmoid for labels. What a module returned is unchanged."""
         if self._elementwise:
             return logits.sigmoid()
         return logits.exp() if self.kind == "probabilities" else logits.softmax(dim=1)

@@ -12,7 +12,7 @@ from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
 from attribution.errors import UserError
-from attribution.figures.style import DELETION, INK, INSERTION, Figure
+from attribution.figures.style import DELETION, INK, INSERTION, Figure, as_written, class_text, one_line
 from attribution.image import load_image
 from attribution.neurons.decode import Decoded, Exemplar
 from attribution.neurons.path import NeuronPath
@@ -73,11 +73,10 @@ def plot_path(
         _draw_exemplars(figure, grid, len(heights) - rows, exemplars, pictures)
     if image is not None:
         _draw_photo(figure, image)
-    title = f"{path.provenance.get('model', 'neuron path')}: {path.target_name}, p = {path.target_score:.2f}"
-    figure.suptitle(
-        f"{title}; {path.method} path, joint score {path.score:.3f}", x=0.012, ha="left", fontsize=10.5, color=INK, parse_math=False
-    )
-    return figure
+    model, target = one_line(path.provenance.get("model", "neuron path")), class_text(path.target_name, path.target)
+    title = f"{model}: {target}, p = {path.target_score:.2f}"
+    figure.suptitle(f"{title}; {path.method} path, joint score {path.score:.3f}", x=0.012, ha="left", fontsize=10.5, color=INK)
+    return as_written(figure)
 
 
 def _draw_exemplars(
@@ -166,13 +165,12 @@ def _draw_classes(ax: Axes, path: NeuronPath, decoded: Sequence[Decoded]) -> Non
             ax.text(
                 layer,
                 2.5 - place,
-                effect.name[:16],
+                class_text(effect.name, effect.index)[:16],
                 ha="center",
                 va="center",
                 fontsize=8,
                 color=INK if significant else to_rgba(_MUTED, 0.65),
                 fontweight="bold" if effect.index == path.target and significant else "normal",
-                parse_math=False,
             )
 
 

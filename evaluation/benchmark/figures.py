@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from attribution.figures.style import Figure
-from evaluation.benchmark.labels import place_labels, plain_text
+from attribution.figures.style import Figure, as_written, one_line
+from evaluation.benchmark.labels import place_labels
 from evaluation.benchmark.methods import MethodSpec
 from evaluation.benchmark.summary import AXIS, Entry, MeanCurve, Summary, score_matrix
 from evaluation.metrics.registry import METRICS, Measure, metric_title
@@ -58,7 +58,7 @@ def plot_curves(summary: Summary, model: str, protocol: str) -> Figure:
             ax.set_xlim(0, 1)
             ax.set_xlabel(f"share of the image {verb}")
             ax.set_title(f"{name}: {hint} is better")
-        figure.suptitle(plain_text(f"{model}: {protocol}"), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(one_line(f"{model}: {protocol}"), fontsize=10, fontweight="bold", x=0.01, ha="left")
         axes[0].set_ylabel("logit of the target" if output == "logit" else "p(target)")
         if output == "probability":
             axes[0].set_ylim(-0.02, 1.02)
@@ -69,8 +69,8 @@ def plot_curves(summary: Summary, model: str, protocol: str) -> Figure:
         ]
         if handles:
             title = f"{len(shown)} of {len(ordered)} methods" if left_out else None
-            figure.legend(handles, [plain_text(m) for m in shown], loc="outside right upper", handlelength=3.4, title=title)
-    return figure
+            figure.legend(handles, [one_line(m) for m in shown], loc="outside right upper", handlelength=3.4, title=title)
+    return as_written(figure)
 
 
 def _draw_curves(axes: Sequence[Axes], curve: MeanCurve, spec: MethodSpec, dashes: Any) -> None:
@@ -104,7 +104,7 @@ def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None =
         figure.draw_without_rendering()  # fixes the positions of the panels
         for ax, points in placed:
             place_labels(figure, ax, points)
-    return figure
+    return as_written(figure)
 
 
 def _draw_costs(
@@ -174,7 +174,7 @@ def plot_scores(summary: Summary, model: str, measure: Measure) -> Figure:
         _method_ticks(ax, [e.method for e in entries], specs)
         ax.set_title(_heading(model, measure), fontweight="bold")
         ax.grid(visible=False, axis="y")
-    return figure
+    return as_written(figure)
 
 
 def plot_agreement(summary: Summary, model: str) -> Figure:
@@ -202,10 +202,10 @@ def plot_agreement(summary: Summary, model: str) -> Figure:
             ax.set_xticks(range(size), names)
             ax.set_yticks(range(size), names)
             ax.set_title(metric_title(metric))
-        figure.suptitle(plain_text(f"{model}: Kendall's tau between rankings"), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(one_line(f"{model}: Kendall's tau between rankings"), fontsize=10, fontweight="bold", x=0.01, ha="left")
         legend = ";  ".join(f"{name}: {label}" for name, label in zip(names, labels, strict=True))
-        figure.supxlabel(plain_text(legend), fontsize=9, x=0.01, ha="left")
-    return figure
+        figure.supxlabel(one_line(legend), fontsize=9, x=0.01, ha="left")
+    return as_written(figure)
 
 
 def plot_ranks(summary: Summary, model: str) -> Figure:
@@ -219,11 +219,11 @@ def plot_ranks(summary: Summary, model: str) -> Figure:
         ax = figure.subplots()
         if methods:
             draw_matrix(ax, np.stack([found[method] for method in methods]), "Blues_r", 1, max(len(methods), 2), "{:.1f}")
-        ax.set_xticks(range(len(labels)), [plain_text(label) for label in labels])
+        ax.set_xticks(range(len(labels)), [one_line(label) for label in labels])
         ax.xaxis.tick_top()
-        ax.set_title(plain_text(f"{model}: mean rank over the metrics with curves, 1 is best"), fontweight="bold")
+        ax.set_title(one_line(f"{model}: mean rank over the metrics with curves, 1 is best"), fontweight="bold")
         _method_ticks(ax, methods, specs)
-    return figure
+    return as_written(figure)
 
 
 def cost_measures(summary: Summary, model: str) -> tuple[Measure, ...]:
@@ -285,7 +285,7 @@ def _spread_dots(known: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _method_ticks(ax: Axes, methods: Sequence[str], specs: dict[str, MethodSpec]) -> None:
     """Names down the left side in the colours of their families, the first on top."""
-    ax.set_yticks(range(len(methods)), [plain_text(method) for method in methods])
+    ax.set_yticks(range(len(methods)), [one_line(method) for method in methods])
     ax.set_ylim(len(methods) - 0.5, -0.5)
     for label, method in zip(ax.get_yticklabels(), methods, strict=True):
         label.set_color(FAMILY_COLOURS[specs[method].family])
@@ -293,6 +293,6 @@ def _method_ticks(ax: Axes, methods: Sequence[str], specs: dict[str, MethodSpec]
 
 
 def _heading(model: str, measure: Measure) -> str:
-    return plain_text(
+    return one_line(
         f"{model}: {metric_title(measure.metric)}{f' ({measure.protocol})' if measure.protocol else ''}, {measure.direction} is better"
     )

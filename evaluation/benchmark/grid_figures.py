@@ -22,7 +22,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from attribution.errors import UserError, describe
-from attribution.figures.style import Figure
+from attribution.figures.style import Figure, as_written, one_line
 from evaluation.grids.aggregate import Aggregate, examples, saturation
 from evaluation.grids.scores import cell_slices, chance, positive_maps
 from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style
@@ -63,12 +63,12 @@ def plot_localization(scores: Mapping[str, Mapping[str, np.ndarray]], families: 
             ax.axvline(chance(n), color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=2.5)
             ax.text(chance(n) + 0.015, len(methods) - 0.05, f"chance 1/{n * n}", fontsize=8, va="center")
             ax.annotate("mean", (1, -0.6), (8, 2), textcoords="offset points", va="bottom", fontsize=7.5, color=MUTED)
-            ax.set_title(panel, fontweight="bold", parse_math=False)
+            ax.set_title(one_line(panel), fontweight="bold")
             ax.set_xlim(0, 1)
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
             ax.set_xlabel("localisation")
             ax.grid(visible=False, axis="y")
-        axes[0].set_yticks(range(len(methods)), methods, parse_math=False)
+        axes[0].set_yticks(range(len(methods)), [one_line(method) for method in methods])
         axes[0].set_ylim(len(methods) + 0.4, -0.6)
         for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
             label.set_color(FAMILY_COLOURS[families[method]])
@@ -78,7 +78,7 @@ def plot_localization(scores: Mapping[str, Mapping[str, np.ndarray]], families: 
         handles: list[Any] = [Patch(facecolor=_tint(FAMILY_COLOURS[f]), edgecolor=FAMILY_COLOURS[f], label=f) for f in used]
         handles.append(Line2D([], [], color=INK, marker="D", linestyle="", markersize=5, markeredgecolor=PAPER, label="mean"))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
+    return as_written(figure)
 
 
 def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title: str = "") -> Figure:
@@ -103,7 +103,7 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
         names = [bin_names(each.fractions) for each in aggregates.values()]
         side = min(1.6, 9.6 / columns)
         tall, apart = side * height / width, 0.3 if all(each == names[0] for each in names) else 0.55  # room for names between rows
-        labels = [f"{method}\nmean {float(found.scores.mean()):.2f}" for method, found in aggregates.items()]
+        labels = [f"{one_line(method)}\nmean {float(found.scores.mean()):.2f}" for method, found in aggregates.items()]
         left, right, over, under = 0.4 + 0.07 * max(map(len, "\n".join(labels).split("\n"))), 0.9, 0.65, 0.55
         across, down = left + right + (side + 0.1) * columns, over + under + tall * len(labels) + apart * (len(labels) - 1)
         figure = Figure(figsize=(across, down), dpi=130)  # laid out by hand: matplotlib's solver is slow with a hundred panels
@@ -120,7 +120,7 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
                 if bins != above:
                     ax.set_title(name, fontsize=9, loc="center", pad=4)
             above = bins
-            row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, parse_math=False)
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
         beside = figure.add_axes(
             (1 - (right - 0.2) / across, 0.5 - min(1.5, down / 3) / down, 0.14 / across, 2 * min(1.5, down / 3) / down)
         )
@@ -130,7 +130,7 @@ def plot_aggregate(aggregates: Mapping[str, Aggregate], n: int, cell: int, title
         note = f"Below each map: mean localisation of the bin (chance {chance(n):.2f})."
         figure.text(0.1 / across, 0.08 / down, note, fontsize=8, color=MUTED)
         _suptitle(figure, title)
-    return figure
+    return as_written(figure)
 
 
 def plot_examples(
@@ -183,7 +183,7 @@ def plot_examples(
                     photo.set_ylabel(f"{name}\n{maps_of}", rotation=0, ha="right", va="center", labelpad=8)
         _note(figure, f"Below each map: its localisation (chance {chance(n):.2f}). Each map has its own scale.")
         _suptitle(figure, title)
-    return figure
+    return as_written(figure)
 
 
 def plot_sweep(
@@ -211,7 +211,9 @@ def plot_sweep(
             colour = _SWEEP_COLOURS[index % len(_SWEEP_COLOURS)]
             marker = _MARKERS[(index + index // len(_SWEEP_COLOURS)) % len(_MARKERS)]
             ax.fill_between(kernels, low, high, color=colour, alpha=0.13, linewidth=0)
-            ax.plot(kernels, mean, color=colour, marker=marker, markersize=5.5, markeredgecolor=PAPER, linewidth=1.7, label=method)
+            ax.plot(
+                kernels, mean, color=colour, marker=marker, markersize=5.5, markeredgecolor=PAPER, linewidth=1.7, label=one_line(method)
+            )
             ends.append(float(mean[-1]))
         sizes = sorted({int(kernel) for curve in curves.values() for kernel in curve[0]})
         ax.set_xscale("log", base=2)
@@ -225,11 +227,9 @@ def plot_sweep(
         ax.set_ylabel("mean localisation")
         handles, labels = ax.get_legend_handles_labels()
         order = np.argsort([-end for end in ends], kind="stable")
-        legend = figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper")
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper")
         _suptitle(figure, title)
-    return figure
+    return as_written(figure)
 
 
 def bin_names(fractions: Sequence[float]) -> list[str]:
@@ -327,7 +327,7 @@ def _top(scale: float, values: Tensor) -> float:
 def _suptitle(figure: Figure, title: str) -> None:
     if title:
         above = {} if figure.get_layout_engine() is not None else {"y": 1 - 0.1 / figure.get_figheight()}
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left", va="top", parse_math=False, **above)
+        figure.suptitle(one_line(title), fontsize=11, fontweight="bold", x=0.01, ha="left", va="top", **above)
 
 
 def _note(figure: Figure, text: str) -> None:

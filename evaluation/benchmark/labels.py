@@ -8,16 +8,11 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from attribution.figures.style import Figure
+from attribution.figures.style import Figure, one_line
 from evaluation.statistics.intervals import Interval
 from evaluation.study.style import MUTED
 
 _Box = tuple[float, float, float, float]
-
-
-def plain_text(text: str) -> str:
-    """A name for matplotlib, with dollar signs escaped, which would otherwise begin a formula."""
-    return text.replace("$", r"\$")
 
 
 def place_labels(figure: Figure, ax: Axes, points: Sequence[tuple[str, float, Interval, float, str]]) -> None:
@@ -39,7 +34,7 @@ def place_labels(figure: Figure, ax: Axes, points: Sequence[tuple[str, float, In
     for method, px, py, colour in sorted(places, key=lambda p: (-p[2], p[1])):
         x, y = ax.transData.inverted().transform((px, py))
         text = ax.annotate(
-            plain_text(method), (x, y), (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center",
+            one_line(method), (x, y), (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center", parse_math=False,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}, gid=f"label {method}",
         )  # fmt: skip
         text.set_in_layout(False)

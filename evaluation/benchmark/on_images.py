@@ -25,7 +25,7 @@ from attribution.files import slug, whole_file
 from attribution.image import limit_size
 from attribution.model.classifier import Classifier
 from attribution.provenance import pixels_digest
-from attribution.regions import Regions, make_regions
+from attribution.regions import Regions, make_regions, several
 from evaluation.benchmark.methods import MethodSpec
 from evaluation.benchmark.results import Asked, Explained, Refusals, Score
 from evaluation.benchmark.settings import BenchmarkSettings
@@ -172,7 +172,7 @@ class _Prepared:
             sample = replace(sample, mask=resized[0, 0] > 0.5)
         predicted = int(classifier.logits(classifier.inputs(image))[0].argmax())
         target = predicted if settings.target == "predicted" or sample.label is None else sample.label
-        regions = make_regions(image, settings.regions, **settings.region_options)
+        regions = several(make_regions(image, settings.regions, **settings.region_options))
         if settings.drops:
             with suppress(NotApplicable):  # methods and fills that drop tokens refuse such a model later
                 regions = follow_patches(classifier, regions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from attribution.errors import UserError, describe
 from attribution.image import load_image
 from attribution.provenance import pixels_digest
 from evaluation.metrics.localization import box_mask
+
+CLASS_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a typing error, and class names up to it would fill the memory
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,16 @@ def index_of_name(name: str, class_names: tuple[str, ...]) -> int | None:
     if len(found) > 1:
         raise UserError(f"the class name {name!r} stands for classes {found}: give the index, or names that differ")
     return found[0] if found else None
+
+
+def class_index(label: str, class_names: tuple[str, ...]) -> int | None:
+    """The class with this name or, if no class has it, with this index; None without either.
+
+    Raises:
+        UserError: several classes have the name.
+    """
+    index = index_of_name(label, class_names)
+    return int(label) if index is None and CLASS_INDEX.fullmatch(label) and int(label) < len(class_names) else index
 
 
 def some_names(names: Sequence[str], limit: int = 10) -> str:

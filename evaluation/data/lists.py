@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 from attribution.errors import UserError
 from attribution.image import IMAGE_SUFFIXES
-from evaluation.data.dataset import ImageDataset, index_of_name, some_names
+from evaluation.data.dataset import CLASS_INDEX, ImageDataset, class_index, some_names
 
 LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _BOX = ("x0", "y0", "x1", "y1")
 _COLUMNS = ("path", "label", "mask", *_BOX, "group")
-_INDEX = re.compile(r"[0-9]{1,5}")  # a larger index is a typing error, and class names up to it would fill the memory
 _PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
 
 
@@ -155,7 +154,7 @@ def _names_in_list(labelled: list[tuple[str, str]]) -> tuple[str, ...]:
     if not numbers:
         return tuple(sorted({label for _, label in labelled}))
     for place, label in numbers:
-        if not _INDEX.fullmatch(label):
+        if not CLASS_INDEX.fullmatch(label):
             raise UserError(f"{place}: class index {label} is out of range: expected 0 to 99999")
     return tuple(f"class {index}" for index in range(1 + max(int(label) for _, label in numbers)))
 
@@ -176,10 +175,7 @@ def _list_mask(path: Path, row: _Row) -> Path | tuple[float, ...] | None:
 
 
 def _label_index(label: str, class_names: tuple[str, ...]) -> int:
-    """The class with this name or, if no class has it, with this index."""
-    index = index_of_name(label, class_names)
-    if index is None and _INDEX.fullmatch(label) and int(label) < len(class_names):
-        index = int(label)
+    index = class_index(label, class_names)
     if index is None:
         raise UserError(f"no class {label!r}: expected an index below {len(class_names)}, or one of {some_names(class_names)}")
     return index

@@ -7,8 +7,10 @@ data is executed. An image is opened when its sample is read, not before.
 
 from __future__ import annotations
 
+import re
 import tarfile
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -18,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from attribution.errors import UserError
-from attribution.image import IMAGE_SUFFIXES
-from evaluation.data.dataset import ImageDataset, index_of_name, some_names
+from attribution.image import IMAGE_SUFFIXES, image_files
+from evaluation.data.dataset import ImageDataset, class_index, index_of_name, some_names
 from evaluation.data.lists import open_list
 
 PHOTOS = "photos"
+_HIDDEN = re.compile(r"(^|/)\.+[^./]")  # a name that begins with a dot; ".." is the folder above
 _PHOTO_FILES = (
     *(("skimage.data", name) for name in ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")),
     *(("sklearn.datasets.images", name) for name in ("china.jpg", "flower.jpg")),
@@ -55,7 +58,8 @@ def open_dataset(
             - "photos": a few photos that are part of scikit-image and scikit-learn, without labels;
             - the name of a recipe, together with root (see ``load_dataset``);
             - a folder with one subfolder for each class, images at any depth below it (subfolders without images do not count),
-              or a flat folder of images, which have no labels. Names that begin with a dot are ignored;
+              or a flat folder of images, which have no labels. Links are followed. Names that begin with a dot are ignored (see
+              ``image_files``). With class_names, a folder whose name is a number and no class's name is the class of this index;
             - a list: a .csv, .tsv or .txt file (UTF-8) whose header names its columns. The column "path" is required; optional
               are label, mask (an image file; pixels that are not black are inside), x0 y0 x1 y1 (a box in pixels, see
               ``box_mask``) and group. A .txt list may omit the header: each line is then "path label" or "path". Relative paths
@@ -157,7 +161,7 @@ def _from_tar(recipe: Recipe, layout: dict[str, str], path: Path, split: str) ->
     named = {
         entry.name.removeprefix("./").removeprefix(f"{split}/"): entry for entry in entries
     }  # of several members with one name the last counts, as in tar
-    members = [(name, named[name]) for name in sorted(named)]
+    members = [(name, named[name]) for name in sorted(named) if not _HIDDEN.search(name)]
 
     def read(entry: tarfile.TarInfo) -> bytes:
         with path.open("rb") as file:
@@ -191,19 +195,23 @@ def _open_folder(path: Path, class_names: tuple[str, ...] | None) -> ImageDatase
 
 def _image_files(path: Path) -> list[tuple[str, Path]]:
     """The images below a folder, sorted: (path relative to the folder, file)."""
-    found = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
-    hidden = [any(part.startswith(".") for part in name.parts) for name, _ in found]
-    return [(name.as_posix(), file) for (name, file), skip in zip(found, hidden, strict=True) if not skip and not file.is_dir()]
+    return [(file.relative_to(path).as_posix(), file) for file in image_files(path)]
 
 
 def _by_class_folder(
     name: str, classes: tuple[str, ...], title: str, path: Path, members: list[tuple[str, Any]], read: Callable[[Any], Any]
 ) -> ImageDataset:
     folders = sorted({member.split("/")[0] for member, _ in members})
-    indices = {folder: index_of_name(folder, classes) for folder in folders}
+    indices = {folder: class_index(folder, classes) for folder in folders}
     unknown = [folder for folder, index in indices.items() if index is None]
     if unknown:
         raise UserError(f"{path} has folders that are no class of {title}: {', '.join(unknown[:5])} (expected {some_names(classes)})")
+    if any(index not in (place, index_of_name(folder, classes)) for place, (folder, index) in enumerate(indices.items())):
+        warnings.warn(
+            f"{path} has numbers as names of folders, which are read as class indices. torchvision's ImageFolder counts them as text (10 "
+            "before 2): if the model was trained so, give the folder names in that order as class names (--classes)",
+            stacklevel=2,
+        )
     return ImageDataset(
         name=name,
         class_names=classes,

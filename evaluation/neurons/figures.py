@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from attribution.figures.style import Figure
+from attribution.figures.style import Figure, as_written, class_text
 from evaluation.neurons.results import EDITED
 from evaluation.neurons.summary import NeuronSummary, Whose, changed
 from evaluation.statistics.intervals import Interval, bootstrap_interval
@@ -48,7 +48,7 @@ def plot_changes(summary: NeuronSummary, whose: Whose = "own") -> Figure:
         axes[0].set_ylim(len(kinds) - 0.4, -0.6)
         for label, kind in zip(axes[0].get_yticklabels(), kinds, strict=True):
             label.set_color(kind_colour(kind, kinds))
-    return figure
+    return as_written(figure)
 
 
 def plot_similarity(summary: NeuronSummary) -> Figure:
@@ -63,12 +63,13 @@ def plot_similarity(summary: NeuronSummary) -> Figure:
         top = max(float(np.nanmax(away)) if away.size else 1.0, 1e-6)
         draw_matrix(ax, values, "Blues", 0, top, "{:.2f}" if len(order) <= 16 else "")
         if len(order) <= _MOST_NAMES:
-            ax.set_xticks(range(len(order)), [names[c] for c in order], rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
-            ax.set_yticks(range(len(order)), [names[c] for c in order], parse_math=False)
+            texts = [class_text(names[c], c) for c in order]
+            ax.set_xticks(range(len(order)), texts, rotation=60, ha="right", rotation_mode="anchor")
+            ax.set_yticks(range(len(order)), texts)
         else:
             ax.set_xticks([])
             ax.set_yticks([])
-    return figure
+    return as_written(figure)
 
 
 def plot_class_paths(summary: NeuronSummary) -> Figure:
@@ -88,7 +89,7 @@ def plot_class_paths(summary: NeuronSummary) -> Figure:
             layers, units = np.nonzero(counts)
             ax.scatter(layers, units, s=4 + 130 * counts[layers, units], color=_OTHER, alpha=0.55, linewidths=0)
             ax.plot(range(depth), summary.class_paths[label], color=_FIRST, linewidth=1.5)
-            ax.set_title(results.classifier.class_names[label], parse_math=False)
+            ax.set_title(class_text(results.classifier.class_names[label], label))
             ax.set_xlim(-0.5, depth - 0.5)
             ax.set_ylim(-0.04 * width, 1.04 * width)
             step = max(1, math.ceil(depth / 6))
@@ -97,7 +98,7 @@ def plot_class_paths(summary: NeuronSummary) -> Figure:
             ax.set_xlabel("layer")
         for ax in axes[:, 0]:
             ax.set_ylabel("unit")
-    return figure
+    return as_written(figure)
 
 
 def plot_pruning(summary: NeuronSummary) -> Figure:
@@ -128,7 +129,7 @@ def plot_pruning(summary: NeuronSummary) -> Figure:
         ]
         handles.append(Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (4, 2)), label="not pruned"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
-    return figure
+    return as_written(figure)
 
 
 def plot_agreement(summary: NeuronSummary) -> Figure:
@@ -147,7 +148,7 @@ def plot_agreement(summary: NeuronSummary) -> Figure:
         ax.set_xlabel("layer")
         ax.set_ylabel("rank correlation")
         ax.grid(visible=False, axis="x")
-    return figure
+    return as_written(figure)
 
 
 def kind_colour(kind: str, kinds: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from attribution.figures.style import Figure
+from attribution.figures.style import Figure, as_written, one_line
 from evaluation.pareto.settings import POLISHED, SAMPLED
 from evaluation.pareto.summary import Row
 from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style, has_interval
@@ -28,11 +28,11 @@ def plot_pareto(rows: Sequence[Row]) -> Figure:
                 _panel(axes[down][across], shown)
                 counts = sorted({row.quality.count for row in shown})
                 images = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "no"
-                axes[down][across].set_title(f"{model}, {partition} regions, {images} images", parse_math=False)
+                axes[down][across].set_title(f"{one_line(model)}, {partition} regions, {images} images")
             axes[down][0].set_ylabel("Insertion - Deletion")
         for ax in axes[-1]:
             ax.set_xlabel("images forwarded")
-    return figure
+    return as_written(figure)
 
 
 def _panel(ax: Axes, rows: Sequence[Row]) -> None:

@@ -18,7 +18,7 @@ from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
 from attribution.objective import BALANCED, SubmodularObjective
 from attribution.provenance import pixels_digest
-from attribution.regions import Regions, make_regions
+from attribution.regions import Regions, make_regions, several
 from attribution.search.budget import anytime_from, search_orders
 from evaluation.data.dataset import ImageDataset
 from evaluation.metrics.curves import perturbation_curves
@@ -143,7 +143,7 @@ class _Case:
 
     @cached_property
     def regions(self) -> Regions:
-        return make_regions(self.image, self.cut[0], count=self.cut[1])
+        return several(make_regions(self.image, self.cut[0], count=self.cut[1]))
 
     @cached_property
     def masked(self) -> MaskedInputs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ def inline_svg(figure: Figure, prefix: str = "") -> Markup:
         prefix: put before each id of the figure, so that the ids of several figures on a page differ.
     """
     buffer = io.StringIO()
-    with figure_style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+    with figure_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from typing import Any
 import numpy as np
 
 from attribution.errors import UserError
-from attribution.files import CannotWrite
+from attribution.files import CannotWrite, whole_file
 
 Record = dict[str, Any]
+MARK = "study.json"  # names the study that a folder belongs to
 LOG = "records.jsonl"  # of a study, in its folder
+
+
+class _Kept(Record):
+    """A record, or an object inside one, as it stands in a file. A field that is missing is an error of that line."""
+
+    place = ""
+
+    def __missing__(self, field: str) -> Any:
+        raise UserError(f"{self.place} has no field {field!r}: remove that line; what it held is measured again")
 
 
 class RecordLog:
@@ -143,11 +154,40 @@ def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:
     records: dict[str, Record] = {}
     for number, line in enumerate(data[:complete].split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_hook=partial(_kept, f"{path} line {number}"))
             records[record["key"]] = record
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path} line {number} is damaged: remove that line; what it held is measured again") from None
     return records, complete
+
+
+def _kept(place: str, fields: Record) -> _Kept:
+    kept = _Kept(fields)
+    kept.place = place
+    return kept
+
+
+def check_study(out: Path, name: str, mark: bool = False) -> None:
+    """Refuse a folder that holds another study, whose page and figures would be overwritten.
+
+    Args:
+        out: the folder.
+        name: of the study.
+        mark: whether to mark the folder as that of this study.
+
+    Raises:
+        UserError: another study, or a mark that cannot be read.
+    """
+    path = out / MARK
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))["study"] if path.exists() else None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged, so whose folder this is cannot be known: remove that file, or choose another folder") from None
+    if held not in (None, name):
+        raise UserError(f"{out} holds the study {held!r}, whose page {name!r} would overwrite: choose another output folder (--out)")
+    if mark and held is None:
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps({"study": name}) + "\n", encoding="utf-8")
 
 
 def _lock(file: FileIO, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +67,7 @@ def draw_figures(planned: Iterable[Planned], folder: Path) -> tuple[tuple[Path, 
     files: list[Path] = []
     shown: dict[str, list[dict[str, Any]]] = {}
     for each in planned:
-        with figure_style(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # the page shows names with such glyphs in full
+        with figure_style():
             figure = each.draw()
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out once for both files

@@ -19,7 +19,7 @@ from rich.console import Console
 from attribution.errors import NotApplicable, NotMisclassified
 from attribution.provenance import digest_of
 from evaluation.study.attempts import Broken, attempted, attempted_each
-from evaluation.study.records import LOG, Record, RecordLog, open_log, read_all, take_over
+from evaluation.study.records import LOG, Record, RecordLog, check_study, open_log, read_all, take_over
 from evaluation.study.report import ReportFiles
 from evaluation.study.settings import StudySettings
 
@@ -221,16 +221,18 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
     Args:
         study: what to run.
         settings: what is measured.
-        out: folder of ``records.jsonl`` and of the files beside it; one process at a time.
+        out: folder of ``records.jsonl`` and of the files beside it; one study, and one process at a time.
         executor: where units are measured; this process by default. See ``executor_of``.
         progress: called with (items done, their total, words for the current one).
 
     Raises:
-        UserError: settings that cannot be run at all, or a full disk. Images that fail raise nothing: they are returned, and the next
-            run tries them again.
+        UserError: settings that cannot be run at all, a folder of another study, or a full disk. Images that fail raise nothing:
+            they are returned, and the next run tries them again.
     """
     out = Path(out)
+    check_study(out, study.name)
     with open_log(out / LOG) as log:
+        check_study(out, study.name, mark=True)
         take_over(out, log)
         return study.measure(Run(study, settings, out, log, executor, progress))
 
@@ -239,8 +241,9 @@ def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:
     """Read the results that a folder holds for some settings, without measuring. The run may be finished, under way or killed.
 
     Raises:
-        UserError: no records in the folder.
+        UserError: no records in the folder, or those of another study.
     """
+    check_study(Path(out), study.name)
     log = RecordLog(Path(out) / LOG, None, read_all(Path(out)))
     return study.measure(Run(study, settings, Path(out), log, reading=True))
 

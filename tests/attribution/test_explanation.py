@@ -6,6 +6,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,35 @@ def test_every_damaged_byte_is_a_user_error_or_harmless(tmp_path: Path) -> None:
         with suppress(at.UserError):  # anything else that is raised fails the test
             loaded = at.Explanation.load(tmp_path / "damaged.npz")
             assert loaded == made() or loaded.provenance != made().provenance
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"insertion_scores": [0.1, float("nan"), 0.9, 0.7, 0.6]}, "its insertion scores are not all finite"),
+        ({"deletion_scores": [float("inf")] * 5}, "its deletion scores are not all finite"),
+        ({"probabilities": [float("nan")] * 3}, "its probabilities are not all finite"),
+        ({"target": True}, "its parts do not fit together"),
+        ({"target": 1.0}, "its parts do not fit together"),
+        ({"evaluations": False}, "its parts do not fit together"),
+        ({"class_names": [1, 2]}, "its parts do not fit together"),
+        ({"regions": ["grid", "4"]}, "its parts do not fit together"),
+    ],
+    ids=str,
+)
+def test_values_that_no_explanation_has_are_refused_when_loaded(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "e.npz"
+    made().save(path)
+    arrays = dict(np.load(path))
+    header = json.loads(str(arrays["header"]))
+    for name, value in changes.items():
+        if name in arrays:
+            arrays[name] = np.resize(np.array(value, np.float32), arrays[name].shape)
+        else:
+            header[name] = value
+    np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
+    with pytest.raises(at.UserError, match=rf"e\.npz is not a saved explanation, or is damaged \({message}\)"):
+        at.Explanation.load(path)
 
 
 def test_a_header_that_claims_more_than_its_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,52 @@ def test_every_format_has_the_values_that_were_written(name: str, tmp_path: Path
     assert_is(image, array, tolerance + 1e-6)
     for source in (str(path), path.read_bytes(), Image.open(io.BytesIO(path.read_bytes()))):
         assert torch.equal(at.load_image(source), image)
+
+
+def tiff(values: np.ndarray, sample_format: int = 1, photometric: int = 1) -> bytes:
+    """A little-endian TIFF of one channel by hand; sample format 2 is signed, 3 is float, photometric 0 has its white at 0."""
+    data, (height, width), bits = values.tobytes(), values.shape, 8 * values.dtype.itemsize
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+def test_tiffs_whose_white_is_zero_are_inverted() -> None:
+    for values, sample_format, truth in ((GRAY, 1, 255 - GRAY), (GRAY16, 1, 65535 - GRAY16), (GRAY_FLOAT, 3, 1 - GRAY_FLOAT)):
+        even = values[:, :36]
+        assert_is(at.load_image(tiff(even, sample_format)), even)
+        assert_is(at.load_image(tiff(even, sample_format, photometric=0)), truth[:, :36])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [("<i2", -1000, 3000), ("<i2", 0, 30000), ("<u4", 0, 2**31), ("<i4", 0, 65535), ("i1", -100, 100)]
+)
+def test_whole_numbers_without_a_white_are_refused(dtype: str, low: int, high: int) -> None:
+    """They were clipped to black, or read with another white."""
+    values = np.linspace(low, high, 24).round().astype(dtype).reshape(4, 6)
+    data = tiff(values, 1 if dtype == "<u4" else 2)
+    for source in (data, Image.open(io.BytesIO(data))):
+        with pytest.raises(at.UserError, match=r"holds signed or 32-bit whole numbers.*expected 8 or 16 bits without sign"):
+            at.load_image(source)
+    with pytest.raises(at.UserError, match="the PIL image holds signed or 32-bit whole numbers"):
+        at.load_image(Image.fromarray(RGB).convert("I"))
+
+
+def test_the_transparent_gray_of_a_16_bit_png_is_white() -> None:
+    values = np.array([[0, 500, 30000, 500]], np.uint16)
+    assert_is(at.load_image(encoded(Image.fromarray(values), "png", transparency=500)), np.array([[0, 65535, 30000, 65535]], np.uint16))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_of_pil_shows_the_same_picture(mode: str) -> None:
+    """A gray square on white survives every mode, up to the rounding of its colour space."""
+    pixels = np.full((6, 8, 3), 255, np.uint8)
+    pixels[2:4, 2:5] = 0 if mode == "1" else 100
+    picture = Image.fromarray(pixels)
+    between = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+    converted = (picture if between is None else picture.convert(between)).convert(mode)
+    assert converted.mode == mode
+    assert_is(at.load_image(converted), pixels, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import inspect
 import math
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import skimage.segmentation
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -58,18 +60,19 @@ def default_count(name: str) -> int | None:
 def check_partition(name: str, image: Tensor) -> None:
     """One partition of the image, the same twice, and about as many regions as are asked for."""
     before, options = image.clone(), OPTIONS.get(name, {})
+    if name in ("seeds", "watershed"):
+        options = {"count": 20}  # their default is out of reach on small images
     regions = at.make_regions(image, name, **options)
     assert_partition(regions, *image.shape[1:])
-    assert (regions.method, regions.requested) == (name, default_count(name))
+    assert (regions.method, regions.requested) == (name, options.get("count", default_count(name)))
     assert torch.equal(regions.labels, at.make_regions(image, name, **options).labels)
     assert torch.equal(image, before)
     if name == "saliency_patches":
         assert regions.count == 8
         return
     asked = at.make_regions(image, name, count=20)
-    assert asked.requested == 20
-    assert (4 if name == "seeds" else 8) <= asked.count <= 40
-    assert asked.count <= at.make_regions(image, name, count=49).count
+    assert (asked.requested, asked.note) == (20, "")
+    assert 16 <= asked.count <= 24
     assert repr(asked) == f"Regions({name}, {asked.count} (20 requested), {image.shape[2]}x{image.shape[1]})"
 
 
@@ -88,6 +91,99 @@ def test_every_method_cuts_one_partition_the_same_twice(name: str, size: str, ca
 @pytest.mark.parametrize("count", BAD_COUNTS)
 def test_count_out_of_range(name: str, count: Any, small_cat: Tensor) -> None:
     check_refused_count(name, count, small_cat)
+
+
+IMAGES = {"noise": (64, 64), "photo": (97, 131), "constant": (48, 80), "tall": (200, 12)}
+
+
+@pytest.mark.parametrize("name", at.REGIONS)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_number_asked_for_is_met_within_a_fifth_or_what_was_made_is_said(name: str, kind: str, cat: Tensor) -> None:
+    size = IMAGES[kind]
+    noise = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    image = {"noise": noise, "constant": torch.full((3, *size), 0.4)}.get(kind, shrunk(cat, size))
+    options = {"heatmap": torch.rand(7, 7, generator=torch.Generator().manual_seed(1)), "side": 12} if name == "saliency_patches" else {}
+    for count in (7, 30, 120) if name != "quickshift" else (30,):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if (name, kind, count) == ("seeds", "tall", 7):
+                with pytest.raises(at.UserError, match="too small or narrow"):
+                    at.make_regions(image, name, count=count)
+                continue
+            regions = at.make_regions(image, name, count=count, **options)
+        assert_partition(regions, *size)
+        assert regions.requested == count
+        if abs(regions.count - count) <= 0.2 * count:
+            assert (regions.note, caught) == ("", [])
+        else:
+            assert (name, kind) in OUT_OF_REACH
+            assert f"{regions.count} regions where {count} were asked for" in regions.note
+            assert [str(each.message) for each in caught] == [f"{regions.note}: ask for another number, or use grid"]
+
+
+# felzenszwalb finds no edge in a constant image; the others lay their seeds on a grid, whose rows and columns are whole numbers
+OUT_OF_REACH = {
+    ("felzenszwalb", "constant"),
+    *((name, kind) for name in ("seeds", "slico", "watershed", "slic") for kind in IMAGES),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"), [("seeds", (300, 451), 50), ("slic", (224, 224), 49), ("saliency_patches", (60, 60), 200)]
+)
+def test_the_numbers_that_users_asked_for(name: str, size: tuple[int, int], count: int, cat: Tensor) -> None:
+    """Once 30, 1 (on noise) and 262 regions were made."""
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) if name == "slic" else shrunk(cat, size)
+    options = {"heatmap": torch.rand(9, 9), "side": 28} if name == "saliency_patches" else {}
+    made = at.make_regions(image, name, count=count, **options)
+    assert abs(made.count - count) <= (0 if name == "saliency_patches" else 0.2 * count)
+
+
+def test_saliency_patches_by_count_differ_by_one_cell_and_keep_the_ranking() -> None:
+    heatmap = torch.rand(11, 11, generator=torch.Generator().manual_seed(0))
+    regions = at.make_regions(torch.zeros(3, 11, 11), "saliency_patches", heatmap=heatmap, side=11, count=50)
+    sizes = torch.bincount(regions.labels.flatten())
+    assert sorted(set(sizes.tolist())) == [2, 3]
+    assert len(sizes) == 50
+    assert (regions.labels.flatten()[heatmap.flatten().argsort(descending=True)].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 11, 500, 560, 600])
+def test_grids_have_about_the_number_asked_for(count: int) -> None:
+    height, width = (2, 400) if count > 100 else (40, 40)
+    regions = at.make_regions(torch.zeros(3, height, width), "grid", count=count)
+    assert abs(regions.count - count) <= 0.2 * count
+
+
+def test_parameters_that_are_given_are_kept() -> None:
+    """A number is only searched by what the user left open: compactness 10 leaves one superpixel of noise."""
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, options in (("slic", {"compactness": 10.0}), ("felzenszwalb", {"scale": 1e4, "min_size": 64})):
+        with pytest.warns(UserWarning, match=f"1 regions where 49 were asked for, the nearest that {name} can make"):
+            assert at.make_regions(noise, name, count=49, **options).count == 1
+
+
+def test_one_region_explains_nothing(cnn: at.Classifier) -> None:
+    image = torch.full((3, 32, 32), 0.4)
+    with pytest.raises(at.UserError, match="labels gave 1 region, the whole image, and one region has no order: expected at least 2"):
+        at.explain(image, cnn, regions=torch.zeros(32, 32, dtype=torch.int64))
+    with pytest.raises(at.UserError, match="grid gave 1 region"):
+        at.attribute(image, cnn, "kernel_shap", regions="grid", region_options={"count": 1})
+    with pytest.warns(UserWarning, match="1 regions where 49"), pytest.raises(at.UserError, match="felzenszwalb gave 1 region"):
+        at.explain(image, cnn, regions="felzenszwalb")
+
+
+@pytest.mark.filterwarnings("ignore:63 regions where 50")
+def test_the_provenance_says_another_number_of_regions(small_cat: Tensor, cnn: at.Classifier, tmp_path: Path) -> None:
+    explanation = at.explain(small_cat, cnn, regions="seeds", search=lambda objective: range(objective.size))
+    assert explanation.provenance["settings"]["regions"] == {
+        "method": "seeds",
+        "requested": 50,
+        "actual": 63,
+        "note": "63 regions where 50 were asked for, the nearest that seeds can make of this image",
+    }
+    explanation.save(tmp_path / "cat.npz")
+    assert at.Explanation.load(tmp_path / "cat.npz") == explanation
 
 
 @pytest.mark.parametrize("name", ["grid", "seeds", "slic", "watershed"])
@@ -110,6 +206,7 @@ def test_a_method_of_the_user_keeps_the_contract(cat: Tensor, small_cat: Tensor,
     assert at.make_regions(torch.zeros(3, 2, 14), "stripes").labels.tolist() == [[c // 2 for c in range(14)]] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.* regions where 30 were asked for")
 @pytest.mark.parametrize("name", [name for name in at.REGIONS if name != "saliency_patches"])
 def test_fewer_pixels_than_the_default_count(name: str) -> None:
     """The default asks for at most as many regions as there are pixels; seeds refuse images that are too small for them."""
@@ -197,20 +294,33 @@ def test_slico_options(small_cat: Tensor) -> None:
             at.make_regions(small_cat, "slico", region_size=size)
 
 
-def test_without_opencvs_contrib_modules_the_others_work(small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_contrib = {name: at.make_regions(small_cat, name, **OPTIONS.get(name, {})).labels for name in at.REGIONS}
+def test_without_opencvs_contrib_modules_the_others_work(small_cat: Tensor, cnn: at.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain OpenCV, which other packages bring, replaces the contrib build."""
+    options = {name: OPTIONS.get(name, {"count": 20}) for name in at.REGIONS}
+    with_contrib = {name: at.make_regions(small_cat, name, **options[name]).labels for name in at.REGIONS}
     monkeypatch.delattr(cv2, "ximgproc")
     for name, labels in with_contrib.items():
-        if name in ("slico", "seeds"):
-            with pytest.raises(at.UserError, match=rf"regions='{name}' need OpenCV's contrib modules: .*opencv-contrib-python-headless"):
-                at.make_regions(small_cat, name)
-        else:
-            assert torch.equal(at.make_regions(small_cat, name, **OPTIONS.get(name, {})).labels, labels)
+        if name not in ("slico", "seeds"):
+            assert torch.equal(at.make_regions(small_cat, name, **options[name]).labels, labels)
+    with pytest.raises(at.UserError, match=r"regions='seeds' need OpenCV's contrib modules: .*opencv-contrib-python-headless"):
+        at.make_regions(small_cat, "seeds")
+    note = "cut by scikit-image's SLICO, not by OpenCV's, the published one"
+    for chosen, count in (({}, 56), ({"count": 20}, 20), ({"region_size": 8}, 16)):
+        with pytest.warns(UserWarning, match=rf"regions='slico' are {note}: pip uninstall opencv-python"):
+            regions = at.make_regions(small_cat, "slico", **chosen)
+        labels = skimage.segmentation.slic(small_cat.permute(1, 2, 0).numpy(), n_segments=count, slic_zero=True, start_label=0)
+        assert torch.equal(regions.labels, partition(labels))
+        assert (regions.method, regions.note) == ("slico", note)
+    with pytest.warns(UserWarning, match="the published one"):
+        explanation = at.explain(small_cat, cnn, search=lambda objective: range(objective.size))
+    assert explanation.provenance["settings"]["regions"]["note"] == note
 
 
 NARROW = """
+import warnings
 import torch
 import attribution as at
+warnings.simplefilter("ignore")  # of numbers that narrow images cannot hold
 torch.manual_seed(0)
 for height, width in [(7, 300), (300, 7), (1, 40), (40, 1), (2, 2), (3, 200), (10, 90), (5, 5), (60, 13), (16, 400), (20, 20), (30, 30)]:
     for count in (1, 2, 10, 50, 300):

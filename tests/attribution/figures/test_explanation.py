@@ -7,8 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import attribution as at
+from attribution.figures import style
 from attribution.figures.explanation import chosen_prefix, plot_explanations
 from attribution.figures.style import Figure, border_segments
 from tests.attribution.test_explanation import made, pixel_map
@@ -96,9 +98,37 @@ def test_rows_of_different_kinds() -> None:
         plot_explanations([])
 
 
-def test_class_names_are_text_not_mathematics() -> None:
-    explanation = replace(made(), class_names=("$x^", "<b>$\\frac{1}</b>"))
-    assert rendered(explanation.plot()).std() > 0
+ODD = ["Ba$$in", "$5 or $10", "a\nb", "tab\there", "<b>$\\frac{1}</b>", "[red]x[/red]", "кошка", "x" * 200, "", "\x07bell"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_are_drawn_as_they_are_written(name: str) -> None:
+    explanation = replace(made(), class_names=(name, name), provenance={"model": name, "settings": {"fill": name}})
+    figure = explanation.plot()
+    assert rendered(figure).std() > 0
+    shown = " ".join(name.replace("\x07", " ").split())
+    short = shown if len(shown) <= 60 else shown[:59] + "…"
+    assert figure.axes[0].get_title().startswith(f"{shown}: {short}, p = ".removeprefix(": "))
+    assert figure.axes[3].get_ylabel() == f"p({short})"
+    assert f"fill {shown}" in figure.axes[3].get_title()
+    assert not any(text.get_parse_math() for text in figure.findobj(Text) if text.get_text())
+
+
+def test_letters_that_the_usual_font_lacks_come_from_another_or_the_index_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="no installed font has all letters of '日本語': figures show 'class 1'; install a font"):
+        figure = replace(made(), class_names=("dog", "日本語")).plot()
+    assert figure.axes[0].get_title().startswith("toy: class 1, p = ")
+    rendered(figure)  # a letter that is drawn as a box is a warning of matplotlib, and an error here
+    only_stix = "\u2a8a"
+    monkeypatch.setattr(
+        style, "_letters", lambda path: frozenset(map(ord, only_stix)) if "STIXGeneral.ttf" in path else frozenset(range(128))
+    )
+    figure = replace(made(), class_names=("dog", f"a {only_stix}")).plot()
+    assert figure.axes[0].get_title().startswith(f"toy: a {only_stix}, p = ")
+    assert figure.axes[0].title.get_fontfamily()[-1] == "STIXGeneral"
+    with pytest.warns(UserWarning, match=r"letters of 'm🐶': figures show 'm\?'"):
+        assert style.one_line("m🐶") == "m?"
+    assert style.one_line("m\udcff.png") == "m .png"  # names of files need not be valid UTF-8
 
 
 def test_no_global_state() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +19,7 @@ from attribution.provenance import pixels_digest
 from evaluation.data.dataset import ImageDataset
 from evaluation.data.recipes import load_recipe, open_dataset
 from evaluation.metrics.localization import box_mask
+from vision_attribution.inputs import find_images
 
 HEIGHT, WIDTH = 6, 8
 
@@ -78,6 +81,62 @@ def test_folder_names_are_matched_to_class_names(tmp_path: Path) -> None:
         open_dataset(tmp_path, class_names=["dog", "cat", "Cat"])
     with pytest.raises(at.UserError, match=r"folders that are no class of class_names: CAT, Cat \(expected dog, fish\)"):
         open_dataset(tmp_path, class_names=["dog", "fish"])
+
+
+def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -> None:
+    """As torchvision's ImageFolder reads them, but for loops, which it follows until the system refuses."""
+    for name in ("elsewhere/dogs/d.png", "elsewhere/more/deep/m.png", "set/cat/a.png", "photo.png"):
+        write_image(tmp_path / name)
+    folder = tmp_path / "set"
+    (folder / "dog").symlink_to(tmp_path / "elsewhere" / "dogs")
+    (folder / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (folder / "cat" / "b.png").symlink_to(tmp_path / "photo.png")
+    (folder / "cat" / "gone.png").symlink_to(tmp_path / "gone.png")
+    theirs = torchvision.datasets.ImageFolder(folder).samples
+    (tmp_path / "elsewhere" / "more" / "deep" / "up").symlink_to(folder)
+    (folder / "cat" / "itself").symlink_to(folder / "cat")
+    expected = ["cat/a.png", "cat/b.png", "cat/gone.png", "cat/more/deep/m.png", "dog/d.png"]
+    dataset = open_dataset(folder)
+    assert list(dataset.ids) == expected
+    assert dataset.labels == (0, 0, 0, 0, 1)
+    assert sorted(theirs) == [(str(folder / name), label) for name, label in zip(dataset.ids, dataset.labels, strict=True)]
+    with pytest.raises(at.UserError, match=r"gone\.png: no such file"):
+        dataset[2]
+    assert [file.relative_to(folder).as_posix() for file in find_images([folder], tmp_path / "out")] == expected
+    (folder / "bird").symlink_to(tmp_path / "not mounted")
+    for read in (open_dataset, lambda path: list(find_images([path], tmp_path / "out"))):
+        with pytest.raises(at.UserError, match=r"bird is a link to .*not mounted, which does not exist: mend the link, or remove it"):
+            read(folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "cat" / "a.png")
+    write_image(tmp_path / "dog" / "b.png")
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(at.UserError, match=r"dog cannot be listed \(Permission denied\): its images would be left out"):
+        open_dataset(tmp_path)
+
+
+def test_numbers_as_names_of_folders_are_class_indices_as_in_lists(tmp_path: Path) -> None:
+    for name in ("0", "2", "11"):
+        write_image(tmp_path / name / "a.png")
+    names = [f"class {index}" for index in range(12)]
+    with pytest.warns(UserWarning, match=r"read as class indices. torchvision's ImageFolder counts them as text"):
+        dataset = open_dataset(tmp_path, class_names=names)
+    assert dict(zip(dataset.ids, dataset.labels, strict=True)) == {"0/a.png": 0, "11/a.png": 11, "2/a.png": 2}
+    assert open_dataset(tmp_path, class_names=["2", "11", "0"]).labels == (2, 1, 0)
+    with pytest.raises(at.UserError, match=r"folders that are no class of class_names: 11 \(expected class 0"):
+        open_dataset(tmp_path, class_names=names[:11])
+    (tmp_path / "11" / "a.png").unlink()
+    (tmp_path / "2").rename(tmp_path / "1")
+    assert open_dataset(tmp_path, class_names=names).labels == (0, 1)  # both orders agree: no warning
 
 
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:

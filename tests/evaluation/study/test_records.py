@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attribution as at
-from evaluation.study.records import open_log, read_log, stored_arrays
+from evaluation.study.records import check_study, open_log, read_log, stored_arrays
 
 VALUES = st.one_of(st.none(), st.integers(), st.sampled_from(["", "x", "ü\u2028", "\n"]), st.floats(allow_nan=False, allow_infinity=False))
 PLAIN = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
@@ -70,6 +70,35 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_log(path)
     with pytest.raises(at.UserError, match="line 2"), open_log(path):
         pass
+
+
+def test_a_field_that_a_line_lacks_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": "a", "curves": [{"true": 1}]}\n{"key": "b", "value": 2}\n', encoding="utf-8")
+    records = read_log(path)
+    assert records["b"] == {"key": "b", "value": 2}
+    for read, place in (
+        (lambda: records["a"]["value"], r"line 1 has no field 'value'"),
+        (lambda: records["a"]["curves"][0]["predicted"], r"line 1 has no field 'predicted'"),
+        (lambda: records["b"]["probability"], r"line 2 has no field 'probability'"),
+    ):
+        with pytest.raises(at.UserError, match=rf"records\.jsonl {place}: remove that line; what it held is measured again"):
+            read()
+
+
+def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
+    check_study(tmp_path / "new", "benchmark")
+    assert not (tmp_path / "new").exists()
+    check_study(tmp_path, "benchmark", mark=True)
+    check_study(tmp_path, "benchmark", mark=True)
+    with pytest.raises(
+        at.UserError, match=r"holds the study 'benchmark', whose page 'debug' would overwrite: choose another output folder"
+    ):
+        check_study(tmp_path, "debug")
+    for text in ("", "[]", "{}", '{"study": '):
+        (tmp_path / "study.json").write_text(text, encoding="utf-8")
+        with pytest.raises(at.UserError, match=r"study\.json is damaged"):
+            check_study(tmp_path, "benchmark")
 
 
 def test_not_a_number_is_no_json(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,6 +116,32 @@ def test_what_processes_still_keep_is_read_as_well(example: ModuleType, data: Pa
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert held(example.BRIGHTNESS, chosen, out).differences == whole
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_another_study_in_the_folder_is_refused_before_it_measures(
+    example: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, out = settings(example, data), tmp_path / "out"
+    made(example, chosen, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    found = explained(example, monkeypatch)
+    other = replace(example.BRIGHTNESS, name="darkness")
+    for start in (run, held):
+        with pytest.raises(at.UserError, match=r"out holds the study 'brightness', whose page 'darkness' would overwrite"):
+            start(other, chosen, out)
+    assert found == []
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_record_without_its_fields_names_its_line(example: ModuleType, data: Path, tmp_path: Path) -> None:
+    chosen, out = settings(example, data), tmp_path / "out"
+    run(example.BRIGHTNESS, chosen, out)
+    lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[1] = json.dumps({"key": json.loads(lines[1])["key"]})
+    (out / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for start in (run, held):
+        with pytest.raises(at.UserError, match=r"records\.jsonl line 2 has no field '\w+': remove that line"):
+            start(example.BRIGHTNESS, chosen, out)
 
 
 def test_a_second_run_measures_nothing_and_ends_with_the_same_files(
