@@ -18,13 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import attribution as at
 from attribution.hooks import frozen_parameters
 from attribution.neurons import PathFinder, find_neurons
+from evaluation.study.tables import terminal_table
 
 
 def reference_rows(layers: int, steps: int) -> tuple[int, int]:
@@ -57,10 +56,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Print the tables."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"One image, m = {steps}, {threads} threads, torch {torch.__version__}", title_justify="left")
-    headings = ("model", "layers", "rows forward", "backward", "reference forward", "backward", "seconds", "rows/s", "of pure rate")
-    for heading in (*headings, "reference / ours", "peak MiB", "of it model"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    rows = []
     for name in models or ["zoo:vit", "timm:vit_tiny_patch16_224", "timm:vit_base_patch16_224"]:
         print(f"{name} ...", file=sys.stderr)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -69,21 +65,17 @@ def main(
         backward = max(0.0, found["both"] - found["forward"])
         theirs = theirs_forward * found["forward"] + theirs_backward * backward  # the reference's rows at the rates measured here
         pure = (found["forwards"] - found["backwards"]) * found["forward"] + found["backwards"] * found["both"]
-        table.add_row(
-            name,
-            str(found["layers"]),
-            str(found["forwards"]),
-            str(found["backwards"]),
-            str(theirs_forward),
-            str(theirs_backward),
-            f"{found['seconds']:.2f}",
-            f"{found['forwards'] / found['seconds']:.1f}",
-            f"{pure / found['seconds']:.2f}",
-            f"{theirs / found['seconds']:.2f}",
-            f"{found['peak_mib']:.0f}",
-            f"{found['model_mib']:.0f}",
+        counts = (found["layers"], found["forwards"], found["backwards"], theirs_forward, theirs_backward)
+        ratios = (pure / found["seconds"], theirs / found["seconds"])
+        rows.append(
+            [
+                *(name, *map(str, counts), f"{found['seconds']:.2f}", f"{found['forwards'] / found['seconds']:.1f}"),
+                *(*(f"{ratio:.2f}" for ratio in ratios), f"{found['peak_mib']:.0f}", f"{found['model_mib']:.0f}"),
+            ]
         )
-    Console(width=170).print(table)
+    title = f"One image, m = {steps}, {threads} threads, torch {torch.__version__}"
+    headings = ("model", "layers", "rows forward", "backward", "reference forward", "backward", "seconds", "rows/s", "of pure rate")
+    Console(width=170).print(terminal_table(title, [*headings, "reference / ours", "peak MiB", "of it model"], rows, ("model",)))
 
 
 def _seconds(job: Any) -> float:

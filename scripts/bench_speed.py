@@ -20,13 +20,12 @@ from typing import Annotated
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 import attribution as at
 from attribution.search import SEARCHES
+from evaluation.study.tables import terminal_table
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -151,17 +150,9 @@ def packed(spec: str, search: str, count: int, repeats: int, device: str) -> lis
             model[name], calls[name] = sum(clock), len(clock)
         ratios.append(spent["alone"] / spent["together"])
         inside.append(model["alone"] / model["together"])
-    faster = [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
     on_cpu = classifier.device.type == "cpu"  # elsewhere a call returns before the result is computed
-    return [
-        spec,
-        search,
-        str(count),
-        str(calls["alone"]),
-        str(calls["together"]),
-        *faster,
-        f"{statistics.median(inside):.2f}" if on_cpu else "",
-    ]
+    alone = f"{statistics.median(inside):.2f}" if on_cpu else ""
+    return [spec, search, str(count), str(calls["alone"]), str(calls["together"]), *spread(ratios), alone]
 
 
 def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
@@ -180,8 +171,7 @@ def dropped(spec: str, side: int, repeats: int, device: str) -> list[str]:
     for _ in tqdm(range(repeats), desc=f"{spec} drop", leave=False):
         rates.append(rate("drop", budget))
         ratios.append(rates[-1] / rate("black", budget))
-    middle = statistics.median
-    return [spec, str(side**2), str(budget), f"{middle(rates):.0f}", f"{middle(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}"]
+    return [spec, str(side**2), str(budget), f"{statistics.median(rates):.0f}", *spread(ratios)]
 
 
 def ways(spec: str, device: str) -> list[list[str]]:
@@ -191,20 +181,14 @@ def ways(spec: str, device: str) -> list[list[str]]:
     plain = next(way for way in found if (way.precision, way.channels_last, way.compiled) == ("float32", False, False))
     return [
         [
-            spec,
-            way.precision,
-            "yes" if way.channels_last else "",
-            "yes" if way.compiled else "",
-            f"{way.rate:.0f}",
-            f"{way.rate / plain.rate:.2f}",
-            f"{way.deviation:.1g}",
-            "chosen" if way.chosen else "",
+            *(spec, way.precision, "yes" if way.channels_last else "", "yes" if way.compiled else "", f"{way.rate:.0f}"),
+            *(f"{way.rate / plain.rate:.2f}", f"{way.deviation:.1g}", "chosen" if way.chosen else ""),
         ]
         for way in found
     ]
 
 
-def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Queue) -> None:
+def peak_memory(spec: str, regions: int, device: str) -> tuple[int, int]:
     """Measure in its own process the memory added at the peak, by forward passes alone and by a search's first round."""
     classifier, image, labels = prepared(spec, regions, device)
     inputs = torch.randn(classifier.batch_size, 3, *classifier.preprocessing.size, device=classifier.device)
@@ -215,7 +199,7 @@ def peak_memory(spec: str, regions: int, device: str, results: multiprocessing.Q
         SEARCHES["greedy"](at.SubmodularObjective(classifier, masked, 3), count=1)
 
     alone = added_bytes(lambda: forward(classifier, inputs, 4 * len(inputs), len(inputs)), classifier.device)
-    results.put((alone, added_bytes(search, classifier.device)))
+    return alone, added_bytes(search, classifier.device)
 
 
 def added_bytes(job: Callable[[], object], device: torch.device) -> int:
@@ -242,36 +226,24 @@ def memory_rows(specs: list[str], device: str) -> list[list[str]]:
     rows = []
     for spec in specs:
         for regions in (50, 200):
-            context = multiprocessing.get_context("spawn")
-            results = context.Queue()
-            process = context.Process(target=peak_memory, args=(spec, regions, device, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"the memory of {spec} could not be measured (exit code {process.exitcode})")
-            alone, search = results.get()
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                alone, search = pool.apply(peak_memory, (spec, regions, device))
             rows.append([spec, str(regions), f"{alone / 2**20:.0f}", f"{search / 2**20:.0f}"])
     return rows
 
 
 def evaluation_rows() -> list[list[str]]:
-    rows = []
-    for name in SEARCHES:
-        counts = []
-        for regions in (25, 49, 64, 100):
-            classifier, image, labels = prepared("zoo:cnn", regions, "cpu")
-            counts.append(run_search(classifier, image, labels, name))
-        rows.append([name, *map(str, counts)])
-    return rows
+    made = [prepared("zoo:cnn", regions, "cpu") for regions in (25, 49, 64, 100)]
+    return [[name, *(str(run_search(*each, name)) for each in made)] for name in SEARCHES]
+
+
+def spread(values: list[float]) -> list[str]:
+    """The median of values, and their range."""
+    return [f"{statistics.median(values):.2f}", f"{min(values):.2f} - {max(values):.2f}"]
 
 
 def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(terminal_table(title, headings, rows, headings[:1], headings))
 
 
 def main(
@@ -284,20 +256,8 @@ def main(
     """Print tables: speed of searches, of several images at once, of dropped tokens and of ways to forward; peak memory; evaluations."""
     torch.set_num_threads(threads)
     specs = model or ["zoo:cnn", "zoo:vit", "timm:vit_tiny_patch16_224"]
-    headings = [
-        "model",
-        "search",
-        "R",
-        "images",
-        "batch",
-        "best",
-        "forward/s",
-        "search / forward",
-        "range",
-        "outside",
-        "images a call",
-        "host ms",
-    ]
+    headings = ["model", "search", "R", "images", "batch", "best", "forward/s", "search / forward"]
+    headings += ["range", "outside", "images a call", "host ms"]
     title = f"A search over the pure forward time of as many images; {threads} threads, {device}, torch {torch.__version__}"
     searches = ("bidirectional", "budget")
     print_table(title, headings, [overhead(spec, search, regions, repeats, device) for spec in specs for search in searches])

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -24,7 +23,7 @@ import evaluation as ev
 from evaluation.failures.planted import OURS, chance, judge_planted, plant_failures
 from evaluation.statistics.comparisons import holm, sign_flip
 from evaluation.study.page import write_text
-from evaluation.study.tables import csv_text, estimated
+from evaluation.study.tables import csv_text, estimated, terminal_table
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
         shares.append(chance(each))
         for name, values in found.items():
             scores.setdefault(name, []).append(values)
-            rows.append([each.sample, each.donor, names[each.label], names[each.predicted], name, *values])
+            rows.append([each.sample, each.donor, names[each.label], names[each.predicted], name, *map(str, values)])
     if out is not None:
         write_text(out, csv_text(["sample", "donor", "label", "predicted", "map", "energy", "hit"], rows))
     title = f"{classifier.name}, {len(shares)} planted failures, patch {np.mean(shares):.1%} of the image, fill {fill}"
@@ -59,15 +58,13 @@ def table_of(scores: Mapping[str, np.ndarray], title: str) -> Table:
     """A row for each map: both scores with their intervals, and p of the difference from the causing regions (Holm)."""
     others = [name for name in scores if name not in OURS]
     p = {(name, k): value for k in range(2) for name, value in zip(others, _compared(scores, others, k), strict=True)}
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for heading in ("map", "energy inside", "p", "first pixel inside", "p", "without a value"):
-        table.add_column(heading, justify="left" if heading == "map" else "right")
+    rows = []
     for name, found in scores.items():
         cells = []
         for k in range(2):
             cells += [estimated(ev.bootstrap_interval(found[:, k]), "{:.3f}".format), f"{p[name, k]:.4f}" if (name, k) in p else ""]
-        table.add_row(name, *cells, str(int(np.isnan(found[:, 0]).sum())))
-    return table
+        rows.append([name, *cells, str(int(np.isnan(found[:, 0]).sum()))])
+    return terminal_table(title, ("map", "energy inside", "p", "first pixel inside", "p", "without a value"), rows, ("map",))
 
 
 def _compared(scores: Mapping[str, np.ndarray], others: Sequence[str], k: int) -> np.ndarray:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from attribution import __version__
 from attribution.checks import check_choice
@@ -25,7 +20,7 @@ from attribution.errors import UserError
 from attribution.explain import explain as explain_image
 from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
-from attribution.files import slug, whole_file
+from attribution.files import slug
 from attribution.fills import DEFAULT_FILL, FILLS
 from attribution.image import demo_image_path
 from attribution.model.classifier import Classifier
@@ -37,12 +32,16 @@ from attribution.presets import PRESETS
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from attribution.tuning import tune
-from vision_attribution.inputs import distinct_stems, find_images
+from evaluation.study.page import write_text
+from evaluation.study.tables import terminal_table
+from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure
 from vision_attribution.progress import Bar
+from vision_attribution.studies import console
 
 DEMO_MODELS = ("zoo:cnn", "zoo:vit")
 DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
 SHARES = (0.5, 0.8, 0.95)
+_option = partial(typer.Option, show_default=False)  # of an option whose help says what happens without it
 
 
 def explain(
@@ -51,61 +50,42 @@ def explain(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
+        _option(
             "--model",
             "-m",
             help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
             "Default: both zoo models for the demo, zoo:cnn otherwise.",
-            show_default=False,
         ),
     ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Class name or index to explain. Default: the predicted class.", show_default=False)
-    ] = None,
+    target: Annotated[str | None, _option("--target", "-t", help="Class name or index to explain. Default: the predicted class.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
+        Path | None, _option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).")
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
-    scores: Annotated[str | None, typer.Option(help=SCORES_HELP, show_default=False)] = None,
-    regions: Annotated[
-        str | None,
-        typer.Option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.", show_default=False),
-    ] = None,
-    region_count: Annotated[
-        int | None, typer.Option(min=2, help="About how many regions. Default: the published 49 or 50.", show_default=False)
-    ] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.", show_default=False)
-    ] = None,
-    search: Annotated[
-        str | None, typer.Option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.", show_default=False)
-    ] = None,
-    pending: Annotated[int | None, typer.Option(min=1, help="p of the bidirectional search. Default: 8.", show_default=False)] = None,
-    evaluations: Annotated[
-        int | None, typer.Option(min=1, help="Images that search budget may forward. Default: 16 for each region.", show_default=False)
-    ] = None,
+    classes: Annotated[Path | None, _option(help="Text file with one class name a line.")] = None,
+    scores: Annotated[str | None, _option(help=SCORES_HELP)] = None,
+    regions: Annotated[str | None, _option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.")] = None,
+    region_count: Annotated[int | None, _option(min=2, help="About how many regions. Default: the published 49 or 50.")] = None,
+    heatmap: Annotated[Path | None, _option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.")] = None,
+    search: Annotated[str | None, _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.")] = None,
+    pending: Annotated[int | None, _option(min=1, help="p of the bidirectional search. Default: 8.")] = None,
+    evaluations: Annotated[int | None, _option(min=1, help="Images that search budget may forward. Default: 16 for each region.")] = None,
     weights: Annotated[
-        str | None,
-        typer.Option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.", show_default=False),
+        str | None, _option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.")
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help=f"A published setting of weights, regions and search: {', '.join(PRESETS)}.", show_default=False),
-    ] = None,
+    preset: Annotated[str | None, _option(help=f"A published setting of weights, regions and search: {', '.join(PRESETS)}.")] = None,
     fill: Annotated[
         str | None,
-        typer.Option(
+        _option(
             "--fill",
             "-f",
             help=f"What hides a region: {', '.join(FILLS)}, model_mean, '#rrggbb', an image file, several "
             "named ones such as black+blur+mean, or drop (tokens of a vision transformer). "
             f"Default: {DEFAULT_FILL}, as published; {DEMO_FILL} for the demo.",
-            show_default=False,
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG, NPZ and JSON files.")] = Path("out"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Most images forwarded at once.", show_default=False)] = None,
+    batch_size: Annotated[int | None, _option(min=1, help="Most images forwarded at once.")] = None,
     precision: Annotated[
         str, typer.Option(help=f"Precision of the model: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
     ] = "float32",
@@ -154,10 +134,24 @@ def explain(
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")
-    prepare = _in_precision(classifiers, precision)
-    stems = distinct_stems(found)
-    jobs = [Job(path, stem, classifiers, options, out, overwrite, precision, prepare) for path, stem in zip(found, stems, strict=True)]
-    _run_all(jobs)
+    job = Job(classifiers, options, out, overwrite, precision, _in_precision(classifiers, precision))
+    rows: list[tuple[Path, Path, list[Explanation]]] = []
+
+    def explain_one(path: Path, stem: str, prefix: str) -> None:
+        figure = out / f"{stem}.png"
+        rows.append((path, figure, job.run(path, figure, prefix)))
+
+    try:
+        failed = each_image(found, explain_one, "explained")
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
+        raise typer.Exit(130) from None
+    if rows:
+        print_table([(path.name, explanations) for path, _, explanations in rows])
+        for _, figure, _ in rows:
+            typer.echo(f"figure: {figure}")
+    if failed is not None:
+        raise failed
 
 
 def _in_precision(classifiers: Sequence[Classifier], precision: str) -> Callable[[Classifier, Path], None]:
@@ -176,35 +170,10 @@ def _in_precision(classifiers: Sequence[Classifier], precision: str) -> Callable
     return prepare
 
 
-def _run_all(jobs: Sequence[Job]) -> None:
-    """Explain all images, print the table, and name those that failed."""
-    errors: list[str] = []
-    rows: list[tuple[Job, list[Explanation]]] = []
-    for number, job in enumerate(jobs, start=1):
-        prefix = f"[{number}/{len(jobs)}] " if len(jobs) > 1 else ""
-        try:
-            rows.append((job, job.run(prefix)))
-        except KeyboardInterrupt:
-            typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
-            raise typer.Exit(130) from None
-        except UserError as error:
-            errors.append(str(error) if str(job.path) in str(error) else f"{job.path}: {error}")
-            if len(jobs) > 1:
-                typer.echo(f"error: {errors[-1]}", err=True)
-    if rows:
-        print_table(rows)
-        for job, _ in rows:
-            typer.echo(f"figure: {job.figure_path}")
-    if errors:
-        raise UserError(errors[0] if len(jobs) == 1 else f"{len(errors)} of {len(jobs)} images could not be explained (see above)")
-
-
 @dataclass(frozen=True)
 class Job:
-    """One image under every model, its outputs and whether they are there already."""
+    """What all images share: the models, the options of ``explain``, and the output folder."""
 
-    path: Path
-    stem: str
     classifiers: list[Classifier]
     options: dict[str, Any]
     out: Path
@@ -212,52 +181,41 @@ class Job:
     precision: str
     prepare: Callable[[Classifier, Path], None]
 
-    @property
-    def figure_path(self) -> Path:
-        return self.out / f"{self.stem}.png"
-
-    def run(self, prefix: str = "") -> list[Explanation]:
+    def run(self, path: Path, figure: Path, prefix: str = "") -> list[Explanation]:
         """Explain, or load what the same settings wrote before; the figure is written last, when all models are done."""
         explanations, fresh = [], False
         for classifier in self.classifiers:
-            base = self.out / f"{self.stem}-{slug(Path(classifier.name).name)}"
-            key = self._key(classifier)
+            base = self.out / f"{figure.stem}-{slug(Path(classifier.name).name)}"
+            key = self._key(path, classifier)
             kept = None if self.overwrite else _kept(base, key)
             if kept is None:
                 fresh = True
-                self.prepare(classifier, self.path)
-                with Bar(f"{prefix}{self.path.name} {classifier.name}", "region") as progress:
-                    kept = explain_image(self.path, classifier, progress=progress, **self.options)
-                kept.provenance.update(file=self.path.name, key=key)
+                self.prepare(classifier, path)
+                with Bar(f"{prefix}{path.name} {classifier.name}", "region") as progress:
+                    kept = explain_image(path, classifier, progress=progress, **self.options)
+                kept.provenance.update(file=path.name, key=key)
                 kept.save(base.with_name(base.name + ".npz"))
-                self.figure_path.unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
-                with whole_file(base.with_name(base.name + ".json")) as temporary:
-                    temporary.write_text(json.dumps(summary(kept), indent=2) + "\n", encoding="utf-8")
+                figure.unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
+                write_text(base.with_name(base.name + ".json"), json.dumps(summary(kept), indent=2) + "\n")
             explanations.append(kept)
-        if fresh or not self.figure_path.exists():
-            with whole_file(self.figure_path) as temporary:
-                plot_explanations(explanations).savefig(temporary, format="png")
+        if fresh or not figure.exists():
+            save_figure(plot_explanations(explanations), figure)
         return explanations
 
-    def _key(self, classifier: Classifier) -> str:
+    def _key(self, path: Path, classifier: Classifier) -> str:
         """What the result depends on: the file's bytes, the model and every option."""
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from None
-        digest = hashlib.sha256(content)
         model = classifier.identity
         if self.precision == "auto":  # the precision found is known only after the first image
             model = replace(model, settings=("auto", *(each for each in model.settings if each not in PRECISIONS)))
-        digest.update(f"{model} {__version__}".encode())
+        further: list[str | bytes] = [f"{model} {__version__}"]
         for name, value in sorted(self.options.items()):
             if name == "region_options":
-                digest.update(np.ascontiguousarray(value.get("heatmap", 0)).tobytes())
+                further.append(np.ascontiguousarray(value.get("heatmap", 0)).tobytes())
                 value = {key: item for key, item in value.items() if key != "heatmap"}
-            digest.update(f"{name}={value}".encode())
+            further.append(f"{name}={value}")
         if os.path.isfile(self.options["fill"]):
-            digest.update(Path(self.options["fill"]).read_bytes())
-        return digest.hexdigest()
+            further.append(Path(self.options["fill"]).read_bytes())
+        return digest_of_file(path, *further)
 
 
 def summary(explanation: Explanation) -> dict[str, Any]:
@@ -293,40 +251,35 @@ def summary(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def print_table(rows: list[tuple[Job, list[Explanation]]]) -> None:
+def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
     """Print a line for each image and model, and the notes that a reader needs to judge them."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for heading in ("image", "model", "class"):
-        table.add_column(heading, overflow="fold")
     shares = [f"{share:.0%}" for share in SHARES]
-    for heading in ("p", "regions", *shares, "ins.", "del.", "images", "sec."):
-        table.add_column(heading, justify="right", no_wrap=True)
-    notes = []
-    for job, explanations in rows:
+    names, numbers = ("image", "model", "class"), ("p", "regions", *shares, "ins.", "del.", "images", "sec.")
+    cells, notes = [], []
+    for file, explanations in rows:
         for explanation in explanations:
             assert explanation.regions is not None
             needed = [explanation.regions_needed(share * explanation.confidence) for share in SHARES]
             model = str(explanation.provenance["model"])
-            table.add_row(
-                escape(job.path.name),
-                escape(model),
-                escape(explanation.target_name),
-                f"{explanation.confidence:.3f}",
-                f"{explanation.regions.count}/{explanation.regions.requested}",
-                *("never" if count is None else str(count) for count in needed),
-                f"{explanation.insertion_auc:.3f}",
-                f"{explanation.deletion_auc:.3f}",
-                str(explanation.evaluations),
-                f"{explanation.provenance['seconds']:.1f}",
+            cells.append(
+                [
+                    *(file, model, explanation.target_name, f"{explanation.confidence:.3f}"),
+                    f"{explanation.regions.count}/{explanation.regions.requested}",
+                    *("never" if count is None else str(count) for count in needed),
+                    *(f"{explanation.insertion_auc:.3f}", f"{explanation.deletion_auc:.3f}", str(explanation.evaluations)),
+                    f"{explanation.provenance['seconds']:.1f}",
+                ]
             )
             if explanation.fill_is_informative:
                 notes.append(
                     f"note: to {model} the fill alone is {explanation.target_name} with p = {explanation.fill_confidence:.2f}, "
-                    f"so few regions are needed ({job.path.name}); try another --fill"
+                    f"so few regions are needed ({file}); try another --fill"
                 )
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
-    console.print(
+    table = terminal_table(None, [*names, *numbers], cells, names, numbers)
+    table.collapse_padding, table.pad_edge = True, False
+    screen = console()
+    screen.print(table)
+    screen.print(
         "p: probability of the class. regions: made/requested. "
         f"{', '.join(shares)}: regions that alone reach that share of p, most important first. "
         "ins., del.: area under the insertion (higher is better) and deletion curve (lower is better) over the share of the "

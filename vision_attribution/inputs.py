@@ -1,13 +1,18 @@
-"""Inputs of commands: images by file and folder, class names by file, and names for the outputs."""
+"""What commands for single images do alike: find the images, name the outputs, and go on where an image fails."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import typer
+
 from attribution.errors import UserError
+from attribution.figures.style import Figure
+from attribution.files import whole_file
 from attribution.image import IMAGE_SUFFIXES, image_files
 
 
@@ -46,3 +51,48 @@ def distinct_stems(paths: list[Path]) -> list[str]:
         taken.add(stem)
         stems.append(stem)
     return stems
+
+
+def each_image(paths: Sequence[Path], do: Callable[[Path, str, str], None], done: str) -> UserError | None:
+    """Do something for every image; one that fails does not end the others, and is named.
+
+    Args:
+        paths: the images.
+        do: called with an image, the name of its outputs, and the words before a message about it.
+        done: what was done, for the message.
+
+    Returns:
+        The error to raise in the end, if some failed.
+    """
+    errors: list[str] = []
+    for number, (path, stem) in enumerate(zip(paths, distinct_stems(list(paths)), strict=True), start=1):
+        try:
+            do(path, stem, f"[{number}/{len(paths)}] " if len(paths) > 1 else "")
+        except UserError as error:
+            errors.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            if len(paths) > 1:
+                typer.echo(f"error: {errors[-1]}", err=True)
+    if not errors:
+        return None
+    return UserError(errors[0] if len(paths) == 1 else f"{len(errors)} of {len(paths)} images could not be {done} (see above)")
+
+
+def digest_of_file(path: Path, *further: object) -> str:
+    """Digest of what the result for an image depends on: the file's bytes, and everything further as text or bytes.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    for each in further:
+        digest.update(each if isinstance(each, bytes) else str(each).encode())
+    return digest.hexdigest()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from attribution import __version__
 from attribution.errors import NotApplicable, UserError
-from attribution.files import slug, whole_file
+from attribution.files import slug
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
 from attribution.neurons import (
@@ -35,8 +31,10 @@ from attribution.neurons import (
 from evaluation.data.recipes import open_dataset
 from evaluation.neurons.settings import NeuronSettings
 from evaluation.neurons.summary import speaks_for
-from evaluation.study.opening import named_model
-from vision_attribution.inputs import distinct_stems, find_images
+from evaluation.study.page import write_text
+from evaluation.study.settings import named_model
+from evaluation.study.tables import terminal_table
+from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure
 from vision_attribution.studies import Given, console, extra
 
 _AMONG = 500  # images in which exemplars are looked for
@@ -78,16 +76,9 @@ def follow_images(given: Given, extras: Given, out: Path) -> bool:
     layers = find_neurons(classifier)
     among = None if extras["among"] is None else _Among.open(extras["among"], settings.root, settings.split, classifier)
     job = _Job(classifier, layers, options, out, extras["overwrite"], among)
-    errors = []
-    for number, (path, stem) in enumerate(zip(found, distinct_stems(found), strict=True), start=1):
-        try:
-            job.run(path, stem, f"[{number}/{len(found)}] " if len(found) > 1 else "")
-        except UserError as error:
-            errors.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-            if len(found) > 1:
-                typer.echo(f"error: {errors[-1]}", err=True)
-    if errors:
-        raise UserError(errors[0] if len(found) == 1 else f"{len(errors)} of {len(found)} images could not be followed (see above)")
+    failed = each_image(found, job.run, "followed")
+    if failed is not None:
+        raise failed
     return True
 
 
@@ -131,13 +122,12 @@ class _Job:
         decoded = self._decoded(units)
         edits = self._edits(image, found)
         figure.unlink(missing_ok=True)
-        with whole_file(numbers) as temporary:
-            plain = {"file": path.name, "key": key, **found.plain(), "speaks_for": _plain_decoded(decoded), "edits": edits}
-            temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        effects = [[{"class": e.name, "effect": e.effect, "p": e.p} for e in neuron.top] for neuron in decoded]
+        plain = {"file": path.name, "key": key, **found.plain(), "speaks_for": effects, "edits": edits}
+        write_text(numbers, json.dumps(plain, indent=2) + "\n")
         shown = [] if self.among is None else exemplars(self.classifier, [self.among.inputs], units, 3, layers=self.layers)
         pictures = [] if self.among is None else self.among.pictures
-        with whole_file(figure) as temporary:
-            plot_path(found, image, decoded, shown, pictures, width=self.layers.width).savefig(temporary, format="png")
+        save_figure(plot_path(found, image, decoded, shown, pictures, width=self.layers.width), figure)
         _print(path, found, decoded, edits)
         typer.echo(f"figure: {figure}")
 
@@ -171,14 +161,9 @@ class _Job:
 
     def _key(self, path: Path) -> str:
         """Digest of what the result depends on: the file's bytes, the model and every option."""
-        try:
-            digest = hashlib.sha256(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         among = None if self.among is None else (self.among.name, float(self.among.inputs.double().sum()))
         options = sorted(self.options.items(), key=str)
-        digest.update(f"{self.classifier.identity} {self.layers.names} {options} {among} {__version__}".encode())
-        return digest.hexdigest()
+        return digest_of_file(path, f"{self.classifier.identity} {self.layers.names} {options} {among} {__version__}")
 
 
 def _key_of(numbers: Path) -> str | None:
@@ -189,28 +174,20 @@ def _key_of(numbers: Path) -> str | None:
     return kept.get("key") if isinstance(kept, dict) else None
 
 
-def _plain_decoded(decoded: list[Decoded]) -> list[list[dict[str, Any]]]:
-    return [[{"class": e.name, "effect": e.effect, "p": e.p} for e in neuron.top] for neuron in decoded]
-
-
 def _print(path: Path, found: NeuronPath, decoded: list[Decoded], edits: dict[str, dict[str, float]]) -> None:
     what = f"{path.name}: {found.target_name}, p = {edits['neuron_path']['clean']:.3f}"
-    title = escape(f"{what}; {found.method} path, joint score {found.score:.4f}")
-    neurons = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
-    for heading in ("layer", "neuron", "activation", "share"):
-        neurons.add_column(heading, justify="right")
-    neurons.add_column("speaks for")
-    shares = found.shares.numpy()
-    for layer, unit in enumerate(found.neurons.tolist()):
-        speaks = ", ".join(speaks_for(decoded[layer])) if decoded else ""
-        share = f"{shares[layer]:.0%}" if np.isfinite(shares[layer]) else ""
-        neurons.add_row(str(layer + 1), str(unit), f"{float(found.activations[layer]):.3f}", share, escape(speaks))
-    changes = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    changes.add_column("path")
-    for heading in ("p, clean", "removed", "doubled", "joint score"):
-        changes.add_column(heading, justify="right")
-    for name, row in edits.items():
-        changes.add_row(name.replace("_", " "), *(f"{row[key]:.3f}" for key in ("clean", "remove", "enhance", "joint score")))
+    shares = [f"{share:.0%}" if np.isfinite(share) else "" for share in found.shares.tolist()]
+    speaks = [", ".join(speaks_for(neuron)) for neuron in decoded] or [""] * len(shares)
+    columns = zip(found.neurons.tolist(), found.activations.tolist(), shares, speaks, strict=True)
+    neurons = terminal_table(
+        f"{what}; {found.method} path, joint score {found.score:.4f}",
+        ("layer", "neuron", "activation", "share", "speaks for"),
+        [[str(layer), str(unit), f"{activation:.3f}", *texts] for layer, (unit, activation, *texts) in enumerate(columns, start=1)],
+        ("speaks for",),
+    )
+    keys = {"p, clean": "clean", "removed": "remove", "doubled": "enhance", "joint score": "joint score"}
+    rows = [[name.replace("_", " "), *(f"{row[key]:.3f}" for key in keys.values())] for name, row in edits.items()]
+    changes = terminal_table(None, ("path", *keys), rows, ("path",))
     note = (
         "share: of the joint score. speaks for: classes that the neuron's direct effect favours beyond chance (random directions, "
         "Benjamini and Hochberg, 5 %)."

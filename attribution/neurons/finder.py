@@ -238,6 +238,15 @@ class PathFinder:
         return [torch.cat(kept) for kept in hidden], torch.cat(scores)
 
     def _searched(self, top: int, compat: bool, reranked: int, method: str) -> list[NeuronPath]:
+        return self._made(*self._progressive(max(top, RERANKED, reranked), top, compat, reranked), method, compat)
+
+    def _progressive(
+        self, kept: int, top: int = 1, compat: bool = False, reranked: int = 0, joint: bool = True
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Layer by layer, the ``top`` units that are chosen [B, top], and the best ``kept`` ones [B, kept] with their values.
+
+        A unit's value is its score together with those chosen before; where not ``joint``, its own, while these are scaled with it.
+        """
         everyone = torch.arange(len(self), device=self.inputs.device)
         chosen: list[Tensor] = []
         ranked = []
@@ -246,29 +255,20 @@ class PathFinder:
             gradients = self._gradients(everyone, scaled)
             activation = hidden / self.steps
             gradient = gradients[layer]
-            if layer:
+            if layer and joint:
                 weights = self._activations(chosen, everyone)
                 activation = activation + _summed(weights, compat)[:, :, None] / self.steps
                 gradient = gradient + _summed([gradients[i] for i in range(layer)], compat)[:, :, None]
-            values = (activation * gradient).sum(dim=1)
-            order = values.sort(dim=1, descending=True, stable=True).indices[:, : max(top, RERANKED, reranked)]
-            values = values.gather(1, order)
+            order, values = _best((activation * gradient).sum(dim=1), kept)
             if reranked:
                 order, values = self._reranked(chosen, order, reranked)
             chosen.append(order[:, :top])
             ranked.append((order, values))
-        return self._made(chosen, ranked, method, compat)
+        return chosen, ranked
 
     def _searched_by_removal(self, count: int) -> list[NeuronPath]:
         everyone = torch.arange(len(self), device=self.inputs.device)
-        chosen: list[Tensor] = []
-        ranked = []
-        for layer, hidden in enumerate(self.hidden):
-            scaled: dict[int, Tensor | None] = {**dict(enumerate(chosen)), layer: _ALL}
-            values = (hidden / self.steps * self._gradients(everyone, scaled)[layer]).sum(dim=1)
-            order = values.sort(dim=1, descending=True, stable=True).indices[:, : max(RERANKED, count)]
-            chosen.append(order[:, :1])
-            ranked.append((order, values.gather(1, order)))
+        chosen, ranked = self._progressive(max(RERANKED, count), joint=False)
         units = torch.cat(chosen, dim=1)
         owners = everyone.repeat_interleave(count)
         for _ in range(_SWEEPS):
@@ -306,29 +306,28 @@ class PathFinder:
 
     def _independent(self, values: Sequence[Tensor], method: str) -> list[NeuronPath]:
         """The paths that take the unit with the largest value [B, F] in each layer."""
-        orders = [value.sort(dim=1, descending=True, stable=True).indices[:, :RERANKED] for value in values]
-        ranked = [(order, value.gather(1, order)) for order, value in zip(orders, values, strict=True)]
-        return self._made([order[:, :1] for order in orders], ranked, method)
+        ranked = [_best(value, RERANKED) for value in values]
+        return self._made([order[:, :1] for order, _ in ranked], ranked, method)
 
     def _made(
         self, chosen: Sequence[Tensor], ranked: Sequence[tuple[Tensor, Tensor]], method: str, compat: bool = False
     ) -> list[NeuronPath]:
         owners = torch.arange(len(self), device=self.inputs.device)
-        scores, weights, gradients = self._joint(torch.stack(list(chosen), dim=1), owners, compat)
-        units = torch.stack(list(chosen), dim=1).cpu()  # [B, L, K]
+        units = torch.stack(list(chosen), dim=1)  # [B, L, K]
+        scores, weights, gradients = self._joint(units, owners, compat)
         candidates = torch.stack([order for order, _ in ranked], dim=1).cpu()
         values = torch.stack([value for _, value in ranked], dim=1).float().cpu()
         totals = [torch.stack([part.sum(dim=1) for part in parts], dim=1).float().cpu() for parts in (weights, gradients)]
-        single = units.shape[2] == 1
+        units, *totals = (each.squeeze(2) for each in (units, *totals))  # K = 1 has no axis of its own
         return [
             NeuronPath(
-                neurons=units[b, :, 0] if single else units[b],
+                neurons=units[b].cpu(),
                 score=float(scores[b]),
                 target=int(self.targets[b]),
                 candidates=candidates[b],
                 candidate_scores=values[b],
-                activations=totals[0][b, :, 0] if single else totals[0][b],
-                gradients=totals[1][b, :, 0] if single else totals[1][b],
+                activations=totals[0][b],
+                gradients=totals[1][b],
                 method=method,
                 class_names=self.classifier.class_names,
                 target_score=float(self.target_scores[b]),
@@ -402,6 +401,12 @@ class PathFinder:
 def rows_at_once(classifier: Classifier) -> int:
     """The most rows of one forward pass under hooks: hooks need all rows at once."""
     return classifier.batch_size
+
+
+def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The units with the largest values [B, F], largest first, and these values: both [B, count]."""
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return order, values.gather(1, order)
 
 
 def _removing(units: Tensor) -> Callable[[Tensor], Tensor]:

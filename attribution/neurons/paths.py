@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,16 +55,7 @@ def neuron_path(
         UserError: any wrong argument.
     """
     settings = {"mode": mode, "top": top, "compat": compat, "reranked": reranked}
-    return _one(
-        image,
-        classifier,
-        target,
-        steps,
-        output,
-        layers,
-        settings,
-        lambda finder: finder.search(mode, top=top, compat=compat, reranked=reranked),
-    )
+    return _one(image, classifier, target, steps, output, layers, PathFinder.search, **settings)
 
 
 @image_first
@@ -78,7 +69,7 @@ def activation_path(
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
     """The neuron with the largest (signed) activation in each layer. Arguments and score as in ``neuron_path``."""
-    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.activation)
+    return _one(image, classifier, target, steps, output, layers, PathFinder.activation)
 
 
 @image_first
@@ -96,7 +87,7 @@ def influence_pattern_path(
     The baseline that NeuronPath's code calls Influence Pattern (see ``PathFinder.influence_pattern``). Arguments and score as in
     ``neuron_path``.
     """
-    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.influence_pattern)
+    return _one(image, classifier, target, steps, output, layers, PathFinder.influence_pattern)
 
 
 @image_first
@@ -110,7 +101,7 @@ def layer_gradient_path(
     layers: Sequence[str] | None = None,
 ) -> NeuronPath:
     """The neuron with the largest layer-wise integrated gradient in each layer. Arguments and score as in ``neuron_path``."""
-    return _one(image, classifier, target, steps, output, layers, {}, PathFinder.layer_integrated_gradients)
+    return _one(image, classifier, target, steps, output, layers, PathFinder.layer_integrated_gradients)
 
 
 def _one(
@@ -120,8 +111,8 @@ def _one(
     steps: int,
     output: Output,
     layers: Sequence[str] | None,
-    settings: Mapping[str, Any],
-    find: Callable[[PathFinder], list[NeuronPath]],
+    find: Callable[..., list[NeuronPath]],
+    **settings: Any,
 ) -> NeuronPath:
     started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():  # gradients are needed, whatever mode the caller is in
@@ -129,6 +120,6 @@ def _one(
         neurons = find_neurons(classifier, layers)
         inputs = classifier.inputs(image).detach()
         wanted = int(classifier.logits(inputs)[0].argmax()) if target is None else classifier.target_index(target)
-        found = find(PathFinder(classifier, inputs, [wanted], steps=steps, output=output, layers=neurons))[0]
+        found = find(PathFinder(classifier, inputs, [wanted], steps=steps, output=output, layers=neurons), **settings)[0]
     used = plain_settings({**settings, "steps": steps, "output": output, "target": target})
     return replace(found, provenance=provenance(classifier, used, started))

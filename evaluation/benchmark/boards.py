@@ -9,11 +9,11 @@ from attribution.fills import is_drop
 from attribution.provenance import versions
 from evaluation.benchmark.grid_report import grid_rows
 from evaluation.benchmark.summary import Entry, Summary
-from evaluation.benchmark.wording import ARROWS, by_protocol, explained_class, judged, writer
+from evaluation.benchmark.wording import by_protocol, explained_class, judged, writer
 from evaluation.metrics.protocol import Protocol
 from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.study.style import has_interval
-from evaluation.study.tables import counted, written
+from evaluation.study.tables import counted
 
 
 def protocol_rows(summary: Summary) -> list[tuple[str, list[str]]]:
@@ -63,71 +63,32 @@ def leaderboard(summary: Summary, model: str, number: int) -> dict[str, Any]:
     """A table of a model: methods by measures, grouped by protocol."""
     groups = [(protocol, [m for m in ms if summary.column(model, m)]) for protocol, ms in by_protocol(summary.measures)]
     groups = [(protocol, measures) for protocol, measures in groups if measures]
-    columns = [_cells(summary, model, measure) for _, measures in groups for measure in measures]
-    costs = {cost.method: cost for cost in summary.costs if cost.model == model}
-    rows = []
     entries = [e for e in summary.entries if e.model == model]
     saturated = {e.validity.saturated for e in entries}
     shared = saturated.pop() if len(saturated) == 1 else 0  # a property of the images if all methods explained the same images
-    for method in summary.methods(model):
-        entry = next((e for e in entries if e.method == method), None)
-        rows.append(
-            {
-                "method": method,
-                "family": costs[method].family,
-                "evaluations": costs[method].evaluations,
-                "cells": [column.get(method, _empty("not measured")) for column in columns],
-                "doubts": [] if entry is None else _doubts(entry, with_saturated=not shared),
-            }
-        )
+    first = {e.method: e for e in reversed(entries)}
     return {
         "id": f"board-{number}",
         "model": model,
         "units": judged(summary, model),
         "images": len(summary.results.samples[model]),
         "groups": groups,
-        "measures": [
-            (metric_title(m.metric), ARROWS[m.direction], m.direction, METRICS[m.metric].summary, m.label) for _, ms in groups for m in ms
-        ],
-        "rows": rows,
+        "columns": [_column(summary, model, measure) for _, measures in groups for measure in measures],
+        "methods": summary.methods(model),
+        "costs": {cost.method: cost for cost in summary.costs if cost.model == model},
+        "doubts": {method: _doubts(entry, with_saturated=not shared) for method, entry in first.items()},
         "saturated": shared,
-        "doubted": any(row["doubts"] for row in rows),
     }
 
 
-def _cells(summary: Summary, model: str, measure: Measure) -> dict[str, dict[str, Any]]:
+def _column(summary: Summary, model: str, measure: Measure) -> dict[str, Any]:
     column = summary.column(model, measure)
-    write = writer(column)
-    firsts = min((e.rank for e in column if has_interval(e.interval)), default=math.nan)
-    cells = {}
-    for e in column:
-        if not has_interval(e.interval):
-            cells[e.method] = _empty(_why_empty(e))
-            continue
-        missing = e.validity.total - e.validity.finite
-        cells[e.method] = {
-            "value": f"{e.interval.estimate:.9g}",
-            "mean": write(e.interval.estimate),
-            "interval": written(e.interval, write),
-            "rank": f"{e.rank:g}",
-            "letters": " ".join(e.group),
-            "best": e.rank == firsts,
-            "missing": f"{missing} of {e.validity.total} missing" if missing else "",
-            "title": "" if e.area is None else f"reached at {e.area:.0%} of the image, on average",
-        }
-    return cells
-
-
-def _empty(reason: str) -> dict[str, Any]:
-    return {"value": "", "mean": None, "title": reason}
-
-
-def _why_empty(entry: Entry) -> str:
-    if entry.interval.count == 0:
-        return f"no value on any of {counted(entry.validity.total, 'image')}"
-    if entry.interval.count == 1:
-        return "a single image has no interval, so its score is not shown"
-    return "its interval is not defined, so the score is not shown"
+    return {
+        "measure": measure,
+        "entries": {e.method: e for e in column},
+        "write": writer(column),
+        "best": min((e.rank for e in column if has_interval(e.interval)), default=math.nan),
+    }
 
 
 def _doubts(entry: Entry, with_saturated: bool) -> list[tuple[str, str]]:

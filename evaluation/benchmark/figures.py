@@ -27,7 +27,9 @@ from evaluation.study.style import (
     draw_matrix,
     figure_style,
     has_interval,
+    name_rows,
 )
+from evaluation.study.tables import grouped
 
 MOST_CURVES = 8  # methods in colour; more lines cannot be told apart
 MOST_DOTS = 150  # images drawn for one method
@@ -171,7 +173,7 @@ def plot_scores(summary: Summary, model: str, measure: Measure) -> Figure:
             if has_interval(entry.interval):
                 ax.plot([entry.interval.low, entry.interval.high], [row, row], color=INK, linewidth=1.6, zorder=3)
                 ax.plot(entry.interval.estimate, row, "D", color=INK, markeredgecolor=PAPER, markersize=6, zorder=4)
-        _method_ticks(ax, [e.method for e in entries], specs)
+        _method_rows(ax, [e.method for e in entries], specs)
         ax.set_title(_heading(model, measure), fontweight="bold")
         ax.grid(visible=False, axis="y")
     return as_written(figure)
@@ -222,7 +224,7 @@ def plot_ranks(summary: Summary, model: str) -> Figure:
         ax.set_xticks(range(len(labels)), [one_line(label) for label in labels])
         ax.xaxis.tick_top()
         ax.set_title(one_line(f"{model}: mean rank over the metrics with curves, 1 is best"), fontweight="bold")
-        _method_ticks(ax, methods, specs)
+        _method_rows(ax, methods, specs)
     return as_written(figure)
 
 
@@ -257,22 +259,14 @@ def _shown_curves(ordered: Sequence[str], specs: dict[str, MethodSpec]) -> list[
 
 def _dashes(methods: Sequence[str], specs: dict[str, MethodSpec]) -> dict[str, Any]:
     """The dashes of each method; methods of a family have its colour and differ in the dashes."""
-    used: dict[str, int] = {}
-    found: dict[str, Any] = {}
-    for method in methods:
-        family = specs[method].family
-        found[method] = DASHES[used.get(family, 0) % len(DASHES)]
-        used[family] = used.get(family, 0) + 1
-    return found
+    families = grouped(methods, lambda method: specs[method].family)
+    return {method: DASHES[at % len(DASHES)] for members in families.values() for at, method in enumerate(members)}
 
 
 def _dodged(entries: Sequence[Entry], costs: Mapping[str, float], step: float = 8) -> Iterator[tuple[str, float]]:
     """Methods with a shift in points of 1/72 inch, so that those of about the same cost stand side by side, best left."""
-    groups: dict[float, list[str]] = {}
-    for entry in entries:
-        cost = costs[entry.method]
-        groups.setdefault(round(8 * math.log10(cost)) if cost >= 1 else -1, []).append(entry.method)
-    for members in groups.values():
+    methods = [entry.method for entry in entries]
+    for members in grouped(methods, lambda method: round(8 * math.log10(costs[method])) if costs[method] >= 1 else -1).values():
         yield from ((method, step * (at - (len(members) - 1) / 2)) for at, method in enumerate(members))
 
 
@@ -283,13 +277,8 @@ def _spread_dots(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.sort(ranking[np.linspace(0, len(ranking) - 1, MOST_DOTS).round().astype(int)])
 
 
-def _method_ticks(ax: Axes, methods: Sequence[str], specs: dict[str, MethodSpec]) -> None:
-    """Names down the left side in the colours of their families, the first on top."""
-    ax.set_yticks(range(len(methods)), [one_line(method) for method in methods])
-    ax.set_ylim(len(methods) - 0.5, -0.5)
-    for label, method in zip(ax.get_yticklabels(), methods, strict=True):
-        label.set_color(FAMILY_COLOURS[specs[method].family])
-        label.set_fontweight("bold" if specs[method].is_search else "normal")
+def _method_rows(ax: Axes, methods: Sequence[str], specs: dict[str, MethodSpec]) -> None:
+    name_rows(ax, {method: FAMILY_COLOURS[specs[method].family] for method in methods}, [m for m in methods if specs[m].is_search])
 
 
 def _heading(model: str, measure: Measure) -> str:

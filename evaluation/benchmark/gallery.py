@@ -16,7 +16,7 @@ from evaluation.benchmark.results import Explained
 from evaluation.benchmark.summary import Summary, score_matrix
 from evaluation.benchmark.wording import ARROWS
 from evaluation.metrics.registry import METRICS, metric_title
-from evaluation.study.page import picture
+from evaluation.study.page import image_of, picture, shrunk
 from evaluation.study.style import THUMBNAIL
 
 GALLERY_IMAGES = 8
@@ -28,7 +28,7 @@ class Gallery:
     def __init__(self, summary: Summary, model: str) -> None:
         results = summary.results
         self.model, self.methods, self.results = model, summary.methods(model), results
-        self.explained = {(e.method, e.sample): e for e in results.explained if e.model == model and e.seed == results.settings.seed}
+        self.explained = {(m, sample): each for m in self.methods for sample, each in results.explained_of(model, m).items()}
         measure = summary.first_of_images(model)
         assert measure is not None, f"{model} has no scores of images"
         self.measure = measure
@@ -154,15 +154,9 @@ def thumbnail(explanation: Explanation) -> Image.Image:
         name, low, alpha = ("RdBu_r", -top, 0.65) if values.min() < 0 else ("inferno", float(values.min()), 0.6)
         colours = matplotlib.colormaps[name]((values - low) / (top - low))[:, :, :3]
         pixels = (1 - alpha) * pixels + alpha * colours
-    return _small(pixels)
+    return shrunk(image_of(pixels), THUMBNAIL)
 
 
 def photo_thumbnail(explanation: Explanation) -> Image.Image:
     """Draw the photo, its longer side at most ``THUMBNAIL`` pixels."""
-    return _small(explanation.image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1))
-
-
-def _small(pixels: np.ndarray) -> Image.Image:
-    image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return image
+    return shrunk(image_of(explanation.image.detach().cpu().permute(1, 2, 0).numpy()), THUMBNAIL)

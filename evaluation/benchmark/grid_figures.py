@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cbook import boxplot_stats
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
@@ -25,7 +25,7 @@ from attribution.errors import UserError, describe
 from attribution.figures.style import Figure, as_written, one_line
 from evaluation.grids.aggregate import Aggregate, examples, saturation
 from evaluation.grids.scores import cell_slices, chance, positive_maps
-from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style
+from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, figure_style, name_rows
 
 TARGET = "#1446d8"  # the outline of the cell whose class is explained; not on the maps' scale, and rare in photos
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#ffffff", "#8fd19a", "#1f8a4c", "#00331c"])
@@ -68,10 +68,8 @@ def plot_localization(scores: Mapping[str, Mapping[str, np.ndarray]], families: 
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
             ax.set_xlabel("localisation")
             ax.grid(visible=False, axis="y")
-        axes[0].set_yticks(range(len(methods)), [one_line(method) for method in methods])
+        name_rows(axes[0], {method: FAMILY_COLOURS[families[method]] for method in methods})
         axes[0].set_ylim(len(methods) + 0.4, -0.6)
-        for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
-            label.set_color(FAMILY_COLOURS[families[method]])
         figure.get_layout_engine().set(w_pad=0.09)  # type: ignore[union-attr,call-arg]
         _suptitle(figure, title)
         used = [family for family in FAMILY_COLOURS if family in {families[method] for method in methods}]
@@ -336,5 +334,5 @@ def _note(figure: Figure, text: str) -> None:
 
 def _tint(colour: str) -> tuple[float, float, float]:
     """The colour at a fifth of its strength on white: boxes hide the grid lines behind them."""
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = to_rgb(colour)
     return 0.8 + 0.2 * red, 0.8 + 0.2 * green, 0.8 + 0.2 * blue

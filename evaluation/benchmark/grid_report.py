@@ -1,19 +1,31 @@
-"""The parts of the benchmark's report that show grids."""
+"""The parts of the benchmark's report that show grids: scores of every head, aggregated maps, sweeps over the smoothing, examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.baselines.smoothing import Smoothing
+from attribution.errors import UserError
 from attribution.files import slug
 from evaluation.benchmark.grid_figures import plot_aggregate, plot_examples, plot_localization, plot_sweep
-from evaluation.benchmark.grid_summary import aggregates, first_maps, grid_images, head_scores, sweep
+from evaluation.benchmark.methods import MethodSpec
+from evaluation.benchmark.on_grids import load_map
+from evaluation.benchmark.results import Results
 from evaluation.benchmark.summary import Summary
 from evaluation.grids.aggregate import Aggregate, aggregate
 from evaluation.metrics.registry import Measure, metric_title
+from evaluation.statistics.intervals import bootstrap_interval
 from evaluation.study.report import Planned
+from evaluation.study.settings import named_data, named_model
 from evaluation.study.tables import counted
 
+Sweep = dict[str, tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]
 _MOST_AGGREGATES = 10  # methods whose aggregated maps the page shows
 
 
@@ -99,3 +111,72 @@ def grid_rows(summary: Summary) -> list[tuple[str, list[str]]]:
     )
     cut = f"methods that cut the image: {settings.regions}, each cell on its own"
     return [("Grids", [made]), ("Layers", layers), ("Localisation", [scored, f"hidden is zero at the layer; {cut}"])]
+
+
+def head_scores(results: Results, model: str, measure: Measure) -> dict[str, np.ndarray]:
+    """The scores of all heads of all grids by method, float64 [grids x heads]."""
+    found = {spec.label: results.scores_of(model, measure, spec.label) for spec in results.settings.methods}
+    return {method: np.concatenate([score.heads for score in scores]) for method, scores in found.items() if scores}
+
+
+def first_maps(results: Results, model: str, measure: Measure, method: str) -> Tensor | None:
+    """The maps of the first head of every grid, float32 [grids, h', w']; None where there are none or their files are gone."""
+    kept = results.grid_maps_of(model, measure, method)
+    try:
+        return torch.stack([load_map(each.path) for each in kept.values()]) if kept else None
+    except UserError:
+        return None
+
+
+def aggregates(results: Results, model: str, measure: Measure) -> dict[str, Aggregate]:
+    """AggAtt of every method at the first head, best mean first."""
+    height, width = results.models[model]["size"]
+    cells = results.settings.cells
+    found = {}
+    for spec in results.settings.methods:
+        maps = first_maps(results, model, measure, spec.label)
+        if maps is not None:
+            found[spec.label] = aggregate(maps, 0, cells, (cells * height, cells * width))
+    return dict(sorted(found.items(), key=lambda item: -float(item[1].scores.mean())))
+
+
+def sweep(results: Results, model: str, measure: Measure) -> Sweep:
+    """Mean localisation against the kernel of the smoothing, for methods that ran with several: (kernels, mean, low, high)."""
+    by_method: dict[str, dict[int, np.ndarray]] = {}
+    for spec in results.settings.methods:
+        if scores := results.scores_of(model, measure, spec.label):
+            by_method.setdefault(_unsmoothed(spec), {})[kernel_of(spec)] = np.array([score.value for score in scores])
+    found: Sweep = {}
+    for method, by_kernel in by_method.items():
+        if len(by_kernel) > 1:
+            kernels = sorted(by_kernel)
+            intervals = [bootstrap_interval(by_kernel[kernel], seed=results.settings.seed) for kernel in kernels]
+            mean, low, high = (np.array([getattr(each, name) for each in intervals]) for name in ("estimate", "low", "high"))
+            found[method] = (kernels, mean, low, high)
+    return found
+
+
+def kernel_of(spec: MethodSpec) -> int:
+    """Side of the Gaussian kernel of a method in pixels; 1 where it is not smoothed."""
+    smoothing = Smoothing.parse(spec.options.get("smoothing"))
+    return 1 if smoothing is None else smoothing.kernel
+
+
+def grid_images(results: Results, model: str) -> Callable[[int], Tensor] | None:
+    """The images of grids by number, float32 [3, n h, n w], read again from the data; None where they are gone."""
+    settings, grid_set = results.settings, results.grid_set
+    assert grid_set is not None
+    named = next(m for m, name in zip(settings.models, settings.model_names, strict=True) if name == model)
+    classifier = named_model(replace(settings, device="cpu"), named)
+    try:
+        dataset = named_data(settings, classifier.class_names)
+        grid_set.image(dataset, 0, classifier)
+    except UserError:
+        return None
+    return lambda index: grid_set.image(dataset, index, classifier)
+
+
+def _unsmoothed(spec: MethodSpec) -> str:
+    options = {name: value for name, value in spec.plain_options().items() if name != "smoothing"}
+    extra = ", ".join(f"{name} {value}" for name, value in options.items())
+    return spec.method + (f"@{spec.preset}" if spec.preset else "") + (f" ({extra})" if extra else "")

@@ -12,8 +12,8 @@ from evaluation.benchmark.on_grids import OnGrids, draw_grids
 from evaluation.benchmark.on_images import OnImages
 from evaluation.benchmark.results import Asked, Explained, Failure, GridMap, Refusals, Results, Score
 from evaluation.benchmark.settings import BenchmarkSettings
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.run import Run
+from evaluation.study.settings import named_data, named_model
 
 
 def measure_benchmark(run: Run[BenchmarkSettings]) -> Results:

@@ -32,9 +32,9 @@ from evaluation.grids.view import GridView
 from evaluation.metrics.registry import Measure
 from evaluation.study.attempts import Broken, attempted
 from evaluation.study.identity import identity_of, record_key
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.records import Record, stored_arrays
 from evaluation.study.run import Run, Unit, batches
+from evaluation.study.settings import named_data, named_model
 
 
 def draw_grids(run: Run[BenchmarkSettings]) -> GridSet:

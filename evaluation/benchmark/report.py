@@ -12,7 +12,6 @@ from evaluation.benchmark.boards import leaderboard, protocol_rows, spreads
 from evaluation.benchmark.figures import MOST_DOTS, plot_agreement, plot_cost, plot_curves, plot_ranks, plot_scores
 from evaluation.benchmark.gallery import Gallery
 from evaluation.benchmark.grid_report import grid_figures
-from evaluation.benchmark.results import Failure
 from evaluation.benchmark.summary import Summary, comparisons_csv, summary_csv
 from evaluation.benchmark.wording import ARROWS, LETTERS, conclusions, dependence, refusals
 from evaluation.metrics.registry import METRICS, Measure, metric_title
@@ -20,7 +19,7 @@ from evaluation.statistics.validity import STABLE
 from evaluation.study.page import page, write_text
 from evaluation.study.report import Planned, ReportFiles, draw_figures, json_text, plain_heading, write_tables
 from evaluation.study.style import FAMILY_COLOURS
-from evaluation.study.tables import plain_values
+from evaluation.study.tables import grouped, plain_values
 
 _MOST_FAILURES = 60  # rows; the rest is in summary.json
 
@@ -90,12 +89,15 @@ def _sensitivity_figures(summary: Summary, model: str, name: str) -> Iterator[Pl
 def _page(summary: Summary, shown: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Everything that the template shows but the title."""
     settings = summary.results.settings
-    failures = _failure_rows(summary)
+    failures = grouped(summary.results.failed, lambda each: (each.model, each.reason))
     return {
         "families": [family for family in FAMILY_COLOURS if any(spec.family == family for spec in settings.methods)],
         "conclusions": [(model, conclusions(summary, model)) for model in summary.results.models],
         "protocol": protocol_rows(summary),
-        "metrics": [(metric_title(m), ARROWS[METRICS[m].direction], METRICS[m].direction, METRICS[m].summary) for m in settings.metrics],
+        "metrics": METRICS,
+        "measured": settings.metrics,
+        "title_of": metric_title,
+        "arrows": ARROWS,
         "methods": settings.plain()["methods"],
         "letters": LETTERS[0].upper() + LETTERS[1:],
         "boards": [leaderboard(summary, model, number) for number, model in enumerate(summary.results.models, start=1)],
@@ -110,32 +112,10 @@ def _page(summary: Summary, shown: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "cells": settings.cells if settings.grid_settings else None,
         "stable": STABLE,
         "spreads": [spreads(summary, model) for model in summary.results.models],
-        "failures": failures[:_MOST_FAILURES],
-        "failures_left_out": max(0, len(failures) - _MOST_FAILURES),
-        "refusals": [
-            {"model": model, "methods": "; ".join(methods), "reason": reason}
-            for model in summary.results.models
-            for reason, methods in refusals(summary, model).items()
-        ],
+        "failures": sorted(failures.items(), key=lambda row: -len(row[1])),  # most frequent first
+        "most_failures": _MOST_FAILURES,
+        "refusals": [(model, methods, reason) for model in summary.results.models for reason, methods in refusals(summary, model).items()],
     }
-
-
-def _failure_rows(summary: Summary) -> list[dict[str, Any]]:
-    """Failures that share model and reason in one row, most frequent first."""
-    found: dict[tuple[str, str], list[Failure]] = {}
-    for failure in summary.results.failed:
-        found.setdefault((failure.model, failure.reason), []).append(failure)
-    rows = [
-        {
-            "model": model,
-            "reason": reason,
-            "count": len(failures),
-            "methods": list(dict.fromkeys(f.method for f in failures)),
-            "samples": list(dict.fromkeys(f.sample for f in failures)),
-        }
-        for (model, reason), failures in found.items()
-    ]
-    return sorted(rows, key=lambda row: -row["count"])
 
 
 def _json(summary: Summary) -> str:

@@ -12,6 +12,7 @@ from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.grids.sets import GridSet
 from evaluation.metrics.registry import METRICS, Measure
 from evaluation.study.run import Run
+from evaluation.study.tables import grouped
 
 
 @dataclass(frozen=True)
@@ -171,28 +172,29 @@ class Results:
         return tuple(failure for failure in self.failures if not failure.refused)
 
     @cached_property
-    def scores_of(self) -> dict[tuple[str, Measure, str, int], list[Score]]:
-        """The scores by (model, measure, method, seed)."""
-        found: dict[tuple[str, Measure, str, int], list[Score]] = {}
-        for score in self.scores:
-            found.setdefault((score.model, score.measure, score.method, score.seed), []).append(score)
-        return found
+    def _scores(self) -> dict[tuple[str, Measure, str, int], list[Score]]:
+        return grouped(self.scores, lambda each: (each.model, each.measure, each.method, each.seed))
 
     @cached_property
-    def explained_of(self) -> dict[tuple[str, str, int], dict[str, Explained]]:
-        """The explanations by (model, method, seed), then by sample."""
-        found: dict[tuple[str, str, int], dict[str, Explained]] = {}
-        for each in self.explained:
-            found.setdefault((each.model, each.method, each.seed), {})[each.sample] = each
-        return found
+    def _explained(self) -> dict[tuple[str, str, int], list[Explained]]:
+        return grouped(self.explained, lambda each: (each.model, each.method, each.seed))
 
     @cached_property
-    def grid_maps_of(self) -> dict[tuple[str, str, int, Measure], dict[str, GridMap]]:
-        """The maps of grids by (model, method, seed, measure), then by grid."""
-        found: dict[tuple[str, str, int, Measure], dict[str, GridMap]] = {}
-        for each in self.grid_maps:
-            found.setdefault((each.model, each.method, each.seed, each.measure), {})[each.grid] = each
-        return found
+    def _maps(self) -> dict[tuple[str, Measure, str, int], list[GridMap]]:
+        return grouped(self.grid_maps, lambda each: (each.model, each.measure, each.method, each.seed))
+
+    def scores_of(self, model: str, measure: Measure, method: str, seed: int | None = None) -> list[Score]:
+        """The scores of a method under a measure, with the seed of the settings where no other is given."""
+        return self._scores.get((model, measure, method, self.settings.seed if seed is None else seed), [])
+
+    def explained_of(self, model: str, method: str, seed: int | None = None) -> dict[str, Explained]:
+        """The explanations of a method by sample."""
+        found = self._explained.get((model, method, self.settings.seed if seed is None else seed), [])
+        return {each.sample: each for each in found}
+
+    def grid_maps_of(self, model: str, measure: Measure, method: str) -> dict[str, GridMap]:
+        """The maps of a method, with the seed of the settings, by grid."""
+        return {each.grid: each for each in self._maps.get((model, measure, method, self.settings.seed), [])}
 
 
 def grid_id(index: int) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 
 from attribution.explanation import Explanation
 from evaluation.benchmark.methods import MethodSpec
-from evaluation.benchmark.results import Explained, Failure, Results
+from evaluation.benchmark.results import Failure, Results
 from evaluation.metrics.registry import METRICS, Measure
 from evaluation.statistics.comparisons import Comparison, holm, pairwise_tests, wilcoxon
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.statistics.ranking import rank_agreement, ranks, significance_groups
 from evaluation.statistics.validity import STABLE, SeedSpread, Validity, count_validity, seed_spread
 from evaluation.study.records import stored_arrays
-from evaluation.study.tables import csv_interval, csv_number, csv_text
+from evaluation.study.tables import csv_interval, csv_text, grouped
 
 SIGNIFICANCE = 0.05
 AXIS = np.linspace(0, 1, 101)  # share of the image on which curves of different steps are averaged
@@ -155,11 +155,10 @@ class Summary:
 
 def score_matrix(results: Results, model: str, measure: Measure, seed: int | None = None) -> dict[str, np.ndarray]:
     """Scores by method, float64 [N] over the images (or grids) of a model, NaN where there is none."""
-    seed = results.settings.seed if seed is None else seed
     positions = {sample: index for index, sample in enumerate(results.units(model, measure))}
     found: dict[str, np.ndarray] = {}
     for spec in results.settings.methods:
-        scores = results.scores_of.get((model, measure, spec.label, seed), [])
+        scores = results.scores_of(model, measure, spec.label, seed)
         if scores:
             found[spec.label] = np.full(len(positions), np.nan)
             found[spec.label][[positions[score.sample] for score in scores]] = [score.value for score in scores]
@@ -197,16 +196,13 @@ def summary_csv(summary: Summary) -> str:
 
 def _csv_row(e: Entry, evaluations: float) -> list[Any]:
     """A cell of a leaderboard as a row; no mean stands without its interval."""
-    v, shown = e.validity, math.isfinite(e.interval.low)
-    seeds: list[Any] = [""] * 4
-    if e.spread is not None:
-        seeds = [e.spread.seeds, *map(csv_number, (e.spread.seed_sd, e.spread.image_sd, e.spread.rank_correlation))]
+    v, s, shown = e.validity, e.spread, math.isfinite(e.interval.low)
     return [
-        *(e.model, e.measure.metric, e.measure.protocol, e.measure.direction, csv_number(e.rank), e.method),
+        *(e.model, e.measure.metric, e.measure.protocol, e.measure.direction, e.rank, e.method),
         *csv_interval(e.interval if shown else None),
-        *((e.interval.level, e.interval.method) if shown else ("", "")),
-        *(" ".join(e.group), v.finite, v.total - v.finite, v.failed, v.constant_maps, v.saturated),
-        *(csv_number(e.area), csv_number(evaluations), *seeds),
+        *((e.interval.level, e.interval.method) if shown else (None, None)),
+        *(" ".join(e.group), v.finite, v.total - v.finite, v.failed, v.constant_maps, v.saturated, e.area, evaluations),
+        *((None,) * 4 if s is None else (s.seeds, s.seed_sd, s.image_sd, s.rank_correlation)),
     ]
 
 
@@ -218,7 +214,7 @@ def comparisons_csv(summary: Summary) -> str:
         signed_ranks = [wilcoxon(scores[a], scores[b]) for a, b in tests]
         for ((a, b), test), p, adjusted in zip(tests.items(), signed_ranks, holm(np.array(signed_ranks)), strict=True):
             numbers = (test.difference, test.low, test.high, test.p, test.adjusted_p, p, adjusted)
-            rows.append([model, measure.metric, measure.protocol, a, b, test.count, *map(csv_number, numbers)])
+            rows.append([model, measure.metric, measure.protocol, a, b, test.count, *numbers])
     return csv_text(_COMPARISON_COLUMNS, rows)
 
 
@@ -253,22 +249,15 @@ def _column(
 
 
 def _validity(results: Results, model: str, measure: Measure, method: str, values: np.ndarray) -> Validity:
-    seed, units = results.settings.seed, results.units(model, measure)
-    if METRICS[measure.metric].grid:
-        on_grids = results.grid_maps_of.get((model, method, seed, measure), {})
-        constant = np.array([unit in on_grids and on_grids[unit].constant for unit in units])
-        failed = np.array([unit not in on_grids for unit in units])
-        return count_validity(values, constant, np.zeros(len(units), dtype=bool), failed)
-    found = results.explained_of.get((model, method, seed), {})
-    constant = np.array([sample in found and found[sample].constant for sample in units])
-    saturated = np.array([sample in found and found[sample].saturated for sample in units])
-    failed = np.array([sample not in found for sample in units])
-    return count_validity(values, constant, saturated, failed)
+    on_grids = METRICS[measure.metric].grid
+    found = results.grid_maps_of(model, measure, method) if on_grids else results.explained_of(model, method)
+    units = [found.get(unit) for unit in results.units(model, measure)]
+    flags = [(each is not None and each.constant, getattr(each, "saturated", False), each is None) for each in units]
+    return count_validity(values, *np.array(flags, dtype=bool).reshape(-1, 3).T)
 
 
 def _mean_area(results: Results, model: str, measure: Measure, method: str) -> float | None:
-    scores = results.scores_of.get((model, measure, method, results.settings.seed), [])
-    areas = [score.area for score in scores if score.area is not None]
+    areas = [score.area for score in results.scores_of(model, measure, method) if score.area is not None]
     return float(np.mean(areas)) if areas else None
 
 
@@ -283,53 +272,39 @@ def _spread(results: Results, model: str, measure: Measure, method: str, stabili
 
 def _map_correlation(results: Results, model: str, spec: MethodSpec) -> float:
     """Mean rank correlation of a method's maps between its seeds; NaN with one seed."""
-    by_seed = [results.explained_of.get((model, spec.label, seed), {}) for seed in results.settings.seeds_of(spec)]
+    by_seed = [results.explained_of(model, spec.label, seed) for seed in results.settings.seeds_of(spec)]
     samples = [sample for sample in results.samples[model] if all(sample in found for found in by_seed)][:_SEED_MAPS]
     if len(by_seed) < 2:
         return math.nan
     found = []
     for sample in samples:
-        maps = np.stack([_map_of(explained[sample]).ravel()[None] for explained in by_seed])
+        maps = np.stack([Explanation.load(explained[sample].path).values.numpy().ravel()[None] for explained in by_seed])
         found.append(seed_spread(np.zeros((len(by_seed), 1)), maps).rank_correlation)
     finite = [value for value in found if np.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan
 
 
-def _map_of(explained: Explained) -> np.ndarray:
-    return Explanation.load(explained.path).values.numpy()
-
-
 def _costs(results: Results) -> list[Cost]:
-    on_grids: dict[tuple[str, str], list[float]] = {}
-    for each in results.grid_maps:
-        on_grids.setdefault((each.model, each.method), []).append(each.evaluations)
+    on_grids = grouped(results.grid_maps, lambda each: (each.model, each.method))
     found = []
-    for model in results.models:
-        for spec in results.settings.methods:
-            explained = results.explained_of.get((model, spec.label, results.settings.seed), {})
-            counts = [e.evaluations for e in explained.values()] or on_grids.get((model, spec.label), [])
-            if counts:
-                found.append(Cost(model, spec.label, spec.family, float(np.mean(counts))))
+    for model, spec in product(results.models, results.settings.methods):
+        made = results.explained_of(model, spec.label).values() or on_grids.get((model, spec.label), [])
+        if made:
+            found.append(Cost(model, spec.label, spec.family, float(np.mean([each.evaluations for each in made]))))
     return found
 
 
 def _mean_curves(results: Results) -> list[MeanCurve]:
-    found = []
-    for model in results.models:
-        for spec in results.settings.methods:
-            explained = results.explained_of.get((model, spec.label, results.settings.seed), {}).values()
-            for protocol in [p.label() for p in results.settings.protocols]:
-                paths = [e.curves[protocol] for e in explained if protocol in e.curves]
-                if not paths:
-                    continue
-                insertion, deletion = [], []
-                for path in paths:
-                    arrays = stored_arrays(path)
-                    insertion.append(np.interp(AXIS, arrays["insertion_area"], arrays["insertion"]))
-                    deletion.append(np.interp(AXIS, arrays["deletion_area"], arrays["deletion"]))
-                first, second = np.stack(insertion), np.stack(deletion)
-                seed = results.settings.seed
-                found.append(MeanCurve(model, spec.label, protocol, first.mean(0), _band(first, seed), second.mean(0), _band(second, seed)))
+    found, seed = [], results.settings.seed
+    for model, spec, protocol in product(results.models, results.settings.methods, results.settings.protocols):
+        label = protocol.label()
+        curves = [stored_arrays(e.curves[label]) for e in results.explained_of(model, spec.label).values() if label in e.curves]
+        if curves:
+            insertion, deletion = (
+                np.stack([np.interp(AXIS, c[f"{name}_area"], c[name]) for c in curves]) for name in ("insertion", "deletion")
+            )
+            bands = _band(insertion, seed), _band(deletion, seed)
+            found.append(MeanCurve(model, spec.label, label, insertion.mean(0), bands[0], deletion.mean(0), bands[1]))
     return found
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from evaluation.benchmark.summary import SIGNIFICANCE, Entry, Summary
+from evaluation.benchmark.summary import SIGNIFICANCE, Agreement, Entry, Summary
 from evaluation.metrics.registry import METRICS, Measure, metric_title
 from evaluation.statistics.comparisons import EXACT_COUNT
-from evaluation.study.tables import counted, listed
+from evaluation.study.tables import counted, grouped, listed
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 LETTERS = f"letters: methods that share one are not told apart (paired sign-flip test, Holm over all pairs, {SIGNIFICANCE:.0%})"
@@ -60,12 +60,12 @@ def conclusions(summary: Summary, model: str) -> list[str]:
 def dependence(summary: Summary, model: str) -> list[str]:
     """How much the ranking depends on the fill and on the steps: least and median tau between protocols that differ only in one."""
     protocols = {p.label(): p.settings() for p in summary.results.settings.protocols}
-    by_change: dict[str, list[Any]] = {}
-    for agreement in summary.agreements:
-        if agreement.model == model and math.isfinite(agreement.tau):
-            a, b = protocols[agreement.first], protocols[agreement.second]
-            changed = {"steps" if key == "count" else key for key in a if a[key] != b[key]}
-            by_change.setdefault(" and ".join(sorted(changed)), []).append(agreement)
+
+    def change_of(agreement: Agreement) -> str:
+        a, b = protocols[agreement.first], protocols[agreement.second]
+        return " and ".join(sorted({"steps" if key == "count" else key for key in a if a[key] != b[key]}))
+
+    by_change = grouped((a for a in summary.agreements if a.model == model and math.isfinite(a.tau)), change_of)
     found = []
     for change, agreements in by_change.items():
         taus = [a.tau for a in agreements]
@@ -81,19 +81,13 @@ def dependence(summary: Summary, model: str) -> list[str]:
 
 def refusals(summary: Summary, model: str) -> dict[str, list[str]]:
     """Methods and measures that were left out for a model, by the reason."""
-    found: dict[str, list[str]] = {}
-    for failure in summary.refused:
-        if failure.model == model and failure.method not in found.setdefault(failure.reason, []):
-            found[failure.reason].append(failure.method)
-    return found
+    found = grouped((each for each in summary.refused if each.model == model), lambda each: each.reason)
+    return {reason: list(dict.fromkeys(each.method for each in failures)) for reason, failures in found.items()}
 
 
 def by_protocol(measures: Sequence[Measure]) -> list[tuple[str, list[Measure]]]:
     """Measures grouped by protocol, those without a curve last."""
-    found: dict[str, list[Measure]] = {}
-    for measure in measures:
-        found.setdefault(measure.protocol, []).append(measure)
-    return sorted(found.items(), key=lambda group: group[0] == "")
+    return sorted(grouped(measures, lambda measure: measure.protocol).items(), key=lambda group: group[0] == "")
 
 
 def writer(column: Sequence[Entry]) -> Callable[[float], str]:
@@ -128,12 +122,7 @@ def _head_measures(summary: Summary, model: str) -> list[Measure]:
 
 def _firsts(summary: Summary, model: str) -> dict[str, int]:
     """How many columns each method leads, most first."""
-    found: dict[str, int] = {}
-    for measure in summary.measures:
-        decided = summary.separation(model, measure)
-        if decided is not None:
-            found[decided[0]] = found.get(decided[0], 0) + 1
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(Counter(best[0] for measure in summary.measures if (best := summary.separation(model, measure))).most_common())
 
 
 def _separated(others: Sequence[str], all_others: int) -> str:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from markupsafe import Markup
 
 from evaluation.failures.pictures import failure_pictures, rounded
 from evaluation.failures.results import Failed
 from evaluation.failures.summary import FailureSummary
-from evaluation.statistics.intervals import Interval
 from evaluation.study.page import page, write_text
 from evaluation.study.style import has_interval
-from evaluation.study.tables import counted, listed, mean, p_value, percent
+from evaluation.study.tables import counted, listed, percent
 
 _MOST_THUMBNAILS = 10  # of a cluster
 _SHARES = {
@@ -28,7 +24,6 @@ _SHARES = {
 }
 # options that do not matter for a single image
 _OF_THE_RUN = ("samples", "most", "clusters", "min_confidence", "device", "batch_size", "workers")
-_UNKNOWN = "–"  # noqa: RUF001
 
 
 def write_atlas(summary: FailureSummary, out: str | Path, title: str | None = None) -> Path:
@@ -75,37 +70,28 @@ def _page(summary: FailureSummary) -> dict[str, Any]:
     results, names = summary.results, summary.results.classifier.class_names
     lists = [("suspected", "suspected label errors", [s.sample for s in summary.suspected])] if summary.suspected else []
     lists += [(f"shortcut-{at}", f"shortcut {at}: {s.kind}", list(s.samples)) for at, s in enumerate(summary.shortcuts)]
-    samples, tiles = [], []
+    samples, photos = [], []
     for failed in results.failures:
         pictures, drawn = failure_pictures(failed, summary)
         member_of = [key for key, _, members in lists if failed.sample in members]
         samples.append({**_facts(failed, summary), "lists": member_of, **drawn})
-        tiles.append(_tile(failed, summary, pictures))
+        photos.append(pictures)
     place = {failed.sample: at for at, failed in enumerate(results.failures)}
-    data = {"classes": _used_names(results.failures, names), "samples": samples}
+    used = sorted({c for f in results.failures for c in (f.label, f.predicted)})
     return {
         "conclusions": [(results.classifier.name, conclusion(summary))],
-        "data": _embedded(data),
-        "tiles": tiles,
+        "data": _embedded({"classes": {str(each): names[each] for each in used}, "samples": samples}),
+        "summary": summary,
+        "names": names,
+        "photos": photos,
+        "failures": results.failures,
         "place": place,
+        "typical": {
+            c.number: [member for member in dict.fromkeys([c.medoid, *c.members]) if member in place][:_MOST_THUMBNAILS]
+            for c in summary.clusters
+        },
         "lists": [(key, text, len(members)) for key, text, members in lists],
-        "highest": [(f"{area:.0%}", _known(interval, mean)) for area, interval in sorted(summary.highest.items())],
-        "shares": [
-            (_SHARES.get(name, name), percent(share), _known(summary.by_chance[name], percent) if name in summary.by_chance else "")
-            for name, share in summary.shares.items()
-            if has_interval(share)
-        ],
-        "fill_right": "" if summary.fill_right is None or not summary.fill_right.estimate > 0 else f"{summary.fill_right.estimate:.0%}",
-        "unclustered": summary.unclustered,
-        "pairs": _pairs(summary),
-        "clusters": _clusters(summary, tiles, place),
-        "suspected": [
-            {**_confused(s.label, s.predicted, names), "sample": s.sample, "confidence": f"{s.confidence:.2f}", "reason": s.reason}
-            for s in summary.suspected
-        ],
-        "shortcuts": [{"kind": s.kind, "text": s.text, "count": len(s.samples), "p": p_value(s.p) or _UNKNOWN} for s in summary.shortcuts],
-        "groups": _groups(summary),
-        "broken": results.broken,
+        "share_names": {name: _SHARES.get(name, name) for name in summary.shares},
         "unsaid": listed(name.replace("_", " ") for name in unsaid) if (unsaid := results.settings.unsaid()) else "",
     }
 
@@ -143,79 +129,9 @@ def _facts(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
     }
 
 
-def _tile(failed: Failed, summary: FailureSummary, pictures: list[dict[str, Any]]) -> dict[str, Any]:
-    found = failed.found
-    return {
-        **_confused(failed.label, failed.predicted, summary.results.classifier.class_names),
-        "sample": failed.sample,
-        "link": quote(failed.sample, errors="replace"),
-        "confidence": f"{found['probability_predicted']:.2f} against {found['probability_true']:.2f}",
-        "cluster": summary.cluster_of.get(failed.sample, -1),
-        "group": failed.group,
-        "pictures": pictures,
-    }
-
-
-def _pairs(summary: FailureSummary) -> list[dict[str, Any]]:
-    names = summary.results.classifier.class_names
-    return [
-        {
-            **_confused(pair.label, pair.predicted, names),
-            "images": max(pair.seen, pair.count),
-            "count": pair.count,
-            "share": f"{pair.share:.1%}" if math.isfinite(pair.share) else _UNKNOWN,
-            "repaired": f"{pair.repaired} of {pair.count}",
-            "cause_area": _known(pair.cause_area, percent),
-            "sufficient_area": _known(pair.sufficient_area, percent),
-        }
-        for pair in summary.pairs
-    ]
-
-
-def _clusters(summary: FailureSummary, tiles: Sequence[dict[str, Any]], place: dict[str, int]) -> list[dict[str, Any]]:
-    names = summary.results.classifier.class_names
-    return [
-        {
-            **_confused(*cluster.top_pair, names),
-            "number": cluster.number,
-            "count": len(cluster.members),
-            "p": p_value(cluster.tightness_p) or _UNKNOWN,
-            "tiles": [tiles[place[m]] for m in dict.fromkeys([cluster.medoid, *cluster.members]) if m in place][:_MOST_THUMBNAILS],
-        }
-        for cluster in summary.clusters
-    ]
-
-
-def _groups(summary: FailureSummary) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": row.group,
-            "link": quote(row.group, errors="replace"),
-            "wrong": f"{row.wrong} of {row.images}",
-            "error_rate": _known(row.error_rate, percent),
-            "p_error": p_value(row.p_error) or _UNKNOWN,
-            "cause_area": _known(row.cause_area, percent),
-            "p_area": p_value(row.p_area) or _UNKNOWN,
-        }
-        for row in summary.groups
-    ]
-
-
-def _confused(label: int, predicted: int, names: Sequence[str]) -> dict[str, Any]:
-    return {"label": names[label], "predicted": names[predicted], "pair": f"{label}-{predicted}"}
-
-
-def _used_names(failures: Sequence[Failed], names: Sequence[str]) -> dict[str, str]:
-    return {str(each): names[each] for each in sorted({c for f in failures for c in (f.label, f.predicted)})}
-
-
 def _embedded(data: Any) -> Markup:
     """JSON for a script element, escaped so that no text can end the element or begin a comment."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-def _known(interval: Interval, write: Callable[[Interval], str]) -> str:
-    return write(interval) if has_interval(interval) else _UNKNOWN

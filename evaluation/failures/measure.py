@@ -26,9 +26,9 @@ from evaluation.failures.settings import FailureSettings
 from evaluation.metrics.protocol import Protocol
 from evaluation.study.attempts import Broken, attempted, together
 from evaluation.study.identity import identity_of, record_key, sample_seed
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.records import Record
 from evaluation.study.run import Run, Unit, batches, problems
+from evaluation.study.settings import named_data, named_model
 
 TOGETHER = 64  # images predicted in one batch
 _EXPLAINED = "explanation"  # name of the only part of an image's unit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from attribution.errors import UserError
 from attribution.explanation import Explanation
@@ -19,6 +18,7 @@ from attribution.fills import picture_of_fill
 from attribution.regions import Regions
 from evaluation.failures.results import Failed
 from evaluation.failures.summary import FailureSummary
+from evaluation.study.page import data_uri, image_of, shrunk
 from evaluation.study.style import FAMILY_COLOURS, THUMBNAIL
 
 TRUTH, MISTAKE = FAMILY_COLOURS["gradient"], FAMILY_COLOURS["region search"]  # blue and orange, told apart by colour-blind readers
@@ -36,13 +36,13 @@ def failure_pictures(failed: Failed, summary: FailureSummary) -> tuple[list[dict
     except UserError:  # moved or removed since
         return [], {"labels": None}
     assert explanation.regions is not None
-    labels, photo = explanation.regions.labels.numpy(), _image(explanation.image)
-    settings, shown, lossless = summary.results.settings, _shrunk(photo, _SIDE), max(photo.size) <= _LOSSLESS
+    labels, photo = explanation.regions.labels.numpy(), _photo(explanation.image)
+    settings, shown, lossless = summary.results.settings, shrunk(photo, _SIDE), max(photo.size) <= _LOSSLESS
     signed = _signed(photo, np.asarray(failed.found["causes"])[labels])
     drawn = {
         "width": shown.width,
         "height": shown.height,
-        "image": None if max(photo.size) <= THUMBNAIL else _uri(shown, lossless),  # None: the script takes the photo of the tile
+        "image": None if max(photo.size) <= THUMBNAIL else data_uri(shown, lossless),  # None: the script takes the photo of the tile
         "labels": base64.b64encode(zlib.compress(_nearest(labels, shown.size).astype("<u2").tobytes(), 9)).decode("ascii"),
         "fill": _fill(picture_of_fill(explanation.image, settings.fill, summary.results.classifier), lossless),
         "heat": {name: rounded(_heat(explanation, failed.found, name)) for name in ("truth", "mistake")},
@@ -68,56 +68,34 @@ def _heat(explanation: Explanation, found: Any, towards: str) -> list[float]:
 def _signed(photo: Image.Image, values: np.ndarray) -> Image.Image:
     """Draw values float [H, W] in [-1, 1] over the gray photo: causes of the mistake in orange, support of the truth in blue."""
     gray = 0.25 + 0.75 * np.asarray(photo.convert("L"), dtype=float) / 255
-    colours = np.where(values[..., None] > 0, _rgb(TRUTH), _rgb(MISTAKE))
+    colours = np.where(values[..., None] > 0, ImageColor.getrgb(TRUTH), ImageColor.getrgb(MISTAKE))
     alpha = 0.8 * np.abs(values)[..., None]
     return Image.fromarray(((1 - alpha) * gray[..., None] * 255 + alpha * colours).round().astype(np.uint8))
 
 
-def _image(tensor: torch.Tensor) -> Image.Image:
-    """An image float [3, H, W] in [0, 1]."""
-    return Image.fromarray((tensor.permute(1, 2, 0).numpy().clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    copy = image.copy()
-    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return copy
+def _photo(image: torch.Tensor) -> Image.Image:
+    return image_of(image.permute(1, 2, 0).numpy())
 
 
 def _nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A label map at another size (width, height): the label at the centre of each pixel."""
     rows = ((np.arange(size[1]) + 0.5) * labels.shape[0] / size[1]).astype(int)
     columns = ((np.arange(size[0]) + 0.5) * labels.shape[1] / size[0]).astype(int)
-    picked: np.ndarray = labels[rows[:, None], columns]
-    return picked
+    return np.asarray(labels[rows[:, None], columns])
 
 
 def _picture(image: Image.Image, lossless: bool) -> dict[str, Any]:
-    small = _shrunk(image, THUMBNAIL)
-    return {"uri": _uri(small, lossless), "width": small.width, "height": small.height, "tiny": lossless}
-
-
-def _uri(image: Image.Image, lossless: bool) -> str:
-    """A data URI: PNG where nothing may be lost, else JPEG."""
-    buffer = io.BytesIO()
-    if lossless:
-        image.save(buffer, format="png", optimize=True)
-    else:
-        image.save(buffer, format="jpeg", quality=86, optimize=True)
-    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    small = shrunk(image, THUMBNAIL)
+    return {"uri": data_uri(small, lossless), "width": small.width, "height": small.height, "tiny": lossless}
 
 
 def _fill(fill: torch.Tensor, lossless: bool) -> str:
     """The fill as "#rrggbb" where it is one colour, else as a picture."""
-    image = _image(fill)
+    image = _photo(fill)
     colours = image.getcolors(1)
     if colours is None:
-        return _uri(_shrunk(image, _SIDE), lossless)
+        return data_uri(shrunk(image, _SIDE), lossless)
     return "#{:02x}{:02x}{:02x}".format(*colours[0][1])  # type: ignore[misc]
-
-
-def _rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)], dtype=float)
 
 
 def rounded(values: Iterable[float], digits: int = 3) -> list[float]:

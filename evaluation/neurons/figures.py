@@ -12,7 +12,7 @@ from attribution.figures.style import Figure, as_written, class_text
 from evaluation.neurons.results import EDITED
 from evaluation.neurons.summary import NeuronSummary, Whose, changed
 from evaluation.statistics.intervals import Interval, bootstrap_interval
-from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, draw_matrix, figure_style, has_interval
+from evaluation.study.style import FAMILY_COLOURS, INK, MUTED, PAPER, draw_matrix, figure_style, has_interval, name_rows
 
 EDIT_NAMES = {"remove": "removed", "enhance": "enhanced", "mean": "at their mean"}
 _MOST_CLASSES = 12  # in small multiples
@@ -44,10 +44,8 @@ def plot_changes(summary: NeuronSummary, whose: Whose = "own") -> Figure:
             ax.set_title(f"neurons {EDIT_NAMES[edit]}" + (f" (x {results.settings.enhance:g})" if edit == "enhance" else ""))
             ax.set_xlabel("change of p(target), points")
             ax.grid(visible=False, axis="y")
-        axes[0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+        name_rows(axes[0], {kind.replace("_", " "): kind_colour(kind, kinds) for kind in kinds})
         axes[0].set_ylim(len(kinds) - 0.4, -0.6)
-        for label, kind in zip(axes[0].get_yticklabels(), kinds, strict=True):
-            label.set_color(kind_colour(kind, kinds))
     return as_written(figure)
 
 

@@ -22,9 +22,9 @@ from evaluation.neurons.results import EDITED, Measured, NeuronResults, Pruned
 from evaluation.neurons.settings import NeuronSettings
 from evaluation.study.attempts import Broken, attempted, together
 from evaluation.study.identity import identity_of, record_key, sample_seed
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.records import Record
 from evaluation.study.run import Found, Run, Unit, batches, problems
+from evaluation.study.settings import named_data, named_model
 
 TOGETHER = 8  # images whose paths are searched in one batch
 _LEAST_IMAGES = 4

@@ -7,10 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from PIL import Image
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from attribution.figures.style import Figure
@@ -22,10 +19,10 @@ from evaluation.neurons.results import EDITED
 from evaluation.neurons.settings import PATHS
 from evaluation.neurons.summary import QUANTITIES, SIGNIFICANT, NeuronSummary, Whose, changes_csv, plain_summary, pruning_csv, speaks_for
 from evaluation.statistics.intervals import Interval
-from evaluation.study.page import page, picture, write_text
+from evaluation.study.page import image_of, page, picture, shrunk, write_text
 from evaluation.study.report import Planned, ReportFiles, draw_figures, json_text, write_tables
 from evaluation.study.run import batches
-from evaluation.study.tables import counted, estimated
+from evaluation.study.tables import counted, estimated, terminal_table
 
 _MOST_GALLERY = 20  # classes whose paths the page shows with images
 _SIDE = 64  # of an exemplar on the page, pixels
@@ -76,16 +73,17 @@ def print_neuron_summary(summary: NeuronSummary, console: Console) -> None:
         "class": f"path of the class, on {counted(int((~results.selection).sum()), 'other image')}",
     }
     for whose in get_args(Whose):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=f"{results.classifier.name}: {titles[whose]}", title_justify="left")
-        table.add_column("path", no_wrap=True)
-        headings = [*(f"p, {EDIT_NAMES[edit]}" for edit in EDITED), "accuracy, removed", "joint score"]
-        for heading in headings if whose == "own" else headings[:-1]:
-            table.add_column(heading, justify="right")
-        for kind in results.measured:
-            cells = [_cell(summary, kind, whose, edit, "probability") for edit in EDITED]
-            cells += [_cell(summary, kind, whose, "remove", "accuracy"), f"{summary.joint[kind].estimate:.3f}"]
-            table.add_row(_words(kind), *map(Text, cells if whose == "own" else cells[:-1]))
-        console.print(table)
+        headings = ["path", *(f"p, {EDIT_NAMES[edit]}" for edit in EDITED), "accuracy, removed", "joint score"]
+        rows = [
+            [
+                *(_words(kind), *(_cell(summary, kind, whose, edit, "probability") for edit in EDITED)),
+                *(_cell(summary, kind, whose, "remove", "accuracy"), f"{summary.joint[kind].estimate:.3f}"),
+            ]
+            for kind in results.measured
+        ]
+        if whose == "class":
+            headings, rows = headings[:-1], [row[:-1] for row in rows]
+        console.print(terminal_table(f"{results.classifier.name}: {titles[whose]}", headings, rows, ("path",), ("path",)))
     for sentence in conclusion(summary):
         console.print(Text(sentence))
     note = "mean change in points, with the 95 % bootstrap interval over images; * differs from the first path (sign-flip, Holm)"
@@ -110,24 +108,21 @@ def _planned(summary: NeuronSummary) -> Iterator[Planned]:
 
 def _page(summary: NeuronSummary, drawn: Mapping[str, Any]) -> dict[str, Any]:
     results = summary.results
-    names = results.classifier.class_names
-
-    def alike(classes: Any) -> str:
-        return ", ".join(names[c] for c in classes)
-
-    similar = [(int(label), summary.similarity) for label in summary.known_classes]
     return {
         "conclusions": [(results.classifier.name, conclusion(summary))],
         "protocol": _protocol(summary),
-        "paths": [(_words(kind), PATHS[kind]) for kind in results.measured],
-        "tables": [_table(summary, whose) for whose in get_args(Whose)],
+        "paths": PATHS,
+        "whose": get_args(Whose),
+        "edits": EDIT_NAMES,
+        "quantities": list(QUANTITIES),
+        "cell": partial(_cell, summary),
         "figures": drawn,
-        "classes": [_class_row(summary, int(label)) for label in summary.known_classes],
+        "summary": summary,
+        "names": results.classifier.class_names,
+        "known": summary.known_classes.tolist(),
+        "speaks_for": {label: [", ".join(speaks_for(neuron)) for neuron in decoded] for label, decoded in summary.decoded.items()},
         "gallery": _gallery(summary),
         "layers": [f"layer {layer + 1}" for layer in range(len(results.layers))],
-        "similar": [(names[label], alike(found.most(label, 3)), alike(found.least(label, 3))) for label, found in similar],
-        "undecoded": summary.undecoded,
-        "failures": results.failures,
     }
 
 
@@ -156,26 +151,6 @@ def _explained(summary: NeuronSummary) -> str:
     return "the label" if summary.results.settings.target == "label" else "the predicted class"
 
 
-def _table(summary: NeuronSummary, whose: Whose) -> dict[str, Any]:
-    rows = []
-    for kind, found in summary.results.measured.items():
-        cells = [_cell(summary, kind, whose, edit, quantity).partition(" ") for edit in EDITED for quantity in QUANTITIES]
-        joint = f"{summary.joint[kind].estimate:.3f}"
-        rows.append({"kind": _words(kind), "cells": cells, "joint": joint, "rows": f"{found.forwards:.0f} / {found.backwards:.0f}"})
-    left_out = max(c.left_out for c in summary.changes)
-    return {"whose": whose, "rows": rows, "edits": [EDIT_NAMES[edit] for edit in EDITED], "left_out": left_out}
-
-
-def _class_row(summary: NeuronSummary, label: int) -> dict[str, Any]:
-    """The path of a class, with how many of its images choose each neuron and what the neuron speaks for."""
-    decoded = [", ".join(speaks_for(neuron)) for neuron in summary.decoded.get(label, [])]
-    cells = [
-        {"unit": int(unit), "share": f"{share:.0%}", "speaks": decoded[layer] if decoded else ""}
-        for layer, (unit, share) in enumerate(zip(summary.class_paths[label], summary.shares(label), strict=True))
-    ]
-    return {"name": summary.results.classifier.class_names[label], "images": summary.images(label), "cells": cells}
-
-
 def _gallery(summary: NeuronSummary) -> list[dict[str, Any]]:
     """For each neuron of class paths the images in which it is most active."""
     results, count = summary.results, summary.results.settings.exemplars
@@ -200,10 +175,11 @@ def _thumbnail(summary: NeuronSummary, exemplar: Exemplar) -> dict[str, Any]:
     results = summary.results
     index = results.chosen[exemplar.index]
     pixels = shown_exemplar(results.dataset[index].image, exemplar)
-    image = Image.fromarray((pixels * 255).round().clip(0, 255).astype("uint8"))
-    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     label = results.classifier.class_names[results.labels[exemplar.index]]
-    return {**picture(image), "alt": f"{results.dataset.ids[index]} ({label}), activation {exemplar.activation:.2f}"}
+    return {
+        **picture(shrunk(image_of(pixels), _SIDE)),
+        "alt": f"{results.dataset.ids[index]} ({label}), activation {exemplar.activation:.2f}",
+    }
 
 
 def _cell(summary: NeuronSummary, kind: str, whose: Whose, edit: str, quantity: str) -> str:

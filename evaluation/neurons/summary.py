@@ -16,7 +16,7 @@ from evaluation.neurons.results import EDITED, Measured, NeuronResults, relative
 from evaluation.statistics.comparisons import holm, sign_flip
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.study.report import plain_heading
-from evaluation.study.tables import csv_interval, csv_number, csv_text, interval_columns, plain_values
+from evaluation.study.tables import csv_interval, csv_text, interval_columns, plain_values
 
 Whose = Literal["own", "class"]
 QUANTITIES = {
@@ -181,9 +181,8 @@ def changes_csv(summary: NeuronSummary) -> str:
     name = summary.results.classifier.name
     rows = (
         [
-            *(name, c.kind, c.whose, c.edit, c.quantity),
-            *(*csv_interval(c.interval), c.interval.count, c.left_out),
-            *(*csv_interval(c.difference), csv_number(c.p)),
+            *(name, c.kind, c.whose, c.edit, c.quantity, c.interval, c.interval.count, c.left_out),
+            *(*csv_interval(c.difference), c.p),
         ]
         for c in summary.changes
     )
@@ -195,16 +194,11 @@ def pruning_csv(summary: NeuronSummary) -> str:
     results = summary.results
     columns = ["model", "kept", "depth", "share", *interval_columns("accuracy", "probability"), "images"]
 
-    def cells(values: np.ndarray) -> list[str]:
-        return csv_interval(bootstrap_interval(values, seed=results.settings.seed))
+    def mean(values: np.ndarray) -> Interval:
+        return bootstrap_interval(values.astype(float), seed=results.settings.seed)
 
-    rows = (
-        [
-            *(results.classifier.name, row.kept, row.depth, row.share),
-            *(*cells(row.correct.astype(float)), *cells(row.probabilities), len(row.correct)),
-        ]
-        for row in results.pruned
-    )
+    name = results.classifier.name
+    rows = ([name, r.kept, r.depth, str(r.share), mean(r.correct), mean(r.probabilities), len(r.correct)] for r in results.pruned)
     return csv_text(columns, rows)
 
 

@@ -36,9 +36,9 @@ from evaluation.pareto.settings import (
     partition,
 )
 from evaluation.study.identity import identity_of, record_key, sample_seed
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.records import Record
 from evaluation.study.run import Run, Unit, problems
+from evaluation.study.settings import named_data, named_model
 
 _NO_LIMIT = 10**9  # images: the search is left as soon as a round goes beyond the last budget
 _OCCLUSION_STRIDES = (1, 2, 4, 8, 16, 32, 64)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from evaluation.pareto.figures import plot_pareto
 from evaluation.pareto.settings import ParetoResults
 from evaluation.pareto.summary import ParetoSummary, Row, pareto_csv, row_name
 from evaluation.study.page import write_text
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
-from evaluation.study.tables import estimated, plain_values
+from evaluation.study.tables import estimated, plain_values, terminal_table
 
 _HEADINGS = ("model", "regions", "method", "images forwarded", "images", "insertion - deletion", "against bidirectional", "p")
 
@@ -46,12 +44,7 @@ def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
 
 def print_pareto(summary: ParetoSummary, console: Console) -> None:
     """A row for each method within each budget, and what has none."""
-    table = Table(box=box.SIMPLE_HEAD, title=protocol_of(summary.results), title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
-    for row in summary.rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    console.print(terminal_table(protocol_of(summary.results), _HEADINGS, map(cells, summary.rows), _HEADINGS[:3]))
     for sentence in summary.missing:
         console.print(sentence, markup=False)
 

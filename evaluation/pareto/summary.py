@@ -10,7 +10,7 @@ import numpy as np
 from evaluation.pareto.settings import REFERENCE, ParetoResults, Point
 from evaluation.statistics.comparisons import sign_flip
 from evaluation.statistics.intervals import Interval, bootstrap_interval
-from evaluation.study.tables import csv_interval, csv_number, csv_text, interval_columns
+from evaluation.study.tables import csv_interval, csv_text, grouped, interval_columns
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,25 @@ def summarise_pareto(results: ParetoResults) -> ParetoSummary:
 
 def _rows(results: ParetoResults, model: str, partition: str, by_sample: Mapping[str, Sequence[Point]]) -> Iterator[Row]:
     seed = results.settings.seed
-    found: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
-    for sample, points in by_sample.items():
-        for point in points:
-            found.setdefault((point.method, point.budget), {})[sample] = (point.evaluations, point.insertion, point.deletion)
-    reference = {sample: values[1] - values[2] for sample, values in found.get((REFERENCE, 0), {}).items()}
+    found = grouped(
+        ((sample, point) for sample, points in by_sample.items() for point in points), lambda each: (each[1].method, each[1].budget)
+    )
+    reference = {sample: point.difference for sample, point in found.get((REFERENCE, 0), [])}
     place = {method: at for at, method in enumerate(results.settings.methods)}
-    for (method, budget), values_of in sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1])):
-        values = np.array(list(values_of.values()))
-        paired = [sample for sample in values_of if sample in reference]
-        own = np.array([values_of[sample][1] - values_of[sample][2] for sample in paired])
-        theirs = np.array([reference[sample] for sample in paired])
+    for (method, budget), members in sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1])):
+        points = [point for _, point in members]
+        paired = [(point.difference, reference[sample]) for sample, point in members if sample in reference]
+        own, theirs = np.array(paired).reshape(-1, 2).T
         compared = method != REFERENCE and len(paired) > 1
         yield Row(
             model=model,
             partition=partition,
             method=method,
             budget=budget,
-            evaluations=float(values[:, 0].mean()),
-            quality=bootstrap_interval(values[:, 1] - values[:, 2], seed=seed),
-            insertion=bootstrap_interval(values[:, 1], seed=seed),
-            deletion=bootstrap_interval(values[:, 2], seed=seed),
+            evaluations=float(np.mean([point.evaluations for point in points])),
+            quality=bootstrap_interval([point.difference for point in points], seed=seed),
+            insertion=bootstrap_interval([point.insertion for point in points], seed=seed),
+            deletion=bootstrap_interval([point.deletion for point in points], seed=seed),
             gain=bootstrap_interval(own - theirs, seed=seed) if compared else None,
             p=sign_flip(own, theirs, seed=seed) if compared else float("nan"),
         )
@@ -102,15 +100,14 @@ def _rows(results: ParetoResults, model: str, partition: str, by_sample: Mapping
 
 def pareto_csv(rows: Iterable[Row]) -> str:
     """The rows as a table with one line each."""
-    names = ("quality", "insertion", "deletion", "gain")
-    columns = ["model", "regions", "method", "budget", "evaluations", "images", *interval_columns(*names), "p"]
+    names = interval_columns("quality", "insertion", "deletion", "gain")
+    columns = ["model", "regions", "method", "budget", "evaluations", "images", *names, "p"]
     return csv_text(
         columns,
         (
             [
-                *(row.model, row.partition, row.method, row.budget or "", csv_number(row.evaluations), row.quality.count),
-                *(cell for name in names for cell in csv_interval(getattr(row, name))),
-                csv_number(row.p),
+                *(row.model, row.partition, row.method, row.budget or None, row.evaluations, row.quality.count),
+                *(row.quality, row.insertion, row.deletion, *csv_interval(row.gain), row.p),
             ]
             for row in rows
         ),

@@ -2,12 +2,11 @@
 
 from evaluation.study.attempts import Broken, attempted, together
 from evaluation.study.identity import identity_of, record_key, sample_seed
-from evaluation.study.opening import named_data, named_model
 from evaluation.study.page import write_text
 from evaluation.study.processes import executor_of
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
 from evaluation.study.run import Run, Study, Unit, batches, held, problems, run
-from evaluation.study.settings import StudySettings, setting
+from evaluation.study.settings import StudySettings, named_data, named_model, setting
 from evaluation.study.tables import counted, csv_interval, csv_number, csv_text, interval_columns, listed, plain_values
 
 __all__ = [

@@ -7,18 +7,22 @@ import io
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
 from attribution.figures.style import Figure
 from attribution.files import whole_file
-from evaluation.study.style import DARK_COLOURS, FAMILY_COLOURS, GRID, INK, MUTED, PAPER, figure_style
+from evaluation.study import tables
+from evaluation.study.style import DARK_COLOURS, FAMILY_COLOURS, GRID, INK, MUTED, PAPER, figure_style, has_interval
 
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     colour: family.replace(" ", "-") for family, colour in FAMILY_COLOURS.items()
 }
+UNKNOWN = "–"  # noqa: RUF001
 
 
 def page(template: str, **values: Any) -> str:
@@ -63,17 +67,43 @@ def inline_svg(figure: Figure, prefix: str = "") -> Markup:
 
 def picture(image: Image.Image) -> dict[str, Any]:
     """The image as a PNG in a data URI. It is reduced to 64 colours if that makes it smaller."""
-    buffer = io.BytesIO()
     few = image.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) if max(image.size) > 40 else image
-    few.save(buffer, format="png", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": uri, "width": image.width, "height": image.height, "tiny": max(image.size) < 80}
+    return {"uri": data_uri(few), "width": image.width, "height": image.height, "tiny": max(image.size) < 80}
+
+
+def data_uri(image: Image.Image, lossless: bool = True) -> str:
+    """The image as a data URI: PNG where nothing may be lost, else JPEG."""
+    buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    image.save(buffer, format=kind, optimize=True, quality=86)  # PNG has no quality
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def image_of(pixels: np.ndarray) -> Image.Image:
+    """An image of pixels, float [H, W, 3] in [0, 1]."""
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """A copy whose longer side has at most so many pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return copy
 
 
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("evaluation", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["breakable"] = lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
-    environment.filters["whole"] = lambda value: f"{value:,.0f}"
+    environment.filters |= {
+        "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
+        "distinct": lambda values: list(dict.fromkeys(values)),
+        "link": lambda name: quote(name, errors="replace"),
+        "mean": lambda interval: tables.mean(interval) if has_interval(interval) else UNKNOWN,
+        "p_value": lambda p: tables.p_value(p) or UNKNOWN,
+        "percent": lambda interval: tables.percent(interval) if has_interval(interval) else UNKNOWN,
+        "whole": lambda value: f"{value:,.0f}",
+        "words": lambda name: name.replace("_", " "),
+    }
+    environment.globals |= {"counted": tables.counted, "written": tables.written}
+    environment.tests["known"] = has_interval
     return environment

@@ -12,7 +12,7 @@ import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,10 +24,13 @@ from attribution.baselines.smoothing import Smoothing
 from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier, read_class_names
 from attribution.model.outputs import SCORES, SCORES_HELP
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
 from attribution.regions import REGIONS, Regions
+from evaluation.data.dataset import ImageDataset
+from evaluation.data.recipes import open_dataset
 
 T = TypeVar("T", bound="StudySettings")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
@@ -158,6 +161,20 @@ class StudySettings:
         kinds = hints_of(type(self))
         options = [(name, about) for name, about in settings_of(type(self)).items() if about.option != "" or about.keys]
         return [name for name, about in options if not _can_be_said(getattr(self, name), kinds[name], about)]
+
+
+def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
+    """The classifier that the settings name or hold. If they name a file of class names, it gets these."""
+    if isinstance(model, Classifier):
+        return model
+    names = None if settings.classes is None else read_class_names(Path(settings.classes))
+    loading = {"checkpoint": settings.checkpoint, "class_names": names, "scores": settings.scores}
+    return load_classifier(model, device=settings.device, batch_size=settings.batch_size, **loading)
+
+
+def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:
+    """The data set of the settings. Its labels are indices into the given class names, those of a classifier."""
+    return open_dataset(settings.data, root=settings.root, split=settings.split, class_names=class_names)
 
 
 def read_values(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,14 @@ def draw_matrix(ax: Axes, values: np.ndarray, name: str, low: float, high: float
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+def name_rows(ax: Axes, colours: Mapping[str, str], bold: Container[str] = ()) -> None:
+    """Names down the left side in their colours, the first on top."""
+    ax.set_yticks(range(len(colours)), [one_line(name) for name in colours], parse_math=False)
+    ax.set_ylim(len(colours) - 0.5, -0.5)
+    for label, (name, colour) in zip(ax.get_yticklabels(), colours.items(), strict=True):
+        label.set(color=colour, fontweight="bold" if name in bold else "normal")
 
 
 @contextmanager

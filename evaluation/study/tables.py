@@ -1,14 +1,21 @@
-"""Tables: numbers, counts and lists as text."""
+"""Tables: numbers, counts and lists as text, for pages, CSV files and terminals."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from evaluation.statistics.intervals import Interval
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 def written(interval: Interval, write: Callable[[float], str]) -> str:
@@ -62,12 +69,47 @@ def plain_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key, keys in the order of their first appearance."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def terminal_table(
+    title: str | None, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Container[str] = (), whole: Container[str] = ()
+) -> Table:
+    """Rows of text as a table for the terminal.
+
+    Args:
+        title: above the table.
+        headings: of the columns.
+        rows: a cell for each heading; nothing in it is markup.
+        left: headings of the columns that are aligned left, such as names; numbers are aligned right.
+        whole: headings of the columns whose cells are never broken over lines.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(title), title_justify="left")
+    for heading in headings:
+        side = {"overflow": "fold"} if heading in left else {"justify": "right"}
+        table.add_column(heading, no_wrap=heading in whole, **side)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV text with a line of headings."""
+    """Rows as CSV text with a line of headings. Numbers have six digits, intervals are three cells, what is not known is empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([columns, *rows])
+    writer.writerows([columns, *([cell for value in row for cell in _csv_cells(value)] for row in rows)])
     return buffer.getvalue()
+
+
+def _csv_cells(value: Any) -> list[Any]:
+    if isinstance(value, Interval):
+        return csv_interval(value)
+    return [csv_number(value) if isinstance(value, float) else value]
 
 
 def csv_interval(interval: Interval | None) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients, Saliency
+from reference import masked_image
 from torch import Tensor, nn
 
 import attribution as at
@@ -17,7 +18,6 @@ import evaluation as ev
 from attribution.masking import MaskedInputs
 from attribution.model.outputs import Outputs
 from attribution.objective import ScoreWeights, SubmodularObjective
-from reference import masked_image
 
 SIDE = 12
 CELLS = {"regions": "grid", "region_options": {"rows": 2, "columns": 3}}

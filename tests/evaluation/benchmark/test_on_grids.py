@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attribution as at
 import evaluation as ev
 from evaluation.benchmark import on_grids as runner
-from evaluation.benchmark.grid_summary import aggregates, head_scores, sweep
+from evaluation.benchmark.grid_report import aggregates, head_scores, sweep
 from evaluation.benchmark.on_grids import load_map
 from evaluation.benchmark.report import write_report
 from evaluation.benchmark.summary import score_matrix

@@ -28,12 +28,11 @@ from evaluation.failures import measure as runner
 from evaluation.failures.causes import cause_place, cell_words
 from evaluation.failures.clusters import cluster_numbers, coordinates, medoid_of, tightness_test
 from evaluation.failures.measure import explain_sample, object_shares
-from evaluation.failures.report import print_failures, write_failures
+from evaluation.failures.report import failures_csv, pairs_csv, plain_summary, print_failures, write_failures
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
 from evaluation.failures.study import FAILURES, run_failures
 from evaluation.failures.summary import FailureSummary, summarise_failures
-from evaluation.failures.tables import failures_csv, pairs_csv, plain_summary
 from evaluation.statistics.comparisons import holm
 from evaluation.statistics.intervals import bootstrap_interval, share_interval
 from evaluation.study.identity import sample_seed
