@@ -6,12 +6,13 @@ divided by the activation flows back; the ordinary gradient then is the z-rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _EPSILON = 1e-9
 
@@ -41,36 +42,71 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     return x * factor + (x * (1 - factor)).detach()
 
 
-def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+def layer_norm(x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Layer normalisation whose deviation is a constant in the backward pass (gradient x input form)."""
-    dimensions = tuple(range(-len(module.normalized_shape), 0))
+    dimensions = tuple(range(-len(normalized_shape), 0))
     centred = x - x.mean(dim=dimensions, keepdim=True)
-    deviation = (x.var(dim=dimensions, unbiased=False, keepdim=True) + module.eps).sqrt().detach()
+    deviation = (x.var(dim=dimensions, unbiased=False, keepdim=True) + eps).sqrt().detach()
     y = centred / deviation
-    if module.weight is not None:
-        y = y * module.weight
-    return y if module.bias is None else y + module.bias
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
 
 
-def ratio_slope(x: Tensor, module: nn.Module) -> Tensor:
+def ratio_slope(x: Tensor, *settings: Any, function: Callable[..., Tensor], **named: Any) -> Tensor:
     """An elementwise function f whose slope in the backward pass is f(x) / x (gradient x input form)."""
     with torch.no_grad():
-        slope = type(module).forward(module, x.clone()) / torch.where(x == 0, 1, x)
+        slope = function(x.clone(), *settings, **named) / torch.where(x == 0, 1, x)
     return x * slope
 
 
-def gamma_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: float) -> Tensor:
+def gamma_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gamma: float = 0.0) -> Tensor:
     """A linear layer by the gamma rule (gradient x input form)."""
-    return _Gamma.apply(x, weight, bias, gamma, F.linear)
+    return _Gamma.apply(x, weight, bias, gamma, F.linear) if gamma else F.linear(x, weight, bias)
 
 
-def gamma_convolution(x: Tensor, module: nn.Conv2d, gamma: float) -> Tensor:
-    """A convolution by the gamma rule (gradient x input form)."""
+def gamma_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, gamma: float = 0.0, **named: Any) -> Tensor:
+    """A convolution by the gamma rule (gradient x input form); settings are those of ``F.conv2d``."""
 
     def convolve(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return module._conv_forward(value, weight, bias)
+        return F.conv2d(value, weight, bias, *settings, **named)
 
-    return _Gamma.apply(x, module.weight, module.bias, gamma, convolve)
+    return _Gamma.apply(x, weight, bias, gamma, convolve) if gamma else convolve(x, weight, bias)
+
+
+def gradient_times_input(gamma_conv: float, gamma_linear_layers: float) -> dict[Any, Callable[..., Tensor]]:
+    """The rules of the gradient x input form, by the function of torch that each replaces."""
+
+    def unit(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+        return x / x.norm(p, dim=dim, keepdim=True).clamp(min=eps).detach()
+
+    activations = (F.gelu, F.silu, F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+    return {
+        F.linear: partial(gamma_linear, gamma=gamma_linear_layers),
+        F.conv2d: partial(gamma_convolution, gamma=gamma_conv),
+        F.layer_norm: layer_norm,
+        F.normalize: unit,
+        **{each: partial(ratio_slope, function=each) for each in activations},
+    }
+
+
+# functions that the plain gradient passes by the z-rule: linear in the image, or views of it
+_LINEAR = set(
+    """add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ sub_ neg __neg__ sum mean view view_as reshape flatten unflatten permute
+    transpose swapaxes squeeze unsqueeze expand expand_as contiguous clone to type_as float chunk split tensor_split unbind cat stack
+    __getitem__ select narrow index_select gather flip roll repeat movedim dropout adaptive_avg_pool1d adaptive_avg_pool2d avg_pool2d pad
+    interpolate __get__ requires_grad_""".split()  # noqa: SIM905
+)
+_PRODUCTS = set("mul __mul__ __rmul__ __imul__ mul_ div __truediv__ __div__ true_divide div_".split())  # noqa: SIM905
+
+
+def has_rule(function: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether the plain gradient of a function of torch is its rule: it is linear, or a product with what does not depend on the image."""
+    name = getattr(function, "__name__", "")
+    if name in _PRODUCTS:
+        depend = [isinstance(each, Tensor) and each.requires_grad for each in args[:2]]
+        return not depend[1] if "div" in name else not all(depend)
+    return name in _LINEAR
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

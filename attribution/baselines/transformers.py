@@ -5,7 +5,8 @@ Each returns a map over the model input, enlarged bilinearly from the grid of pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,10 @@ from attribution.baselines import rules
 from attribution.baselines.method import Method
 from attribution.checks import check_choice, check_number
 from attribution.errors import NotApplicable
-from attribution.hooks import replaced_forwards
-from attribution.network.attention import AttentionRules, attention_modules, open_attention, reads_class_token
-from attribution.network.maps import STRUCTURAL, module_calls, operations, token_grid
+from attribution.hooks import frozen_parameters, replaced_forwards
+from attribution.network.attention import AttentionRules, open_attention
+from attribution.network.maps import STRUCTURAL, elementwise_modules, module_calls, operations
+from attribution.network.reading import Reading, read_tokens
 from attribution.task import Output, Task, enlarged
 
 _ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU)
@@ -27,39 +29,42 @@ _RULED = (*_ACTIVATIONS, nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Dropout, nn.Flat
 
 def attention_rollout(task: Task) -> Tensor:
     """The product over the blocks of row-normalised (mean over heads of A + I) (Abnar & Zuidema, ACL 2020). Ignores the class."""
-    modules = attention_modules(task, "attention_rollout")
-    with torch.no_grad(), open_attention(modules) as calls:
+    reading = read_tokens(task, "attention_rollout")
+    with torch.no_grad(), open_attention(task.module) as calls:
         task.scores("logit")(task.inputs)
-    joint: Tensor | None = None
-    for call in calls:
-        mixed = call.weights[0].mean(dim=0) + torch.eye(call.weights.shape[-1], device=call.weights.device)
-        mixed = mixed / mixed.sum(dim=1, keepdim=True)
-        joint = mixed if joint is None else mixed @ joint
-    assert joint is not None
-    return _read_out(task, joint)
+    weights = [_by_head(call.weights).mean(dim=0) for call in calls]
+    joint = torch.eye(reading.tokens, device=weights[0].device)
+    for mean in weights[: reading.blocks]:
+        mixed = mean + torch.eye(len(mean), device=mean.device)
+        joint = mixed / mixed.sum(dim=1, keepdim=True) @ joint
+    return enlarged(task, reading.of_patches(joint, weights[-1][0] if reading.pools else None))
 
 
 def transformer_attribution(task: Task, *, variant: Literal["generic", "lrp"] = "generic", output: Output = "logit") -> Tensor:
     """Relevance of the patches through all attention layers: the product of I + mean over heads of relu(dA o R).
 
+    Where the head reads the mean of the tokens, each of them gets an equal share. Where it pools them by an attention, they get that
+    attention's mean over heads of relu(dA o R).
+
     Args:
         task: what is explained.
         variant: "generic" takes R = A, the attention itself (Chefer et al., ICCV 2021, equation 5); "lrp" takes the relevance of the
-            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13). Where the head reads the mean
-            of the tokens, each of them gets an equal share.
+            attention by layer-wise relevance propagation (Chefer et al., CVPR 2021, equations 3 to 13).
         output: "logit" or "probability".
     """
     check_choice("variant", variant, ("generic", "lrp"))
-    modules = attention_modules(task, "transformer_attribution")
-    with open_attention(modules) as calls:
+    reading = read_tokens(task, "transformer_attribution")
+    with open_attention(task.module) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
     weights = [call.weights for call in calls]
     gradients = torch.autograd.grad(score, weights)
-    relevances = [w.detach() for w in weights] if variant == "generic" else _attention_relevance(task, modules)
-    joint = torch.eye(weights[0].shape[-1], device=score.device)
-    for relevance, gradient in zip(relevances, gradients, strict=True):
-        joint = joint + (relevance * gradient)[0].relu().mean(dim=0) @ joint
-    return _read_out(task, joint - torch.eye(len(joint), device=joint.device))
+    relevances = [w.detach() for w in weights] if variant == "generic" else _attention_relevance(task, reading)
+    by_block = [_by_head(r * g).relu().mean(dim=0) for r, g in zip(relevances, gradients, strict=True)]
+    unit = torch.eye(reading.tokens, device=score.device)
+    joint = unit
+    for relevance in by_block[: reading.blocks]:
+        joint = joint + relevance @ joint
+    return enlarged(task, reading.of_patches(joint, by_block[-1][0]) if reading.pools else reading.of_patches(joint - unit, None))
 
 
 def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", output: Output = "logit") -> Tensor:
@@ -78,29 +83,39 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
         NotApplicable: a model that pools its patches: there is no class token to start from.
     """
     check_choice("heads", heads, ("native", "single"))
-    last = attention_modules(task, "grad_eclip")[-1:]
-    with open_attention(last, AttentionRules(one_head=heads == "single")) as calls:
+    reading = read_tokens(task, "grad_eclip")
+    if reading.reads_patches:
+        raise NotApplicable(f"grad_eclip does not apply to {task.classifier.name}: its head reads the patches, not a class token alone")
+    one_head = reading.blocks - 1 if heads == "single" else None
+    with open_attention(task.module, AttentionRules(one_head=one_head)) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
     call = calls[-1]
-    grid, prefix = _grid(task, call.weights.shape[-1])
-    if not reads_class_token(task, prefix):
-        raise NotApplicable(
-            f"grad_eclip does not apply to {task.classifier.name}: its head reads the mean of the patches, not a class token"
-        )
+    if call.query is None or call.key is None or (heads == "single" and len(_by_head(call.weights)) > 1):
+        what = "queries and keys of its attention weights are unknown" if call.query is None else "heads='single' needs fused attention"
+        raise NotApplicable(f"grad_eclip does not apply to {task.classifier.name}: {what}; use transformer_attribution")
     (gradient,) = torch.autograd.grad(score, call.context)
-    query, key, value = (t.detach()[0].transpose(0, 1).flatten(1) for t in (call.query, call.key, call.value))
-    similarity = F.cosine_similarity(query[:1], key[prefix:], dim=1)
+    query, key, value, gradient = (
+        _by_head(each.detach()).transpose(0, 1).flatten(1) for each in (call.query, call.key, call.value, gradient)
+    )
+    token, prefix = int(reading.shares.nonzero()[0]), reading.prefix
+    similarity = F.cosine_similarity(query[token : token + 1], key[prefix:], dim=1)
     spread = similarity.max() - similarity.min()
     similarity = (similarity - similarity.min()) / spread if spread > 0 else torch.ones_like(similarity)
-    patches = (gradient[0, 0] * value[prefix:] * similarity[:, None]).sum(dim=1).relu()
-    return enlarged(task, patches.view(grid))
+    patches = (gradient[token] * value[prefix:] * similarity[:, None]).sum(dim=1).relu()
+    return enlarged(task, patches.view(reading.grid))
+
+
+def _by_head(values: Tensor) -> Tensor:
+    """[1, heads, a, b] or [heads, a, b] of one image as [heads, a, b]."""
+    return values.flatten(0, -3)
 
 
 def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05, output: Output = "logit") -> Tensor:
     """AttnLRP (Achtibat et al., ICML 2024) in its gradient x input form, signed, on the pixels.
 
     Layer normalisation with a detached deviation, f(x) / x as slope of the activations, both matrix products of the attention by
-    the uniform rule, and the gamma rule for convolutions and linear layers.
+    the uniform rule, and the gamma rule for convolutions and linear layers. Rules stand in the place of functions of torch, whatever
+    the modules that call them. A function of the image without a rule is refused.
 
     Args:
         task: what is explained.
@@ -110,33 +125,34 @@ def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05
     """
     check_number("gamma_conv", gamma_conv, 0)
     check_number("gamma_linear", gamma_linear, 0)
-    modules = attention_modules(task, "attn_lrp")
-    _refuse_layers_without_rule(task, "attn_lrp")
+    read_tokens(task, "attn_lrp")
+    elementwise = {m: partial(rules.ratio_slope, function=partial(type(m).forward, m)) for m in elementwise_modules(task)}
+    unknown: set[str] = set()
 
-    def halve_twice(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return rules.scaled_gradient(query, 0.25), rules.scaled_gradient(key, 0.25), rules.scaled_gradient(value, 0.5)
+    def other(function: Callable[..., Any], args: Sequence[Any]) -> None:
+        if not rules.has_rule(function, args):
+            unknown.add(function.__name__)
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return rules.gamma_linear(x, weight, bias, gamma_linear) if gamma_linear else F.linear(x, weight, bias)
-
-    replaced: dict[nn.Module, Callable[..., Any]] = {}
-    for module in task.module.modules():
-        if isinstance(module, nn.LayerNorm):
-            replaced[module] = lambda x, m=module: rules.layer_norm(x, m)
-        elif isinstance(module, _ACTIVATIONS):
-            replaced[module] = lambda x, m=module: rules.ratio_slope(x, m)
-        elif isinstance(module, nn.Linear) and gamma_linear:
-            replaced[module] = lambda x, m=module: project(x, m.weight, m.bias)
-        elif isinstance(module, nn.Conv2d) and gamma_conv:
-            replaced[module] = lambda x, m=module: rules.gamma_convolution(x, m, gamma_conv)
+    halved = AttentionRules(
+        scores=lambda scores: rules.scaled_gradient(scores, 0.25),  # half of the product with values, and of that half of the other product
+        value=lambda value: rules.scaled_gradient(value, 0.5),
+        functions=rules.gradient_times_input(gamma_conv, gamma_linear),
+        other=other,
+    )
     inputs = task.leaf()
-    with replaced_forwards(replaced), open_attention(modules, AttentionRules(prepare=halve_twice, linear=project)):
-        score = task.scores(output)(inputs)[0, task.target]
+    with frozen_parameters(task.module), replaced_forwards(elementwise), open_attention(task.module, halved):
+        logits = task.scores("logit")(inputs)
+    if unknown:
+        raise NotApplicable(
+            f"attn_lrp does not apply to {task.classifier.name}: it has no rule for {', '.join(sorted(unknown)[:4])}; use "
+            "transformer_attribution or rise"
+        )
+    score = (logits.softmax(dim=1) if output == "probability" else logits)[0, task.target]
     (gradient,) = torch.autograd.grad(score, inputs)
     return (inputs.detach() * gradient)[0].sum(dim=0)
 
 
-def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
+def _attention_relevance(task: Task, reading: Reading) -> list[Tensor]:
     """Relevance of every attention matrix, by rules in the place of gradients (Chefer et al., CVPR 2021, section 3.1)."""
     from timm.layers import LayerScale
     from timm.models import vision_transformer
@@ -151,26 +167,24 @@ def _attention_relevance(task: Task, modules: list[nn.Module]) -> list[Tensor]:
         )
     replaced: dict[nn.Module, Callable[..., Any]] = {}
     for module in task.module.modules():
-        if isinstance(module, nn.Linear):
-            replaced[module] = lambda x, m=module: rules.positive_linear(x, m.weight, m.bias)
-        elif isinstance(module, (nn.LayerNorm, LayerScale, *_ACTIVATIONS)):
+        if isinstance(module, (nn.LayerNorm, LayerScale, *_ACTIVATIONS)):
             replaced[module] = lambda x, m=module: rules.unchanged(x, lambda value: type(m).forward(m, value))
         elif isinstance(module, vision_transformer.Block):
             replaced[module] = lambda x, m=module, **_: _timm_block(x, m)
         elif isinstance(module, EncoderBlock):
             replaced[module] = lambda x, m=module: _torchvision_block(x, m)
-    blocks = sum(isinstance(m, vision_transformer.Block | EncoderBlock) for m in replaced)
-    if blocks != len(modules):
+    known = sum(isinstance(m, vision_transformer.Block | EncoderBlock) for m in replaced)
+    if known != reading.blocks or reading.pools:
         raise NotApplicable(
-            f"transformer_attribution(variant='lrp') does not apply to {task.classifier.name}: {len(modules) - blocks} of its "
-            f"{len(modules)} blocks are of an unknown kind; use variant='generic'"
+            f"{name} does not apply to {task.classifier.name}: only {known} of its {reading.blocks + reading.pools} attentions are in a "
+            "block of a known kind; use variant='generic'"
         )
     z_rule = AttentionRules(
         product=rules.shared_product,
         softmax=lambda scores: rules.unchanged(scores, lambda s: s.softmax(dim=-1)),
-        linear=rules.positive_linear,
+        functions={F.linear: rules.positive_linear},
     )
-    with replaced_forwards(replaced), open_attention(modules, z_rule) as calls:
+    with replaced_forwards(replaced), open_attention(task.module, z_rule) as calls:
         score = task.scores("logit")(task.leaf())[0, task.target]
     return list(torch.autograd.grad(score, [call.weights for call in calls]))
 
@@ -203,21 +217,6 @@ def _torchvision_block(x: Tensor, block: Any) -> Tensor:
     attended, _ = block.self_attention(normalised, normalised, normalised, need_weights=False)
     x = rules.residual(x, block.dropout(attended))
     return rules.residual(x, block.mlp(block.ln_2(x)))
-
-
-def _grid(task: Task, tokens: int) -> tuple[tuple[int, int], int]:
-    found = token_grid(task, tokens)
-    if found is None:
-        raise NotApplicable(f"the {tokens} tokens of {task.classifier.name} are no grid of patches")
-    return found
-
-
-def _read_out(task: Task, joint: Tensor) -> Tensor:
-    """Read the patches' shares in the token that the head reads (the mean of several for pooled and distilled models), enlarged."""
-    grid, prefix = _grid(task, len(joint))
-    distilled = any(hasattr(m, "head_dist") for m in task.module.modules())
-    first, last = (0, 2 if distilled else 1) if reads_class_token(task, prefix) else (prefix, len(joint))
-    return enlarged(task, joint[first:last, prefix:].mean(dim=0).view(grid))
 
 
 METHODS: dict[str, Method] = {

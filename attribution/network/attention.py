@@ -1,12 +1,13 @@
-"""Records queries, keys, values and attention weights of vision transformers while they run, and gives them other backward rules.
+"""Records queries, keys, values and attention weights of any network while it runs, and gives attention other backward rules.
 
-The global attention of timm and torchvision is known. It is replaced by code that computes the same numbers without a fused kernel, so
-that attention weights exist and gradients with respect to them can be taken.
+Attention is recognised by what is computed, not by the class of a module: torch's fused function, or a softmax of the product of queries
+and keys that is multiplied by values. The fused function is replaced by code that computes the same numbers, so that attention weights
+exist and gradients with respect to them can be taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,26 +15,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attribution.errors import NotApplicable
 from attribution.hooks import replaced_forwards
-from attribution.task import Task
 
-MatrixProduct = Callable[[Tensor, Tensor], Tensor]
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "einsum")
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
 @dataclass
 class Attention:
-    """What one attention module computed in one call. Gradients flow through every tensor.
+    """What one attention computed in one call for one image. Gradients flow through every tensor.
 
     Attributes:
-        query, key, value: [n, heads, N, d].
-        weights: [n, heads, N, N], rows sum to 1.
-        context: [n, N, heads d], before the output projection.
+        query, key, value: [1, heads, N, d]; without the first dimension where the network computes so. None where they are unknown.
+        weights: [1, heads, N, M], rows sum to 1.
+        context: [1, heads, N, d], before the output projection.
     """
 
-    query: Tensor
-    key: Tensor
+    query: Tensor | None
+    key: Tensor | None
     value: Tensor
     weights: Tensor
     context: Tensor
@@ -41,96 +46,153 @@ class Attention:
 
 @dataclass(frozen=True)
 class AttentionRules:
-    """How a replaced attention computes.
+    """How attention computes while it is open.
 
     Attributes:
         product: its two matrix products.
         softmax: of the scores.
-        prepare: what queries, keys and values pass first.
-        linear: projects to queries, keys and values where the attention holds their weights itself (torch's MultiheadAttention).
-        one_head: whether all heads are computed as one.
+        scores, value, context: what scores, values and contexts pass.
+        functions: other functions in the place of functions of torch, such as ``F.linear``.
+        other: told every other function with its arguments, if its result depends on the image.
+        one_head: number of the call in which all heads are computed as one.
     """
 
-    product: MatrixProduct = torch.matmul
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
     softmax: Callable[[Tensor], Tensor] = field(default=lambda scores: scores.softmax(dim=-1))
-    prepare: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = field(default=lambda q, k, v: (q, k, v))
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
-    one_head: bool = False
-
-
-def attention_modules(task: Task, method: str) -> list[nn.Module]:
-    """The global attention modules in the order of ``named_modules``.
-
-    Raises:
-        UserError: none, or an attention of another kind (windows, convolutions, relative positions).
-    """
-    from timm.models import vision_transformer
-
-    modules: list[nn.Module] = [m for m in task.module.modules() if isinstance(m, (vision_transformer.Attention, nn.MultiheadAttention))]
-    others = sorted({type(m).__name__ for m in task.module.modules() if "Attention" in type(m).__name__ and m not in modules})
-    if others or not modules:
-        has = f"attention of type {', '.join(others)}" if others else "no attention"
-        raise NotApplicable(
-            f"{method} does not apply to {task.classifier.name}: it has {has}; expected a vision transformer with global attention "
-            "(timm VisionTransformer or DeiT, torchvision vit); use grad_cam, rise or a region search"
-        )
-    return modules
+    scores: Callable[[Tensor], Tensor] = _same
+    value: Callable[[Tensor], Tensor] = _same
+    context: Callable[[Tensor], Tensor] = _same
+    functions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
+    other: Callable[[Callable[..., Any], Sequence[Any]], Any] | None = None
+    one_head: int | None = None
 
 
 @contextmanager
-def open_attention(modules: list[nn.Module], rules: AttentionRules | None = None) -> Iterator[list[Attention]]:
-    """Run the block with the given attention modules replaced; each call appends what it computed to the list."""
-    calls: list[Attention] = []
-    chosen = rules or AttentionRules()
-
-    def replacement(module: nn.Module) -> Callable[..., Any]:
-        if isinstance(module, nn.MultiheadAttention):
-            return lambda query, key, value, **_: (_multihead(module, query, key, value, chosen, calls), None)
-        return lambda x, attn_mask=None, **_: _timm(module, x, chosen, calls)
-
-    with replaced_forwards({module: replacement(module) for module in modules}):
-        yield calls
+def open_attention(module: nn.Module, rules: AttentionRules | None = None) -> Iterator[list[Attention]]:
+    """Run the block with every attention of a module open; each call appends what it computed to the list, in order."""
+    opened = _Open(rules or AttentionRules())
+    # torch's own module calls a function that hides the fused one inside
+    parts = {each: _multihead(each) for each in module.modules() if isinstance(each, nn.MultiheadAttention)}
+    with replaced_forwards(parts), opened:
+        yield opened.calls
 
 
-def reads_class_token(task: Task, prefix: int) -> bool:
-    """Whether the head reads the class token rather than the mean of the patches."""
-    pools = [m.global_pool for m in task.module.modules() if isinstance(getattr(m, "global_pool", None), str)]
-    return prefix > 0 and all(pool in ("token", "") for pool in pools)
+def _depends(given: Any) -> bool:
+    items = given if isinstance(given, tuple | list) else (given,)
+    return any(isinstance(each, Tensor) and each.requires_grad for each in items)
 
 
-def _timm(module: Any, x: Tensor, rules: AttentionRules, calls: list[Attention]) -> Tensor:
-    batch, tokens, _ = x.shape
-    gate = getattr(module, "gate", None)
-    heads = 1 if rules.one_head else module.num_heads
-    query, key, value = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    query, key = module.q_norm(query), module.k_norm(key)
-    if heads == 1:
-        query, key, value = (t.transpose(1, 2).reshape(batch, 1, tokens, -1) for t in (query, key, value))
-    context = _attend(query, key, value, rules, calls)
-    context = getattr(module, "norm", nn.Identity())(context)
-    if gate is not None:
-        context = context * gate(x).sigmoid()
-    return module.proj_drop(module.proj(context))
+@dataclass
+class _Origin:
+    """Where a tensor comes from: scores from queries and keys, or weights from such scores. It is kept alive, so that its id is its own."""
+
+    tensor: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    normalised: bool = False
 
 
-def _multihead(module: Any, query: Tensor, key: Tensor, value: Tensor, rules: AttentionRules, calls: list[Attention]) -> Tensor:
-    if not module.batch_first or module.in_proj_weight is None or query is not key or key is not value:
-        raise NotApplicable("an nn.MultiheadAttention that is no batch-first self-attention cannot be opened: use another method")
-    width = query.shape[2]
-    weight, bias = module.in_proj_weight, module.in_proj_bias
-    parts = []
-    for index in range(3):
-        rows = slice(index * width, (index + 1) * width)
-        parts.append(rules.linear(query, weight[rows], None if bias is None else bias[rows]))
-    heads = 1 if rules.one_head else module.num_heads
-    split = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts]
-    return module.out_proj(_attend(split[0], split[1], split[2], rules, calls))
+class _Open(TorchFunctionMode):
+    """Sees every function of torch that the network calls, and follows the products of queries and keys to their softmax."""
+
+    def __init__(self, rules: AttentionRules) -> None:
+        super().__init__()
+        self.rules, self.calls = rules, list[Attention]()
+        self._origins: dict[int, _Origin] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        if func in self.rules.functions:
+            return self.rules.functions[func](*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _PRODUCTS:
+            return self._product(func, args, kwargs)
+        origin = next((self._origins[id(each)] for each in args if id(each) in self._origins), None)
+        if name == "softmax":
+            scores = args[0] if args else kwargs["input"]
+            known = origin or _Origin(scores, None, None)
+            return self._remember(func(self.rules.scores(scores), *args[1:], **kwargs), known.query, known.key, True)
+        output = func(*args, **kwargs)
+        if self.rules.other is not None and _depends(output):
+            self.rules.other(func, args)
+        if origin is not None and isinstance(output, Tensor) and output.shape == origin.tensor.shape:
+            self._remember(output, origin.query, origin.key, origin.normalised)
+        return output
+
+    def _remember(self, tensor: Tensor, query: Tensor | None, key: Tensor | None, normalised: bool) -> Tensor:
+        self._origins[id(tensor)] = _Origin(tensor, query, key, normalised)
+        return tensor
+
+    def _product(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        equation = args[0] if isinstance(args[0], str) else None
+        given = args if equation is None else args[1:]
+        given = tuple(given[0]) if len(given) == 1 and not isinstance(given[0], Tensor) else given
+        if len(given) != 2 or min(each.ndim for each in given) < 3:
+            return func(*args, **kwargs)
+        first, second = given
+        weights = self._origins.get(id(first))
+        attends = weights is not None and weights.normalised
+        if attends:
+            second = self.rules.value(second)
+        output: Tensor = func(equation, first, second) if equation is not None else self.rules.product(first, second)
+        if attends:
+            assert weights is not None
+            output = self.rules.context(output)
+            self.calls.append(Attention(weights.query, weights.key, second, first, output))
+        elif output.shape[:-1] == first.shape[:-1]:
+            transposed = equation is None or equation.replace(" ", "").split("->")[0][-1] == equation.replace(" ", "")[-1]
+            self._remember(output, first, second.transpose(-2, -1) if transposed else second, False)
+        return output
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        rules, heads, one_head = self.rules, query.shape[-3], self.rules.one_head == len(self.calls)
+        if enable_gqa:
+            key, value = (each.repeat_interleave(heads // each.shape[-3], dim=-3) for each in (key, value))
+        if one_head:
+            query, key, value = (each.transpose(-3, -2).flatten(-2).unsqueeze(-3) for each in (query, key, value))
+            scale = None
+        value = rules.value(value)
+        scores = rules.product(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        weights = rules.softmax(rules.scores(scores))
+        context = rules.context(rules.product(weights, value))
+        self.calls.append(Attention(query, key, value, weights, context))
+        return context.squeeze(-3).unflatten(-1, (heads, -1)).transpose(-3, -2) if one_head else context
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, rules: AttentionRules, calls: list[Attention]) -> Tensor:
-    query, key, value = rules.prepare(query, key, value)
-    scores = rules.product(query, key.transpose(-2, -1)) * query.shape[-1] ** -0.5
-    weights = rules.softmax(scores)
-    context = rules.product(weights, value).transpose(1, 2).flatten(2)
-    calls.append(Attention(query, key, value, weights, context))
-    return context
+def _multihead(module: nn.MultiheadAttention) -> Callable[..., tuple[Tensor, None]]:
+    """The forward of torch's attention module, by the fused function. It returns no weights."""
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any = None, need_weights: Any = None,
+                attn_mask: Any = None, average_attn_weights: Any = None, is_causal: bool = False) -> tuple[Tensor, None]:  # fmt: skip
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn or key_padding_mask is not None:
+            raise NotApplicable("an nn.MultiheadAttention with keys of another width, added keys or padding cannot be opened")
+        biases = module.in_proj_bias.chunk(3) if module.in_proj_bias is not None else (None, None, None)
+        parts = []
+        for given, weight, bias in zip((query, key, value), module.in_proj_weight.chunk(3), biases, strict=True):
+            projected = F.linear(given if module.batch_first else given.transpose(0, 1), weight, bias)
+            parts.append(projected.unflatten(-1, (module.num_heads, -1)).transpose(1, 2))
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # here True hides, there it shows
+        context = F.scaled_dot_product_attention(*parts, attn_mask=attn_mask)
+        output = module.out_proj(context.transpose(1, 2).flatten(2))
+        return (output if module.batch_first else output.transpose(0, 1)), None
+
+    return forward

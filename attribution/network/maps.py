@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import counted_calls, evaluation_mode, removed_after
+from attribution.hooks import counted_calls, edited_outputs, evaluation_mode, frozen_parameters, record_inputs, removed_after
 from attribution.model.classifier import Classifier
-from attribution.network.attention import reads_class_token
+from attribution.network.attention import Attention, open_attention
 from attribution.task import Task
 
-_MOST_PREFIX_TOKENS = 16
+MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+_MOST_STRETCH = math.log(2.5)  # between the proportions of a map and those of the input, of maps that are rounded to few positions
+_ATTENTION_CALL = -1  # in the place of an address
+_MOST_TRIED = 32  # maps that are tested for whether everything passes them
 _NONLINEAR = (
     "relu",
     "gelu",
@@ -89,10 +95,12 @@ class _Call:
 
 
 def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None = None) -> FeatureLayer:
-    """The last module whose output is a map of the image, or the one named.
+    """The last module that returns a map of the image through which everything passes, or the one named.
 
-    In a transformer that reads its class token the patch tokens of the last block no longer matter, so the layer is the
-    normalised input of the last attention, as is usual for class activation maps; otherwise it is the last map before pooling.
+    Found by gradients and dependence, not by names: the head has a gradient at the positions of the map, and depends on the image
+    through this map alone. In a transformer whose head reads its class token, the patch tokens of the last block no longer matter; there
+    the keys and values of the last attention have to depend on the image through the map alone. It is the normalised input of the last
+    attention, as is usual for class activation maps.
 
     Args:
         task: what is explained.
@@ -100,32 +108,130 @@ def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None 
 
     Raises:
         UserError: no such module, or an output that is no map.
-        NotApplicable: a black box, or no layer that returns a map.
+        NotApplicable: a black box, no layer that returns a map, or none through which everything passes.
     """
     if isinstance(layer, FeatureLayer):
         return layer
-    calls = _record(task)
     if layer is not None:
-        return _named(task, calls, layer)
-    maps = [call for call in calls if not isinstance(call.module, nn.Identity) and _as_layer(task, calls, call) is not None]
-    attended = [call for call in calls if _is_global_attention(task, calls, call)]
-    tokens = attended[-1].inputs if attended else None
-    if tokens is not None and reads_class_token(task, (_token_grid(calls, tokens.shape[1]) or ((0, 0), 0))[1]):
-        before = [call for call in maps if call.output.data_ptr() == tokens.data_ptr()]
-        if before:
-            found = _as_layer(task, calls, before[-1])
-            assert found is not None
-            return found
+        return _named(task, _record(task), layer)
+    if "feature layer" not in task.structure:
+        with torch.enable_grad(), frozen_parameters(task.module):
+            task.structure["feature layer"] = _found(task)
+    found: FeatureLayer = task.structure["feature layer"]
+    return found
+
+
+def probe_inputs(task: Task) -> Tensor:
+    """Noise [1, channels, h, w] that requires gradients: what is found about a network with it does not depend on the image."""
+    noise = torch.randn(task.inputs.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(task.inputs).requires_grad_()
+
+
+def read_out(task: Task, inputs: Tensor) -> Tensor:
+    """What the head reads, [1, D]: the features where the final layer is known, else the logits.
+
+    Raises:
+        NotApplicable: no gradient reaches the inputs.
+    """
+    values = _what_is_read(task, inputs)
+    if not values.requires_grad:
+        raise NotApplicable(
+            f"no gradient flows through {task.classifier.name} to the image (does it run under torch.no_grad, or round its input?): "
+            "use occlusion, rise or a region search"
+        )
+    return values
+
+
+def _what_is_read(task: Task, inputs: Tensor) -> Tensor:
+    if "head" not in task.structure:
+        task.structure["head"] = bool(_heads(task.classifier))  # an unknown head would be looked for in every pass
+    return task.classifier.features(inputs) if task.structure["head"] else task.classifier.logits(inputs)
+
+
+def random_signs(values: Tensor) -> Tensor:
+    """Random signs of the same shape: the direction in which gradients of vectors are taken."""
+    drawn = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(1))
+    return (2 * drawn - 1).to(values)
+
+
+def _found(task: Task) -> FeatureLayer:
+    calls, reached, attended = _probed(task)
+    maps = _usable_maps(task, calls)
     if not maps:
         raise NotApplicable(
             f"no layer of {task.classifier.name} has a map of the image as output: name one with layer=, "
             f"such as {', '.join([call.name for call in calls if call.name][-3:])}"
         )
-    width = _head_width(task.classifier)
-    fitting = [call for call in maps if width in (call.output.shape[1], call.output.shape[-1])] or maps
-    found = _as_layer(task, calls, fitting[-1])
-    assert found is not None
+    used = [(call, layer) for call, layer in maps if call.output.data_ptr() in reached] or maps  # a dead network has no gradient at all
+    counts = Counter(call.module for call in calls)
+    for call, layer in used[: -_MOST_TRIED - 1 : -1]:
+        if _carries_everything(task, call.module, counts[call.module], attended):
+            while isinstance(layer.module, nn.Linear):  # queries, keys and values in one: their input is the map
+                before = [(c, f) for c, f in used if call.inputs is not None and c.output.data_ptr() == call.inputs.data_ptr()]
+                if not before or layer.kind != "tokens":
+                    break
+                call, layer = before[-1]
+            return layer
+    raise NotApplicable(
+        f"{task.classifier.name} has no map of the image through which everything passes: its head reads several, or what passes beside "
+        f"them; name one with layer=, such as {', '.join(dict.fromkeys(call.name for call, _ in used[-6:]))}"
+    )
+
+
+def _probed(task: Task) -> tuple[list[_Call], set[int], bool]:
+    """All calls; addresses of outputs at whose image positions the head has a gradient; whether only the last attention reads patches."""
+    reached: set[int] = set()
+    calls: list[_Call] = []
+    order: list[int] = []  # addresses of the outputs, and a mark for each attention
+
+    def remember(call: _Call) -> None:
+        calls.append(call)
+        order.append(call.output.data_ptr())
+        layer = _as_layer(task, calls, call)
+        if layer is None or not call.output.requires_grad:
+            return
+
+        def note(gradient: Tensor, at: int = call.output.data_ptr()) -> None:
+            if layer.to_map(gradient).any():
+                reached.add(at)
+
+        call.output.register_hook(note)
+
+    inputs = probe_inputs(task)
+    read_out(task, inputs)  # what runs only once runs now
+    with open_attention(task.module) as attentions, removed_after(_hooks(task, remember, lambda: _mark(order, attentions))):
+        values = read_out(task, inputs)
+    torch.autograd.grad((values * random_signs(values)).sum(), inputs, allow_unused=True)
+    last = max((place for place, address in enumerate(order) if address == _ATTENTION_CALL), default=-1)
+    return calls, reached, last >= 0 and not reached & set(order[last:])
+
+
+def _mark(order: list[int], attentions: list[Attention]) -> None:
+    """Mark each attention that was computed since the last call."""
+    order.extend([_ATTENTION_CALL] * (len(attentions) - order.count(_ATTENTION_CALL)))
+
+
+def _usable_maps(task: Task, calls: list[_Call]) -> list[tuple[_Call, FeatureLayer]]:
+    """The calls before the head that return a map and are the last of their module."""
+    heads = _heads(task.classifier)
+    stop = next((place for place, call in enumerate(calls) if call.module in heads), len(calls))
+    last = {call.module: place for place, call in enumerate(calls)}
+    found = []
+    for place, call in enumerate(calls[:stop]):
+        layer = None if isinstance(call.module, nn.Identity) or last[call.module] != place else _as_layer(task, calls, call)
+        if layer is not None and call.name:
+            found.append((call, layer))
     return found
+
+
+def _carries_everything(task: Task, module: nn.Module, calls: int, attended: bool) -> bool:
+    """Whether the head depends on the image through a module alone; or the last attention does, where only it reads patches."""
+    with edited_outputs(module, Tensor.detach, calls), open_attention(task.module) as attentions:
+        values = _what_is_read(task, probe_inputs(task))
+    if not values.requires_grad:
+        return True
+    last = (attentions[-1].key, attentions[-1].value) if attended and attentions else ()
+    return bool(last) and not any(each is not None and each.requires_grad for each in last)
 
 
 def map_layers(task: Task) -> list[FeatureLayer]:
@@ -138,7 +244,7 @@ def map_layers(task: Task) -> list[FeatureLayer]:
 
 def token_grid(task: Task, tokens: int) -> tuple[tuple[int, int], int] | None:
     """((h, w), prefix) of a sequence of tokens, from the patch embedding or else from a square number; None if neither fits."""
-    return _token_grid(_record(task), tokens)
+    return _token_grid(task, _record(task), tokens)
 
 
 def operations(task: Task) -> Counter[str]:
@@ -179,21 +285,43 @@ def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.M
     return Counter({module: count for module, count in task.structure["calls"].items() if isinstance(module, kinds)})
 
 
+def elementwise_modules(task: Task) -> list[nn.Module]:
+    """The modules without parts or parameters that map each value by one function with f(0) = 0, such as activations."""
+    leaves = [m for m in task.module.modules() if not [*m.children(), *m.parameters(), *m.buffers()] and not isinstance(m, nn.Dropout)]
+    found = []
+    with torch.no_grad(), evaluation_mode(task.module):
+        with record_inputs(leaves) as calls:
+            task.module(task.inputs)
+        for module, values in dict(calls).items():
+            half = values * (torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) < 0.5).to(values)
+            whole, part = module(values.clone()), module(half.clone())
+            if isinstance(whole, Tensor) and whole.shape == values.shape and torch.allclose(part, torch.where(half == 0, 0, whole)):
+                found.append(module)
+    return found
+
+
 def _record(task: Task) -> list[_Call]:
     """Every module's call in one forward pass, in the order in which the calls end."""
     calls: list[_Call] = []
+    with removed_after(_hooks(task, calls.append)), torch.no_grad(), evaluation_mode(task.module):
+        task.module(task.inputs)
+    return calls
+
+
+def _hooks(task: Task, remember: Callable[[_Call], None], before: Callable[[], None] = lambda: None) -> list[RemovableHandle]:
+    """Hooks that tell each call of a module when it ends; ``before`` is called first, also when a module is called."""
     names = {module: name for name, module in task.module.named_modules()}
 
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        before()
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor):
             inputs = args[0] if args and isinstance(args[0], Tensor) else None
-            calls.append(_Call(names[module], module, inputs, first, first is output))
+            remember(_Call(names[module], module, inputs, first, first is output))
 
-    handles = [module.register_forward_hook(remember) for module in names]
-    with removed_after(handles), torch.no_grad(), evaluation_mode(task.module):
-        task.module(task.inputs)
-    return calls
+    return [module.register_forward_hook(end) for module in names] + [
+        module.register_forward_pre_hook(lambda _module, _args: before()) for module in names
+    ]
 
 
 def _named(task: Task, calls: list[_Call], layer: str | nn.Module) -> FeatureLayer:
@@ -219,44 +347,53 @@ def _as_layer(task: Task, calls: list[_Call], call: _Call) -> FeatureLayer | Non
     if not call.alone:
         return None
     if len(shape) == 4 and shape[0] == 1:
-        width = _head_width(task.classifier)
-        last = shape[1] == shape[2] != shape[3] if shape[1] != width != shape[3] else shape[3] == width != shape[1]
+        last = _channels_are_last(task, shape)
         grid = (shape[1], shape[2]) if last else (shape[2], shape[3])
-        if min(grid) > 1:
+        if min(grid) > 1 and _stretch(task, grid) <= _MOST_STRETCH:
             return FeatureLayer(call.name, call.module, "nhwc" if last else "nchw", grid)
     if len(shape) == 3 and shape[0] == 1:
-        found = _token_grid(calls, shape[1])
+        found = _token_grid(task, calls, shape[1])
         if found is not None:
             return FeatureLayer(call.name, call.module, "tokens", *found)
     return None
 
 
-def _token_grid(calls: list[_Call], tokens: int) -> tuple[tuple[int, int], int] | None:
+def _stretch(task: Task, grid: tuple[int, int]) -> float:
+    """How far the sides of a grid are from the proportions of the model input, as the logarithm of a factor."""
+    return abs(math.log(grid[0] / grid[1] * task.size[1] / task.size[0]))
+
+
+def _channels_are_last(task: Task, shape: tuple[int, ...]) -> bool:
+    """Whether [1, a, b, c] is a map of a x b positions rather than of b x c: the one whose sides are in the input's proportions."""
+    last, first = _stretch(task, (shape[1], shape[2])), _stretch(task, (shape[2], shape[3]))
+    if last != first:
+        return last < first
+    return shape[3] == _head_width(task.classifier) != shape[1]
+
+
+def _token_grid(task: Task, calls: list[_Call], tokens: int) -> tuple[tuple[int, int], int] | None:
     for call in calls:
         convolution = call.module
         if isinstance(convolution, nn.Conv2d) and convolution.stride == convolution.kernel_size and min(convolution.stride) > 1:
             height, width = call.output.shape[-2:]
-            if 0 <= tokens - height * width <= _MOST_PREFIX_TOKENS:
+            if 0 <= tokens - height * width <= MOST_PREFIX_TOKENS:
                 return (int(height), int(width)), tokens - int(height * width)
             break
     for prefix in (0, 1, 2, 4, 5, 8):
-        side = round(max(0, tokens - prefix) ** 0.5)
-        if side > 1 and side * side == tokens - prefix:
-            return (side, side), prefix
+        patches = max(0, tokens - prefix)
+        rows = round((patches * task.size[0] / task.size[1]) ** 0.5)
+        if rows > 1 and patches % rows == 0 and patches // rows == round(rows * task.size[1] / task.size[0]) > 1:
+            return (rows, patches // rows), prefix
     return None
 
 
-def _is_global_attention(task: Task, calls: list[_Call], call: _Call) -> bool:
-    kind = type(call.module).__name__.lower()
-    if "attention" not in kind or any(word in kind for word in ("window", "shifted", "swin", "pool")):
-        return False
-    tokens = call.inputs
-    return tokens is not None and tokens.ndim == 3 and tokens.shape[0] == 1 and _token_grid(calls, tokens.shape[1]) is not None
+def _heads(classifier: Classifier) -> list[nn.Module]:
+    try:
+        return classifier.heads
+    except UserError:
+        return []
 
 
 def _head_width(classifier: Classifier) -> int:
-    try:
-        head = classifier.heads[0]
-    except UserError:
-        return -1
+    head = next(iter(_heads(classifier)), None)
     return int(getattr(head, "in_features", None) or getattr(head, "in_channels", None) or -1)

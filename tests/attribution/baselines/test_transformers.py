@@ -12,7 +12,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import apart, classifier, make_task, photo, scaled, tiny_vit, vgg
-from timm.layers import RmsNorm
+from timm.layers import RmsNorm, SwiGLU
 from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ import attribution as at
 from attribution.baselines import rules
 from attribution.baselines.attribute import attribute
 from attribution.baselines.transformers import _attention_relevance
-from attribution.network.attention import AttentionRules, attention_modules, open_attention, reads_class_token
+from attribution.network.attention import AttentionRules, open_attention
+from attribution.network.reading import read_tokens
 
 TRANSFORMER = ("attention_rollout", "transformer_attribution", "grad_eclip", "attn_lrp")
 
@@ -106,16 +107,15 @@ def read_row(used: at.Classifier, joint: np.ndarray, prefix: int) -> np.ndarray:
 def test_opening_changes_no_logit(model: tuple[at.Classifier, Tensor, int]) -> None:
     used, image, _ = model
     task = make_task(used, image)
-    modules = attention_modules(task, "test")
     expected = used.logits(task.inputs)
-    with torch.no_grad(), open_attention(modules) as calls:
+    with torch.no_grad(), open_attention(used.module) as calls:
         found = used.logits(task.inputs)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert len(calls) == len(modules)
+    assert len(calls) == read_tokens(task, "test").blocks
     for call, weights in zip(calls, attention_and_gradient(used, image, 1)[0], strict=True):
         assert torch.allclose(call.weights.sum(-1), torch.ones(call.weights.shape[:-1]), atol=1e-5)
         assert np.abs(call.weights[0].numpy() - weights).max() < 1e-5
-        assert call.context.shape == (1, call.value.shape[2], call.value.shape[1] * call.value.shape[3])
+        assert torch.allclose(call.context, call.weights @ call.value, atol=1e-6)
     assert weights.std() > 1e-4  # attention differs between tokens, so the test can fail
 
 
@@ -154,17 +154,14 @@ def test_grad_eclip(model: tuple[at.Classifier, Tensor, int]) -> None:
             attribute(image, used, "grad_eclip")
         return
     task = make_task(used, image, 1)
-    last = attention_modules(task, "test")[-1:]
-    with open_attention(last) as calls:
+    with open_attention(used.module) as calls:
         score = used.logits(task.leaf())[0, 1]
-    (gradient,) = torch.autograd.grad(score, calls[0].context)
-    heads = [
-        t.detach()[0].permute(1, 0, 2).reshape(t.shape[2], -1).double().numpy() for t in (calls[0].query, calls[0].key, calls[0].value)
-    ]
-    q, k, v = heads
+    last = calls[-1]
+    (gradient,) = torch.autograd.grad(score, last.context)
+    q, k, v, g = (t.detach()[0].permute(1, 0, 2).flatten(1).double().numpy() for t in (last.query, last.key, last.value, gradient))
     cosines = [float(q[0] @ k[i] / np.linalg.norm(q[0]) / np.linalg.norm(k[i])) for i in range(prefix, len(k))]
     scale = [(c - min(cosines)) / (max(cosines) - min(cosines)) for c in cosines]
-    values = [max(0.0, s * float(gradient[0, 0].double().numpy() @ v[i + prefix])) for i, s in enumerate(scale)]
+    values = [max(0.0, s * float(g[0] @ v[i + prefix])) for i, s in enumerate(scale)]
     assert apart(attribute(image, used, "grad_eclip", 1).pixel_map, enlarged(values, image.shape[1])) < 1e-3
 
 
@@ -177,14 +174,94 @@ def test_grad_eclip_with_one_head(vit: at.Classifier, small_cat: Tensor) -> None
     assert apart(*pair) < 1e-5
 
 
-def test_what_the_head_reads() -> None:
-    for builder, prefix, expected in (
-        (tiny_vit, 1, True),
-        (lambda: tiny_vit(global_pool="avg"), 1, False),
-        (torchvision_vit, 1, True),
-        (lambda: nn.Sequential(tiny_vit(global_pool="avg")), 1, False),
-    ):
-        assert reads_class_token(make_task(classifier(builder()), photo(16)), prefix) == expected
+class OwnPooling(nn.Module):
+    """A head of one's own on the tokens of a vision transformer."""
+
+    def __init__(self, pool: Any, width: int = 16) -> None:
+        super().__init__()
+        self.backbone, self.pool, self.head = tiny_vit(num_classes=0), pool, scaled(nn.Linear(width, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.backbone.forward_features(x)))
+
+
+class Encoder(nn.Module):
+    """torch's own transformer as a vision transformer; its fused layers call no attention module."""
+
+    def __init__(self, norm_first: bool = True, pool: Any = lambda t: t[:, 0]) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+        self.patches, self.encoder = nn.Conv2d(3, 16, 4, 4), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.start, self.position, self.head = nn.Parameter(torch.ones(1, 1, 16)), nn.Parameter(torch.ones(1, 17, 16)), nn.Linear(16, 5)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.start.expand(len(x), -1, -1), patches], dim=1) + self.position
+        return self.head(self.pool(self.encoder(tokens)))
+
+
+PATCHES = [0.0] + [1 / 16] * 16
+READ: dict[str, tuple[Any, list[float]]] = {
+    "class token": (tiny_vit, [1.0] + [0.0] * 16),
+    "mean of the patches": (lambda: tiny_vit(global_pool="avg"), PATCHES),
+    "in a container": (lambda: nn.Sequential(tiny_vit(global_pool="avg")), PATCHES),
+    "registers": (lambda: tiny_vit(reg_tokens=3), [1.0] + [0.0] * 19),
+    "distilled": (distilled, [0.5, 0.5] + [0.0] * 16),
+    "torchvision": (torchvision_vit, [1.0] + [0.0] * 16),
+    "own pooling of the patches": (lambda: OwnPooling(lambda t: t[:, 1:].mean(1)), PATCHES),
+    "own pooling of all tokens": (lambda: OwnPooling(lambda t: t.mean(1)), [1 / 17] * 17),
+    "class token and mean": (lambda: OwnPooling(lambda t: torch.cat([t[:, 0], t[:, 1:].mean(1)], 1), 32), [0.5] + [1 / 32] * 16),
+    "torch's encoder": (lambda: scaled(Encoder()), [1.0] + [0.0] * 16),
+    "torch's encoder, norm last": (lambda: scaled(Encoder(False)), [1.0] + [0.0] * 16),
+    "torch's encoder, own pooling": (lambda: scaled(Encoder(pool=lambda t: t[:, 1:].mean(1))), PATCHES),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_the_head_reads(name: str) -> None:
+    """Each token's share by hand, and the rows of the rollout that follow from it."""
+    build, shares = READ[name]
+    used, image = classifier(build()), photo(16)
+    task = make_task(used, image)
+    found = read_tokens(task, "test")
+    assert torch.allclose(found.shares, torch.tensor(shares), atol=1e-4) and found.grid == (4, 4)
+    with open_attention(used.module) as calls:
+        score = used.logits(task.leaf())[0, 1]
+    gradients = torch.autograd.grad(score, [call.weights for call in calls])
+    rollout = relevance = torch.eye(found.tokens)
+    for call, gradient in zip(calls, gradients, strict=True):
+        rollout = (call.weights[0].detach().mean(0) + torch.eye(found.tokens)) / 2 @ rollout
+        relevance = relevance + (call.weights.detach() * gradient)[0].clamp(min=0).mean(0) @ relevance
+    for method, joint in (("attention_rollout", rollout), ("transformer_attribution", relevance - torch.eye(found.tokens))):
+        expected = sum(share * joint[token] for token, share in enumerate(shares))[-16:]
+        assert apart(attribute(image, used, method, 1).pixel_map, enlarged(expected, 16)) < 1e-3, method
+    if sum(shares[-16:]) > 0:
+        with pytest.raises(at.NotApplicable, match="its head reads the patches, not a class token alone"):
+            attribute(image, used, "grad_eclip", 1)
+    else:
+        assert max(float(attribute(image, used, "grad_eclip", target).pixel_map.max()) for target in range(3)) > 0
+
+
+class MeetingElsewhere(nn.Module):
+    """A vision transformer whose tokens also meet in a convolution, so that attention does not say what each holds of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit, self.depthwise = tiny_vit(), scaled(nn.Conv1d(16, 16, 3, padding=1, groups=16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.vit._pos_embed(self.vit.patch_embed(x))
+        for block in self.vit.blocks:
+            tokens = block(tokens)
+            tokens = tokens + self.depthwise(tokens.transpose(1, 2)).transpose(1, 2)
+        return self.vit.forward_head(self.vit.norm(tokens))
+
+
+@pytest.mark.parametrize("method", TRANSFORMER)
+def test_tokens_that_meet_outside_of_attention_are_refused(method: str) -> None:
+    with pytest.raises(at.NotApplicable, match=f"{method} does not apply to .*tokens also meet outside of its attention"):
+        attribute(photo(16), classifier(MeetingElsewhere().eval()), method)
 
 
 @pytest.mark.parametrize("method", TRANSFORMER)
@@ -193,19 +270,46 @@ def test_networks_without_global_attention(method: str) -> None:
         "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 1), num_heads=(1, 2), num_classes=4
     ).eval()
     for used, size in ((classifier(vgg()), 16), (classifier(swin, 56), 56)):
-        with pytest.raises(at.UserError, match=f"{method} does not apply to .*(no attention|WindowAttention)"):
+        with pytest.raises(at.UserError, match=f"{method} does not apply to .*(no attention|attention within windows)"):
             attribute(photo(size), used, method)
 
 
-@pytest.mark.parametrize("method", ["attn_lrp", "transformer_attribution"])
-@pytest.mark.parametrize("options", [{"norm_layer": RmsNorm}, {"act_layer": QuickGELU}], ids=["rms", "quickgelu"])
-def test_layers_without_a_rule_are_refused(method: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "named"),
+    [
+        ("attn_lrp", {"norm_layer": RmsNorm}, "rms_norm"),
+        ("attn_lrp", {"mlp_layer": SwiGLU}, "mul"),
+        ("transformer_attribution", {"norm_layer": RmsNorm}, "RmsNorm"),
+        ("transformer_attribution", {"act_layer": QuickGELU}, "QuickGELU"),
+    ],
+)
+def test_layers_without_a_rule_are_refused(method: str, options: dict[str, Any], named: str) -> None:
     """Where a rule is missing, the plain gradient would pass silently."""
     used = classifier(tiny_vit(**options))
     variant = {"variant": "lrp"} if method == "transformer_attribution" else {}
-    with pytest.raises(at.UserError, match=f"{method}.* does not apply to .*(RmsNorm|QuickGELU)"):
+    with pytest.raises(at.UserError, match=f"{method}.* does not apply to .*no rule for {named}"):
         attribute(photo(16), used, method, **variant)
     assert attribute(photo(16), used, "transformer_attribution").pixel_map.max() > 0
+
+
+class ConstantFactor(nn.Module):
+    """QuickGELU with a slope of f(x) / x; its buffer keeps it from being taken for an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(1.702))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.slope * x.detach()).sigmoid()
+
+
+def test_attn_lrp_takes_any_elementwise_activation() -> None:
+    module = tiny_vit(act_layer=QuickGELU)
+    other = copy.deepcopy(module)
+    for block in other.blocks:
+        block.mlp.act = ConstantFactor()
+    found, expected = (attribute(photo(16), classifier(each), "attn_lrp", 1).pixel_map for each in (module, other))
+    assert apart(found, expected) < 1e-4
 
 
 def test_the_lrp_variant_needs_the_logits_of_the_network(vit: at.Classifier, small_cat: Tensor) -> None:
@@ -298,7 +402,7 @@ def test_layer_norm() -> None:
         if affine:
             module.weight.data.normal_(), module.bias.data.zero_()
         x = torch.randn(2, 3, 6).double().requires_grad_()
-        y = rules.layer_norm(x, module)
+        y = rules.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
         assert torch.allclose(y, module(x))
         upstream = torch.randn_like(y)
         (gradient,) = relevance_in(y, upstream, x)
@@ -310,7 +414,7 @@ def test_layer_norm() -> None:
 @pytest.mark.parametrize("module", [nn.GELU(), nn.SiLU(), nn.ReLU(), nn.ReLU(inplace=True)])
 def test_ratio_slope(module: nn.Module) -> None:
     x = torch.tensor([-2.0, -1e-10, 0.0, 1e-10, 0.5, 3.0], requires_grad=True)
-    y = rules.ratio_slope(x, module)
+    y = rules.ratio_slope(x, function=module)
     value = type(module)()(x.detach())
     assert torch.allclose(y, value, atol=1e-7)
     (gradient,) = relevance_in(y, torch.ones(6), x)
@@ -349,8 +453,8 @@ def test_gamma_zero_is_the_gradient() -> None:
     found = relevance_in(rules.gamma_linear(x, weight, bias, 0.0), upstream, x)[0]
     assert torch.allclose(found, upstream @ weight, rtol=1e-6, atol=1e-6)
     images = torch.randn(1, 3, 8, 8).double().requires_grad_()
-    convolution = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect").double()
-    y = rules.gamma_convolution(images, convolution, 0.0)
+    convolution = nn.Conv2d(3, 4, 3, stride=2, padding=1).double()
+    y = rules.gamma_convolution(images, convolution.weight, convolution.bias, 2, 1, gamma=0.0)
     upstream = torch.randn_like(y)
     assert torch.allclose(
         relevance_in(y, upstream, images)[0], relevance_in(convolution(images), upstream, images)[0], rtol=1e-5, atol=1e-5
@@ -362,7 +466,7 @@ def test_gamma_convolution_is_gamma_linear_over_patches() -> None:
     images = torch.randn(2, 3, 8, 8).double().requires_grad_()
     convolution = nn.Conv2d(3, 5, 4, stride=4).double()
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)
-    y = rules.gamma_convolution(images, convolution, 0.25)
+    y = rules.gamma_convolution(images, convolution.weight, convolution.bias, 4, gamma=0.25)
     z = rules.gamma_linear(patches, convolution.weight.flatten(1), convolution.bias, 0.25).transpose(1, 2).unflatten(2, (2, 2))
     assert torch.allclose(y, z)
     upstream = torch.randn_like(y)
@@ -499,7 +603,7 @@ def test_attention_relevance_of_one_block() -> None:
 
     found = None
     task = make_task(classifier(module.float()), photo(16), 1)
-    (found,) = _attention_relevance(task, attention_modules(task, "test"))
+    (found,) = _attention_relevance(task, read_tokens(task, "test"))
     assert apart(found[0], torch.from_numpy(expected).float()) < 2e-2
 
 
@@ -508,7 +612,7 @@ def test_the_lrp_variant(name: str) -> None:
     used, image = classifier(BUILDERS[name]()), photo(16)
     prefix = PREFIX.get(name, 1)
     task = make_task(used, image, 1)
-    relevances = _attention_relevance(task, attention_modules(task, "test"))
+    relevances = _attention_relevance(task, read_tokens(task, "test"))
     _, gradients = attention_and_gradient(used, image, 1)
     joint = np.eye(gradients[0].shape[-1])
     for r, g in zip(relevances, gradients, strict=True):
@@ -526,9 +630,8 @@ def test_the_lrp_variant_needs_known_blocks() -> None:
 
 def test_other_rules_pass_through_open_attention(vit: at.Classifier, small_cat: Tensor) -> None:
     task = make_task(vit, small_cat)
-    modules = attention_modules(task, "test")
     uniform = AttentionRules(softmax=lambda scores: torch.ones_like(scores) / scores.shape[-1])
-    with torch.no_grad(), open_attention(modules, uniform) as calls:
+    with torch.no_grad(), open_attention(vit.module, uniform) as calls:
         vit.logits(task.inputs)
     for call in calls:
-        assert torch.allclose(call.context.unflatten(2, (4, -1)), call.value.mean(2)[:, None].expand(-1, 65, -1, -1), atol=1e-5)
+        assert torch.allclose(call.context, call.value.mean(2, keepdim=True).expand(-1, -1, 65, -1), atol=1e-5)

@@ -1,0 +1,154 @@
+"""Finds out how the tokens of a vision transformer meet, and which of them its head reads.
+
+All of it is measured: which attention runs and over how many tokens, whether tokens meet anywhere else, and, by gradients, how much each
+token of the last block counts in what the head reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attribution.errors import NotApplicable
+from attribution.hooks import frozen_parameters, removed_after
+from attribution.network.attention import Attention, AttentionRules, open_attention
+from attribution.network.maps import probe_inputs, random_signs, read_out, token_grid
+from attribution.task import Task
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The tokens of a vision transformer with global attention, and how its head reads them.
+
+    Attributes:
+        blocks: number of attentions in which all tokens meet.
+        tokens: N.
+        grid: (h, w) of the patches, which are the last h w tokens.
+        shares: float32 [N], sum 1, how much each token of the last block counts for the head: 1 for a class token alone, equal shares of
+            the tokens whose mean it takes.
+        pools: whether the head pools the tokens by one more attention, of a query of its own. The shares then are those of all tokens
+            alike, and say nothing.
+    """
+
+    blocks: int
+    tokens: int
+    grid: tuple[int, int]
+    shares: Tensor
+    pools: bool
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before those of patches."""
+        return self.tokens - self.grid[0] * self.grid[1]
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the head reads patches rather than class tokens alone."""
+        return self.pools or bool(self.shares[self.prefix :].any())
+
+    def of_patches(self, joint: Tensor, pooling: Tensor | None) -> Tensor:
+        """What the head reads of each patch, [h, w], from how much each token holds of each, [N, N].
+
+        Args:
+            joint: rows are the tokens of the last block, columns those of the first.
+            pooling: [N], weights of the attention that pools the tokens, if there is one.
+        """
+        shares = self.shares.to(joint) if pooling is None else pooling
+        return (shares @ joint)[self.prefix :].unflatten(0, self.grid)
+
+
+def read_tokens(task: Task, method: str) -> Reading:
+    """How the tokens of the task's network meet and are read.
+
+    Raises:
+        NotApplicable: no global attention between all tokens in every block, with the reason.
+    """
+    if "tokens" not in task.structure:
+        with torch.enable_grad(), frozen_parameters(task.module):
+            task.structure["tokens"] = _read(task)
+    found: Reading | str = task.structure["tokens"]
+    if isinstance(found, str):
+        raise NotApplicable(
+            f"{method} does not apply to {task.classifier.name}: {found}; expected a vision transformer in which all tokens meet by "
+            "softmax attention in every block, and nowhere else; use grad_cam, rise or a region search"
+        )
+    return found
+
+
+def _read(task: Task) -> Reading | str:
+    """The reading, or why there is none."""
+    inputs = probe_inputs(task)
+    read_out(task, inputs)  # what runs only once runs now
+    calls, stream, values = _probed(task, inputs, AttentionRules())
+    misfit = _misfit(calls)
+    if misfit:
+        return misfit
+    tokens, pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
+    blocks = len(calls) - pools
+    found = token_grid(task, tokens)
+    if found is None:
+        return f"its {tokens} tokens are no grid of patches"
+    last = [tensor for when, tensor in stream if when == blocks and tensor.shape[1] == tokens and tensor.requires_grad]
+    last = last or [calls[blocks - 1].context.flatten(0, -3).transpose(0, 1).flatten(1)[None]]
+    (gradient,) = torch.autograd.grad((values * random_signs(values)).sum(), last[-1], allow_unused=True)
+    norms = torch.zeros(tokens) if gradient is None else gradient[0].norm(dim=1).cpu()
+    if not norms.any():
+        return "its head has no gradient at the tokens of its last block"
+    reading = Reading(blocks, tokens, found[0], norms / norms.sum(), pools)
+    return "tokens also meet outside of its attention" if _meet_elsewhere(task, reading) else reading
+
+
+def _misfit(calls: list[Attention]) -> str:
+    """Why the attentions of a pass are not those of all tokens in every block, and perhaps one that pools them; "" if they are."""
+    if not calls:
+        return "no attention was found in it"
+    shapes = [(tuple(call.weights.shape[:-3]), *call.weights.shape[-2:]) for call in calls]
+    tokens = shapes[0][2]
+    blocks = shapes[:-1] if len(calls) > 1 and shapes[-1][1:] == (1, tokens) else shapes
+    odd = [shape for shape in (*blocks, shapes[-1]) if any(size != 1 for size in shape[0]) or shape[2] != tokens]
+    odd += [shape for shape in blocks if shape[1] != tokens]
+    if odd:
+        kinds = dict.fromkeys("x".join(map(str, call.weights.shape)) for call in calls)
+        return f"it has attention within windows, stages or other parts of the image (weights {', '.join(list(kinds)[:4])})"
+    if any((call.weights.sum(dim=-1) - 1).abs().max() > 1e-3 for call in calls):
+        return "its attention weights do not sum to 1"
+    return ""
+
+
+def _meet_elsewhere(task: Task, reading: Reading) -> bool:
+    """Whether a token of the last block depends on another one of the first while attention passes nothing on."""
+    inputs = probe_inputs(task)
+    _, stream, _ = _probed(task, inputs, AttentionRules(context=Tensor.detach))
+    own = [(when, tensor) for when, tensor in stream if tensor.shape[1] == reading.tokens and tensor.requires_grad]
+    first = [tensor for when, tensor in own if when == 0]
+    last = [tensor for when, tensor in own if when == reading.blocks]
+    if not first or not last:
+        return True
+    token = (reading.prefix + reading.tokens) // 2
+    picked = last[-1][0, token]
+    (gradient,) = torch.autograd.grad((picked * random_signs(picked)).sum(), first[0], allow_unused=True)
+    return gradient is None or gradient[0].any(dim=1).nonzero()[:, 0].tolist() != [token]
+
+
+def _probed(task: Task, inputs: Tensor, rules: AttentionRules) -> tuple[list[Attention], list[tuple[int, Tensor]], Tensor]:
+    """The attentions of a pass; all sequences [1, N, C] that modules took or gave, with how many attentions ran before; what is read."""
+    stream: list[tuple[int, Tensor]] = []
+
+    def remember(values: Any) -> None:
+        if isinstance(values, Tensor) and values.ndim == 3 and values.shape[0] == 1:
+            stream.append((len(calls), values))
+
+    def before(_module: nn.Module, args: Any) -> None:
+        remember(args[0] if args else None)
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        remember(output[0] if isinstance(output, tuple) and output else output)
+
+    modules = list(task.module.modules())
+    handles = [each.register_forward_pre_hook(before) for each in modules] + [each.register_forward_hook(after) for each in modules]
+    with open_attention(task.module, rules) as calls, removed_after(handles):
+        values = read_out(task, inputs) if rules.context is not Tensor.detach else task.classifier.logits(inputs)
+    return calls, stream, values
