@@ -211,6 +211,11 @@ def explain_failure(
     if len(several_fills(fill)) > 1:
         raise UserError(f"fill {fill!r} names several fills: give one, since what corrects the prediction depends on the fill")
     classifier = load_classifier(classifier)
+    if classifier.outputs.independent:
+        raise UserError(
+            f"{classifier.name} has independent labels, of which each is right or wrong by itself: give classifier.of_label(LABEL), with "
+            "true_class LABEL or 'no LABEL'"
+        )
     true = classifier.target_index(true_class)
 
     def half(start: int) -> Progress | None:

@@ -129,8 +129,8 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    loading = {"device": device, "checkpoint": checkpoint, "class_names": names, "batch_size": batch_size, "scores": scores}
-    classifiers = [load_classifier(spec, **loading) for spec in specs]
+    load = partial(load_classifier, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size, scores=scores)
+    classifiers = [load(spec) for spec in specs]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")

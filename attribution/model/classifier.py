@@ -195,9 +195,9 @@ class Classifier:
     @property
     def identity(self) -> Identity:
         """What numbers depend on. Memory layout and compiling are left out: they change the rounding of float32 and no more."""
-        settings = () if self.precision == "float32" else (self.precision,)
-        settings += (self.outputs.kind,) if self.outputs.independent else ()
-        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, settings)
+        precision = [] if self.precision == "float32" else [self.precision]
+        meaning = [self.outputs.kind] if self.outputs.independent else []
+        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, (*precision, *meaning))
 
     def target_index(self, target: int | str) -> int:
         """The class index of a name (exact, or unique regardless of case) or of an index.

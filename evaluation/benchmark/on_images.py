@@ -87,7 +87,7 @@ class OnImages:
     def _fits(self, index: int) -> bool:
         try:
             sample = self.dataset[index]
-            right = int(self.classifier.logits(self.classifier.inputs(sample.image))[0].argmax()) == sample.label
+            right = sample.label in self.classifier.predicted(self.classifier.probabilities(self.classifier.inputs(sample.image))[0])
         except UserError:
             return True  # the image counts, and its failure is reported where it is explained
         return right == (self.settings.only == "correct")

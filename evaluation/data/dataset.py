@@ -57,6 +57,7 @@ class ImageDataset:
             black are inside), boxes that ``box_mask`` takes, or None.
         groups: one for each sample, or None.
         places: where each sample is listed ("list.csv line 7"). Errors about a sample begin with it.
+        label_sets: the labels of each sample, where several or none may be right; ``labels`` are then None.
     """
 
     name: str
@@ -67,9 +68,10 @@ class ImageDataset:
     read_mask: Callable[[int], Any] | None = None
     groups: tuple[str | None, ...] | None = None
     places: tuple[str, ...] | None = None
+    label_sets: tuple[frozenset[int], ...] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("labels", "groups", "places"):
+        for field in ("labels", "groups", "places", "label_sets"):
             values = getattr(self, field)
             if values is not None and len(values) != len(self.ids):
                 raise UserError(f"{self.name} has {len(self.ids)} ids and {len(values)} {field}: give one for each")
@@ -110,6 +112,13 @@ class ImageDataset:
         """
         return pixels_digest(self.image(index))
 
+    def label_set(self, index: int) -> frozenset[int] | None:
+        """All labels of a sample; None if they are unknown."""
+        if self.label_sets is not None:
+            return self.label_sets[index]
+        label = self.labels[index]
+        return None if label is None else frozenset({label})
+
     def choose(self, count: int | None, seed: int = 0, labels_only: bool = False) -> tuple[int, ...]:
         """Indices of a reproducible random sample without replacement.
 
@@ -130,6 +139,8 @@ class ImageDataset:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         if labels_only:
             order = [index for index in order if self.labels[index] is not None]
+            if not order and self.label_sets is not None:
+                raise UserError(f"{self.name} has several labels for an image: expected a column 'label' with one class for each")
             if not order:
                 raise UserError(f"{self.name} has no labels: expected one folder for each class, or a list with a column 'label'")
         return tuple(order[:count])

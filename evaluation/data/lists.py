@@ -18,7 +18,7 @@ from evaluation.data.dataset import CLASS_INDEX, ImageDataset, class_index, some
 
 LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt"})
 _BOX = ("x0", "y0", "x1", "y1")
-_COLUMNS = ("path", "label", "mask", *_BOX, "group")
+_COLUMNS = ("path", "label", "labels", "mask", *_BOX, "group")
 _PATH_AND_LABEL = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}))(?:\s+(.*))?", re.IGNORECASE)
 
 
@@ -35,14 +35,16 @@ def open_list(path: Path, class_names: tuple[str, ...] | None) -> ImageDataset:
     if not rows:
         raise UserError(f"{path} lists no images: expected a header 'path,label' and one line for each image")
     ids = _list_ids(path, rows)
-    classes, labels = _list_labels(rows, class_names)
+    several = any("labels" in row.fields for row in rows)
+    classes, sets = _list_labels(rows, class_names, "labels" if several else "label")
     masks = [_list_mask(path, row) for row in rows]
     groups = tuple(row.fields.get("group") for row in rows)
     return ImageDataset(
         name=path.stem,
         class_names=classes,
         ids=ids,
-        labels=labels,
+        labels=tuple(None if several or each is None else next(iter(each)) for each in sets),
+        label_sets=tuple(each or frozenset() for each in sets) if several else None,
         read=lambda index: path.parent / ids[index],
         read_mask=(lambda index: masks[index]) if any(mask is not None for mask in masks) else None,
         groups=groups if any(groups) else None,
@@ -99,7 +101,8 @@ def _table_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
             continue
         if len(values) != len(columns):
             raise UserError(f"{place}: {len(values)} fields, but the header has {len(columns)} columns ({', '.join(columns)})")
-        rows.append(_Row(place, {name: value for name, value in zip(columns, values, strict=True) if value}))
+        fields = zip(columns, values, strict=True)
+        rows.append(_Row(place, {name: value for name, value in fields if value or name == "labels"}))  # without labels is a fact too
 
 
 def _checked_columns(place: str, columns: list[str]) -> list[str]:
@@ -110,6 +113,8 @@ def _checked_columns(place: str, columns: list[str]) -> list[str]:
         raise UserError(f"{place}: unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(_COLUMNS)}")
     if len(set(columns)) < len(columns):
         raise UserError(f"{place}: a column appears twice in {', '.join(columns)}: give each column once")
+    if "label" in columns and "labels" in columns:
+        raise UserError(f"{place}: columns 'label' and 'labels': keep 'label' (one class) or 'labels' (several, such as cat|dog)")
     if 0 < sum(name in columns for name in _BOX) < 4:
         raise UserError(f"{place}: a box needs the four columns {', '.join(_BOX)}")
     return columns
@@ -131,19 +136,25 @@ def _list_ids(path: Path, rows: list[_Row]) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def _list_labels(rows: list[_Row], class_names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    """The class names and the label of each row."""
-    labelled = [(row.place, row.fields["label"]) for row in rows if "label" in row.fields]
-    if class_names is None:
-        class_names = _names_in_list(labelled)
+def _list_labels(
+    rows: list[_Row], class_names: tuple[str, ...] | None, column: str
+) -> tuple[tuple[str, ...], tuple[frozenset[int] | None, ...]]:
+    """The class names, and the labels of each row; several are separated by "|"."""
+    told = [(row.place, _names_of(row.fields[column], column)) if column in row.fields else (row.place, None) for row in rows]
+    labelled = [(place, name) for place, names in told for name in names or ()]
+    classes = _names_in_list(labelled) if class_names is None else class_names
     indices = {}
-    for place, label in labelled:
-        if label not in indices:
+    for place, name in labelled:
+        if name not in indices:
             try:
-                indices[label] = _label_index(label, class_names)
+                indices[name] = _label_index(name, classes)
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
-    return class_names, tuple(indices[row.fields["label"]] if "label" in row.fields else None for row in rows)
+    return classes, tuple(None if names is None else frozenset(indices[name] for name in names) for _, names in told)
+
+
+def _names_of(field: str, column: str) -> list[str]:
+    return [name.strip() for name in field.split("|") if name.strip()] if column == "labels" else [field]
 
 
 def _names_in_list(labelled: list[tuple[str, str]]) -> tuple[str, ...]:

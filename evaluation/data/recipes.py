@@ -61,9 +61,10 @@ def open_dataset(
               or a flat folder of images, which have no labels. Links are followed. Names that begin with a dot are ignored (see
               ``image_files``). With class_names, a folder whose name is a number and no class's name is the class of this index;
             - a list: a .csv, .tsv or .txt file (UTF-8) whose header names its columns. The column "path" is required; optional
-              are label, mask (an image file; pixels that are not black are inside), x0 y0 x1 y1 (a box in pixels, see
-              ``box_mask``) and group. A .txt list may omit the header: each line is then "path label" or "path". Relative paths
-              start at the list's folder, an empty field means "unknown", a label is a class name or an index.
+              are label, or labels (several names separated by "|"; empty: none); mask (an image file; pixels that are not black are
+              inside); x0 y0 x1 y1 (a box in pixels, see ``box_mask``); and group. A .txt list may omit the header: each line is then
+              "path label" or "path". Relative paths start at the list's folder, an empty field means "unknown", a label is a class
+              name or an index.
         root: folder of a recipe's data.
         split: of a recipe.
         class_names: C names that labels are indices into, such as those of the classifier. Names are matched exactly, then

@@ -48,10 +48,12 @@ def write_atlas(summary: FailureSummary, out: str | Path, title: str | None = No
 
 def conclusion(summary: FailureSummary) -> list[str]:
     """What the failures say together, in sentences."""
-    results, names = summary.results, summary.results.classifier.class_names
+    results, names = summary.results, summary.results.names
     wrong, explained = results.looked_at - results.right, len(results.failures)
     rate = f" ({wrong / results.looked_at:.1%})" if results.looked_at else ""
-    text = [f"The model is wrong about {wrong} of {counted(results.looked_at, 'image')}{rate}; {explained} of them are explained here."]
+    text = [
+        f"The model is wrong about {wrong} of {counted(results.looked_at, results.noun)}{rate}; {explained} of them are explained here."
+    ]
     if summary.pairs:
         pair = summary.pairs[0]
         text.append(f"Most frequent: {names[pair.label]} taken for {names[pair.predicted]}, {max(pair.seen, pair.count)} of {wrong}.")
@@ -67,7 +69,7 @@ def conclusion(summary: FailureSummary) -> list[str]:
 
 
 def _page(summary: FailureSummary) -> dict[str, Any]:
-    results, names = summary.results, summary.results.classifier.class_names
+    results, names = summary.results, summary.results.names
     lists = [("suspected", "suspected label errors", [s.sample for s in summary.suspected])] if summary.suspected else []
     lists += [(f"shortcut-{at}", f"shortcut {at}: {s.kind}", list(s.samples)) for at, s in enumerate(summary.shortcuts)]
     samples, photos = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,23 @@ from evaluation.study.run import Run, Unit, batches, problems
 from evaluation.study.settings import named_data, named_model
 
 TOGETHER = 64  # images predicted in one batch
-_EXPLAINED = "explanation"  # name of the only part of an image's unit
+_EXPLAINED = "explanation"  # name of the only part of a question's unit
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model decided about an image: its class or, where labels are independent, whether it has one of them.
+
+    Attributes:
+        index: of the image.
+        label, predicted: the right answer and the model's, as indices into ``FailureResults.names``.
+        asked: the label asked about; None for a class.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    asked: int | None = None
 
 
 def measure_failures(run: Run[FailureSettings]) -> FailureResults:
@@ -41,53 +57,65 @@ def measure_failures(run: Run[FailureSettings]) -> FailureResults:
         UserError: no labels, or no image that can be predicted; when only reading, no prediction for these settings.
     """
     images = _Images(run)
-    dataset, label, group = images.dataset, images.label, images.group
-    chosen = dataset.choose(run.settings.samples, run.settings.seed, labels_only=True)
+    dataset, group = images.dataset, images.group
+    chosen = dataset.choose(run.settings.samples, run.settings.seed, labels_only=dataset.label_sets is None)
     predicted = images.predictions(chosen)
     if not predicted:
         raise images.nothing(len(chosen))
-    wrong = [index for index, found in predicted.items() if found != label(index)]
+    asked = [question for index, found in predicted.items() for question in images.questions(index, found)]
+    wrong = [question for question in asked if question.predicted != question.label]
     failures, right = images.failures(wrong[: run.settings.most or None])
-    wrong = [index for index in wrong if index not in right]
-    looked_at, wrong_of = (Counter(group(index) for index in each) for each in (predicted, wrong))
+    wrong = [question for question in wrong if question not in right]
+    looked_at, wrong_of = (Counter(group(question.index) for question in each) for each in (asked, wrong))
     return FailureResults(
         settings=run.settings,
         classifier=images.classifier,
         dataset=dataset,
-        looked_at=len(predicted),
-        right=len(predicted) - len(wrong),
-        by_class=dict(sorted(Counter(map(label, predicted)).items())),
+        looked_at=len(asked),
+        right=len(asked) - len(wrong),
+        by_class=dict(sorted(Counter(question.label for question in asked).items())),
         by_group={name: (looked_at[name], wrong_of[name]) for name in sorted(each for each in looked_at if each is not None)},
         failures=tuple(failures),
         broken=tuple(images.broken()),
         out=run.out,
-        confusions=dict(sorted(Counter((label(index), predicted[index]) for index in wrong).items())),
+        confusions=dict(sorted(Counter((question.label, question.predicted) for question in wrong).items())),
     )
 
 
 def explain_sample(settings: FailureSettings, sample: str) -> FailureExplanation:
     """Explain one image as ``run_failures`` does, without writing anything.
 
+    Args:
+        settings: of the study.
+        sample: id of an image; where labels are independent, followed by a colon and the label, such as "0007.png:cat".
+
     Raises:
-        UserError: no such image, one without a label, or one that the model gets right.
+        UserError: no such image or label, an image without a label, or one that the model gets right.
     """
     classifier = named_model(settings, settings.model)
     dataset = named_data(settings, classifier.class_names)
+    asked = None
+    if classifier.outputs.independent:
+        sample, _, name = sample.rpartition(":")
+        asked = classifier.target_index(name)
     if sample not in dataset.ids:
         close = difflib.get_close_matches(sample, dataset.ids, 1) or dataset.ids[:1]
-        raise UserError(f"{dataset.name} has no sample {sample!r}: expected an id such as {close[0]!r}")
-    found = dataset[dataset.ids.index(sample)]
-    if found.label is None:
+        wanted = close[0] if asked is None else f"{close[0]}:{classifier.class_names[asked]}"
+        raise UserError(f"{dataset.name} has no sample {sample!r}: expected an id such as {wanted!r}")
+    index = dataset.ids.index(sample)
+    truth = dataset.label_set(index)
+    if truth is None:
         raise UserError(f"{sample} has no label: only a labelled sample can be misclassified")
-    return _explained(settings, classifier, found)
+    label = next(iter(truth)) if asked is None else asked + (asked not in truth) * classifier.num_classes
+    return _explained(settings, classifier, dataset[index], Question(index, label, -1, asked))
 
 
-def _explained(settings: FailureSettings, classifier: Classifier, sample: Sample) -> FailureExplanation:
-    assert sample.label is not None
+def _explained(settings: FailureSettings, classifier: Classifier, sample: Sample, question: Question) -> FailureExplanation:
+    asked = question.asked
     return explain_failure(
         sample.image,
-        classifier,
-        sample.label,
+        classifier if asked is None else classifier.of_label(asked),
+        question.label if asked is None else int(question.label == asked),
         fill=settings.fill,
         regions=settings.regions,
         region_options=settings.region_options,
@@ -108,28 +136,48 @@ class _Images:
         fill = Protocol(fill=run.settings.fill).settings()["fill"]
         self.ways = [fill, *(run.settings.plain()[name] for name in ("regions", "region_options", "search", "pending"))]
         self.pixels: dict[int, str] = {}  # digests, known from the predictions on
+        if self.dataset.label_sets is not None and not self.classifier.outputs.independent:
+            raise UserError(
+                f"{self.dataset.name} has several labels for an image, and {self.classifier.name} has classes of which one is right: "
+                "give a column 'label', or scores='sigmoid' if each class is a label of its own"
+            )
 
-    def predictions(self, chosen: Sequence[int]) -> dict[int, int]:
-        """The predicted class of every image that can be read, in the order given."""
+    def questions(self, index: int, predicted: int | Sequence[int]) -> list[Question]:
+        """What the model decided about an image: the class predicted, or for each label whether it is among those predicted."""
+        truth = self.dataset.label_set(index)
+        assert truth is not None
+        if isinstance(predicted, int):
+            return [Question(index, next(iter(truth)), predicted)]
+        count = self.classifier.num_classes
+        return [Question(index, k + (k not in truth) * count, k + (k not in predicted) * count, k) for k in range(count)]
+
+    def name(self, item: int | Question) -> str:
+        """The id of an image, with the label that is asked about."""
+        if isinstance(item, int) or item.asked is None:
+            return self.dataset.ids[item if isinstance(item, int) else item.index]
+        return f"{self.dataset.ids[item.index]}:{self.classifier.class_names[item.asked]}"
+
+    def predictions(self, chosen: Sequence[int]) -> dict[int, int | list[int]]:
+        """The predicted class, or the predicted labels, of every image that can be read, in the order given."""
         found = self.run.stage(batches(chosen, TOGETHER), self._batch, lambda batch: f"{len(batch)} predictions")
         return {index: record["predicted"] for records in found.values() for index, record in records.items()}
 
-    def failures(self, wrong: Sequence[int]) -> tuple[list[Failed], set[int]]:
-        """The failures explained, and the images that the model gets right when they are not in a batch."""
-        found = self.run.stage(wrong, self._failure, lambda index: self.dataset.ids[index])
-        records = {index: record for index, parts in found.items() for record in parts.values()}
+    def failures(self, wrong: Sequence[Question]) -> tuple[list[Failed], set[Question]]:
+        """The failures explained, and those where the model is right when the image is not in a batch."""
+        found = self.run.stage(wrong, self._failure, self.name)
+        records = {question: record for question, parts in found.items() for record in parts.values()}
         failures = []
-        for index, record in records.items():
+        for question, record in records.items():
             if "found" in record:
                 try:
-                    failures.append(attempted(partial(self._failed, index, record["found"])))
+                    failures.append(attempted(partial(self._failed, question, record["found"])))
                 except Broken as error:
-                    self.run.fail(index, None, str(error))
-        return failures, {index for index, record in records.items() if "found" not in record}
+                    self.run.fail(question, None, str(error))
+        return failures, {question for question, record in records.items() if "found" not in record}
 
     def broken(self) -> Iterator[tuple[str, str]]:
         """(sample, reason) of what failed."""
-        return problems(self.run, lambda index: self.dataset.ids[index])
+        return problems(self.run, self.name)
 
     def nothing(self, count: int) -> UserError:
         """The error for a run without any prediction."""
@@ -139,11 +187,6 @@ class _Images:
             )
         sample, reason = next(self.broken())
         return UserError(f"none of {count} images could be predicted, such as {sample}: {reason}")
-
-    def label(self, index: int) -> int:
-        label = self.dataset.labels[index]
-        assert label is not None
-        return int(label)
 
     def group(self, index: int) -> str | None:
         return None if self.dataset.groups is None else self.dataset.groups[index]
@@ -165,9 +208,14 @@ class _Images:
 
         def predicted(indices: Sequence[int]) -> list[Record]:
             stacked = torch.cat([inputs[index] if index in inputs else self._inputs(self._image(index)) for index in indices])
-            most = self.classifier.probabilities(stacked).cpu().max(dim=1)
-            found = zip(indices, most.indices.tolist(), most.values.tolist(), strict=True)
-            return [{"sample": self.dataset.ids[index], "predicted": first, "confidence": p} for index, first, p in found]
+            found = self.classifier.probabilities(stacked).cpu()
+            several = self.classifier.outputs.independent
+            records: list[Record] = []
+            for index, row in zip(indices, found, strict=True):
+                labels = self.classifier.predicted(row)
+                answer = {"predicted": list(labels)} if several else {"predicted": labels[0], "confidence": float(row[labels[0]])}
+                records.append({"sample": self.dataset.ids[index], **answer})
+            return records
 
         def measure(missing: Sequence[int]) -> Iterator[tuple[int, Record | Broken]]:
             yield from unread.items()
@@ -176,16 +224,16 @@ class _Images:
 
         return Unit(keys, measure)
 
-    def _failure(self, index: int) -> Unit:
-        """A misclassified image."""
-        sample, key, path = self.dataset.ids[index], self._explanation_key(index), self._path(index)
+    def _failure(self, question: Question) -> Unit:
+        """A wrong decision about an image."""
+        key, path = self._explanation_key(question), self._path(question)
         known = self.run.log.records.get(key)
         files = {_EXPLAINED: path} if known is None or "found" in known else {}
 
         def measure(_: Sequence[str]) -> Iterator[tuple[str, Record]]:
-            record: Record = {"sample": sample, "label": self.label(index)}
+            record: Record = {"sample": self.name(question), "label": question.label}
             try:
-                failure = _explained(self.settings, self.classifier, self.dataset[index])
+                failure = _explained(self.settings, self.classifier, self.dataset[question.index], question)
             except NotMisclassified:  # two classes so close that the other images of its batch decided between them
                 files.clear()
                 yield _EXPLAINED, {**record, "right": True}
@@ -195,10 +243,10 @@ class _Images:
 
         return Unit({_EXPLAINED: key}, measure, files)
 
-    def _failed(self, index: int, found: dict[str, Any]) -> Failed:
+    def _failed(self, question: Question, found: dict[str, Any]) -> Failed:
         """A failure, with what its mask says about the causing regions; masks are read anew, since they may be added later."""
-        sample, label = self.dataset.ids[index], self.label(index)
-        failed = Failed(sample, index, label, found["predicted"], self.group(index), found, self._path(index))
+        index, predicted = question.index, found["predicted"] if question.asked is None else question.predicted
+        failed = Failed(self.name(question), index, question.label, predicted, self.group(index), found, self._path(question))
         mask = None if self.dataset.read_mask is None else self.dataset[index].mask
         if mask is None or not mask.any():
             return failed
@@ -212,11 +260,12 @@ class _Images:
         chance = float((regions.area * shares).sum())
         return replace(failed, on_mask=on_mask, chance_on_mask=chance, object_share=tuple(shares.tolist()))
 
-    def _explanation_key(self, index: int) -> str:
-        return self._key(index, self.label(index), *self.ways, sample_seed(self.settings.seed, self.dataset.ids[index]))
+    def _explanation_key(self, question: Question) -> str:
+        index, asked = question.index, () if question.asked is None else ("label", question.asked)
+        return self._key(index, question.label, *asked, *self.ways, sample_seed(self.settings.seed, self.dataset.ids[index]))
 
-    def _path(self, index: int) -> Path:
-        return self.run.file("explanations", self._explanation_key(index))
+    def _path(self, question: Question) -> Path:
+        return self.run.file("explanations", self._explanation_key(question))
 
     def _key(self, index: int, *further: Any) -> str:
         return record_key(self.identity, self.pixels[index], self.dataset.ids[index], *further)

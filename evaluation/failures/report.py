@@ -69,7 +69,7 @@ def print_failures(summary: FailureSummary, console: Console) -> None:
 
 def _tables(summary: FailureSummary) -> Iterator[Table]:
     """What the failures have in common, at most ten rows a table."""
-    names = summary.results.classifier.class_names
+    names = summary.results.names
 
     def table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
         return terminal_table(f"{summary.results.classifier.name}: {title}", [*left, *right], rows, left, right)
@@ -125,7 +125,7 @@ def _remarks(summary: FailureSummary) -> list[str]:
 
 def failures_csv(summary: FailureSummary) -> str:
     """One row a failure: what the model says, both smallest sets, the highest probabilities, where the cause lies, its cluster."""
-    results, names = summary.results, summary.results.classifier.class_names
+    results, names = summary.results, summary.results.names
     suspected = {suspect.sample for suspect in summary.suspected}
     rows: list[list[Any]] = []
     for failed in results.failures:
@@ -143,7 +143,7 @@ def failures_csv(summary: FailureSummary) -> str:
 
 def pairs_csv(summary: FailureSummary) -> str:
     """One row a pair of classes."""
-    name, names = summary.results.classifier.name, summary.results.classifier.class_names
+    name, names = summary.results.classifier.name, summary.results.names
     rows = (
         [name, names[p.label], names[p.predicted], p.seen, p.share, p.count, p.repaired, p.cause_area, p.sufficient_area]
         for p in summary.pairs
@@ -153,7 +153,7 @@ def pairs_csv(summary: FailureSummary) -> str:
 
 def plain_summary(summary: FailureSummary) -> dict[str, Any]:
     """failures.json: settings, versions, everything summed up, and each failure without its curves, which records.jsonl holds."""
-    results, names = summary.results, summary.results.classifier.class_names
+    results, names = summary.results, summary.results.names
     return {
         **plain_heading(results.settings, results.classifier),
         "looked_at": results.looked_at,
@@ -176,7 +176,7 @@ def plain_summary(summary: FailureSummary) -> dict[str, Any]:
 
 
 def _plain_failure(failed: Failed, summary: FailureSummary) -> dict[str, Any]:
-    names = summary.results.classifier.class_names
+    names = summary.results.names
     return {
         "sample": failed.sample,
         "group": failed.group,

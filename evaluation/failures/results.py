@@ -18,8 +18,8 @@ class Failed:
     """A misclassified image and its explanation.
 
     Attributes:
-        sample, index: id and place in the data set.
-        label, predicted: class indices.
+        sample, index: id (followed by ":LABEL" where labels are independent) and place in the data set.
+        label, predicted: indices into ``FailureResults.names``.
         group: of the data list, or None.
         found: ``FailureExplanation.plain()``: orders, curves, smallest sets, highest probabilities, text.
         truth: file of the ``Explanation`` of the true class, with image and regions.
@@ -56,7 +56,8 @@ class FailureResults:
     Attributes:
         settings: as given.
         classifier, dataset: the model and the images.
-        looked_at, right: number of images that the model predicted, and of those that it got right.
+        looked_at, right: number of images that the model predicted, and of those that it got right. Where labels are independent,
+            each label of each image is counted: a missing and a false label are two failures.
         by_class: images looked at by label.
         by_group: (images looked at, wrong) by group, where the data have groups.
         failures: the misclassified images that were explained, in the order drawn.
@@ -76,3 +77,14 @@ class FailureResults:
     broken: tuple[tuple[str, str], ...]
     out: Path
     confusions: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what labels and predictions stand for: C classes; or C independent labels, then C names "no LABEL"."""
+        names = self.classifier.class_names
+        return (*names, *(f"no {name}" for name in names)) if self.classifier.outputs.independent else names
+
+    @property
+    def noun(self) -> str:
+        """What the model is right or wrong about."""
+        return "decision" if self.classifier.outputs.independent else "image"

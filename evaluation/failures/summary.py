@@ -272,7 +272,7 @@ def _clusters(results: FailureResults) -> tuple[tuple[Cluster, ...], str]:
 
 
 def _suspected(results: FailureResults) -> tuple[Suspect, ...]:
-    names, made = results.classifier.class_names, []
+    names, made = results.names, []
     for failed in results.failures:
         confidence = float(failed.found["probability_predicted"])
         if not failed.is_repaired and confidence >= results.settings.min_confidence:
@@ -319,7 +319,7 @@ def _binomial(count: int, total: int, probability: float) -> float:
 
 def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[Shortcut]:
     """Find tight clusters of causes that confuse at least three different pairs of classes."""
-    names = results.classifier.class_names
+    names = results.names
     pair_of = {failed.sample: (failed.label, failed.predicted) for failed in results.failures}
     made = []
     for cluster in clusters:

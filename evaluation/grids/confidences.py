@@ -69,7 +69,7 @@ def label_confidences(
     indices = checked_indices(dataset, indices)
     _check_labels(classifier, dataset, indices)
     own = classifier.identity
-    identity = [own.name, own.weights, own.preprocessing, __version__, dataset.name, *own.precision]
+    identity = [own.name, own.weights, own.preprocessing, __version__, dataset.name, *own.settings]
     values: list[float | None] = []
     failures: list[tuple[str, str]] = []
     for start in range(0, len(indices), classifier.batch_size):

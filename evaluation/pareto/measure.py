@@ -76,7 +76,7 @@ def _chosen(settings: ParetoSettings, classifier: Classifier, dataset: ImageData
     found: list[int] = []
     for index in dataset.choose(None, settings.seed, labels_only=True):
         probabilities = classifier.probabilities(classifier.inputs(dataset[index].image))[0]
-        if int(probabilities.argmax()) == dataset.labels[index] and float(probabilities.max()) >= settings.confidence:
+        if dataset.labels[index] in classifier.predicted(probabilities) and float(probabilities.max()) >= settings.confidence:
             found.append(index)
         if len(found) == settings.samples:
             break

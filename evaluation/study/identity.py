@@ -17,7 +17,7 @@ from attribution.provenance import digest_of
 def identity_of(classifier: Classifier, name: str | None = None) -> str:
     """Digest of everything about a model that a number depends on; ``name`` is what the settings call it."""
     own = classifier.identity
-    return digest_of([name or own.name, own.weights, own.preprocessing, list(own.class_names), __version__, *own.precision])
+    return digest_of([name or own.name, own.weights, own.preprocessing, list(own.class_names), __version__, *own.settings])
 
 
 def record_key(model: str, pixels: Any, *settings: Any) -> str:

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -168,8 +169,8 @@ def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
     if isinstance(model, Classifier):
         return model
     names = None if settings.classes is None else read_class_names(Path(settings.classes))
-    loading = {"checkpoint": settings.checkpoint, "class_names": names, "scores": settings.scores}
-    return load_classifier(model, device=settings.device, batch_size=settings.batch_size, **loading)
+    load = partial(load_classifier, checkpoint=settings.checkpoint, class_names=names, scores=settings.scores)
+    return load(model, device=settings.device, batch_size=settings.batch_size)
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:

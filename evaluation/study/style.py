@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from attribution.figures.style import one_line
 from evaluation.statistics.intervals import Interval
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#5f6770", "#d9dde2", "#fffffe"

@@ -271,7 +271,7 @@ def test_labels_are_names_or_indices(labels: str, class_names: tuple | None, nam
         ("", "list.csv lists no images"),
         ("path,label\n", "list.csv lists no images"),
         ("a.png,cat\n", "list.csv line 1: no column 'path' among 'a.png', 'cat': expected a header such as 'path,label'"),
-        ("path,lable\na.png,cat", "list.csv line 1: unknown columns 'lable': expected some of path, label, mask, x0"),
+        ("path,lable\na.png,cat", "list.csv line 1: unknown columns 'lable': expected some of path, label, labels, mask, x0"),
         ("path,label,path\n", "list.csv line 1: a column appears twice"),
         ("path,x0,y0,x1\n", "list.csv line 1: a box needs the four columns x0, y0, x1, y1"),
         ("path,label\na.png,cat\n\nb.png\n", r"list.csv line 4: 1 fields, but the header has 2 columns \(path, label\)"),
@@ -447,3 +447,16 @@ def test_photos_of_installed_packages() -> None:
     for sample in photos:
         assert sample.image.shape[0] == 3 and min(sample.image.shape[1:]) > 200
         assert sample.image.std() > 0.05
+
+
+def test_several_labels_of_an_image(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,labels\na.png,cat|Dog\nb.png,\nc.png,2\n")
+    dataset = open_dataset(tmp_path / "list.csv", class_names=("cat", "dog", "ship"))
+    assert dataset.label_sets == ({0, 1}, set(), {2})
+    assert dataset.labels == (None, None, None)
+    (tmp_path / "names.csv").write_text("path,labels\na.png,cat|dog\nb.png,ant\n")
+    assert open_dataset(tmp_path / "names.csv").class_names == ("ant", "cat", "dog")
+    with pytest.raises(at.UserError, match=r"list\.csv line 2: no class 'Dog'"):
+        open_dataset(tmp_path / "list.csv", class_names=("cat", "ant", "ship"))
+    with pytest.raises(at.UserError, match="has several labels for an image: expected a column 'label'"):
+        dataset.choose(None, labels_only=True)
