@@ -195,7 +195,7 @@ def _plain_decoded(decoded: list[Decoded]) -> list[list[dict[str, Any]]]:
 
 def _print(path: Path, found: NeuronPath, decoded: list[Decoded], edits: dict[str, dict[str, float]]) -> None:
     what = f"{path.name}: {found.target_name}, p = {edits['neuron_path']['clean']:.3f}"
-    title = escape(f"{what}; {found.method} path, joint score {found.score:.4f}")
+    title = escape(f"{what}; {found.kind}, joint score {found.score:.4f}")
     neurons = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
     for heading in ("layer", "neuron", "activation", "share"):
         neurons.add_column(heading, justify="right")
