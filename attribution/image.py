@@ -72,7 +72,8 @@ def image_files(folder: str | Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): its images would be left out; make it readable")
 
-    found, above = [], {str(folder): (os.path.realpath(folder),)}  # above: the real paths of a folder and of those that it lies in
+    found: list[Path] = []
+    above: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}  # of a folder: real paths of it and of those above it
     for path, names, files in os.walk(folder, followlinks=True, onerror=refuse):
         inner = {name: os.path.realpath(os.path.join(path, name)) for name in names if not name.startswith(".")}
         names[:] = [name for name, real in inner.items() if real not in above[path]]

@@ -220,7 +220,7 @@ class Naive:
         return path, values
 
     def exact(self, reranked: int) -> list[list[int]]:
-        """The best of the first candidates by the joint score of the path so far; the reference path where that ends up better."""
+        """The best of the first candidates by the joint score of the path so far; that of mode "reference" where it ends up better."""
         path: list[list[int]] = []
         for _ in range(self.layers):
             candidates = ranked(self.candidates(path))[:reranked]

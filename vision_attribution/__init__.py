@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ for study in STUDIES.values():
 
 def main() -> None:
     """Entry point. Errors that a user can correct print one line and exit with code 2; an interrupt exits with code 130."""
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
     try:
         code = app(standalone_mode=False)
     except UserError as error:

@@ -180,7 +180,7 @@ def _print(path: Path, found: NeuronPath, decoded: list[Decoded], edits: dict[st
     speaks = [", ".join(speaks_for(neuron)) for neuron in decoded] or [""] * len(shares)
     columns = zip(found.neurons.tolist(), found.activations.tolist(), shares, speaks, strict=True)
     neurons = terminal_table(
-        f"{what}; {found.method} path, joint score {found.score:.4f}",
+        f"{what}; {found.kind}, joint score {found.score:.4f}",
         ("layer", "neuron", "activation", "share", "speaks for"),
         [[str(layer), str(unit), f"{activation:.3f}", *texts] for layer, (unit, activation, *texts) in enumerate(columns, start=1)],
         ("speaks for",),

@@ -23,7 +23,7 @@ from attribution.baselines.method import Method
 from attribution.checks import check_choice, check_number, check_whole, is_number, is_whole
 from attribution.errors import UserError
 from attribution.model.forwarding import even_chunks
-from attribution.regions import make_regions, several
+from attribution.regions import make_regions
 from attribution.task import Output, Task, enlarged, seeded
 
 RegionOptions = Mapping[str, Any] | None
@@ -309,7 +309,9 @@ def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOpt
     """A Captum method over the vector of regions: 1 shown, 0 hidden; the value of a region goes to each of its pixels."""
     if "n_samples" in options:
         check_whole("n_samples", options["n_samples"], 1)
-    cut = several(make_regions(task.image, regions, **(region_options or {})))
+    cut = make_regions(task.image, regions, **(region_options or {}))
+    if cut.count == 1 and method is captum.attr.KernelShap:  # its distribution over sizes of proper subsets is empty
+        method, options = captum.attr.FeatureAblation, {}
     explained = method(task.subsets_model(cut.labels, output))
     shown = torch.ones(1, cut.count, device=task.inputs.device)
     with seeded(task.seed):

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from torch import Tensor
 
 F = TypeVar("F", bound=MatplotlibFigure)
-_LONGEST = 60  # characters of a class name
+_LONGEST = 48  # characters of a class name
 _NOT_FOR_TEXT = ("Last Resort", "cm", "STIXSize", "STIXNon")  # matplotlib's own fonts of boxes and of parts of formulas
 INSERTION, DELETION, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart
 

@@ -75,7 +75,7 @@ def plot_path(
         _draw_photo(figure, image)
     model, target = one_line(path.provenance.get("model", "neuron path")), class_text(path.target_name, path.target)
     title = f"{model}: {target}, p = {path.target_score:.2f}"
-    figure.suptitle(f"{title}; {path.method} path, joint score {path.score:.3f}", x=0.012, ha="left", fontsize=10.5, color=INK)
+    figure.suptitle(f"{title}; {path.kind}, joint score {path.score:.3f}", x=0.012, ha="left", fontsize=10.5, color=INK)
     return as_written(figure)
 
 

@@ -101,8 +101,8 @@ class PathFinder:
         score_j = (h_l[j] / m + sum_{i<l} w_i / m) (sum_k g_kl[j] + sum_{i<l} sum_k g_ki). This is a surrogate for the joint score of
         the partial path.
 
-        Mode "exact" computes the true joint score of the ``reranked`` best candidates of each layer and takes the best. If the
-        reference path scores higher in the end, that path is returned.
+        Mode "exact" computes the true joint score of the ``reranked`` best candidates of each layer and takes the best. If the path
+        of mode "reference" scores higher in the end, that path is returned.
 
         Mode "removal" looks for the neurons whose removal lowers the target most. It starts from the neurons with the largest
         h_l[j] / m sum_k g_kl[j], scaled together with those chosen before. Then it goes through the layers, at most three times,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class NeuronPath:
     def target_name(self) -> str:
         """Name of the class explained."""
         return self.class_names[self.target]
+
+    @property
+    def kind(self) -> str:
+        """What the path is, in words: "neuron path, mode removal", or "activation path" for a baseline."""
+        return f"neuron path, mode {self.method}" if self.method in get_args(Mode) else f"{self.method.replace('_', ' ')} path"
 
     @property
     def shares(self) -> Tensor:

@@ -103,7 +103,7 @@ def plot_cost(summary: Summary, model: str, measures: Sequence[Measure] | None =
             _cost_axis(ax, max([10.0, *costs.values()]))
             ax.set_title(_heading(model, measure), fontweight="bold")
         axes[-1].set_xlabel("images forwarded for one explanation")
-        figure.draw_without_rendering()  # fixes the positions of the panels
+        as_written(figure).draw_without_rendering()  # fixes the positions of the panels
         for ax, points in placed:
             place_labels(figure, ax, points)
     return as_written(figure)

@@ -78,7 +78,7 @@ class BenchmarkSettings(StudySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_region_options(self.regions, self.region_options, least=1)
+        check_region_options(self.regions, self.region_options)
         object.__setattr__(self, "methods", tuple(map(MethodSpec.parse, self.methods)))
         object.__setattr__(self, "metrics", expand_metrics(self.metrics))
         for name in ("models", "methods", "fills", "steps", "layers"):

@@ -227,12 +227,12 @@ def plain_option(value: Any) -> Any:
     return plain_settings({"value": value})["value"]
 
 
-def check_region_options(regions: str, options: Mapping[str, Any], least: int = 2) -> None:
+def check_region_options(regions: str, options: Mapping[str, Any]) -> None:
     """Refuse options that a region method does not take, before it is called for the first image.
 
     Args:
         regions: key of ``REGIONS``.
-        options: of the method; ``count`` is at least ``least``.
+        options: of the method; ``count`` is at least 2: one region has no order.
 
     Raises:
         UserError: unknown options, or another count.
@@ -244,7 +244,7 @@ def check_region_options(regions: str, options: Mapping[str, Any], least: int = 
         taken = ", ".join(list(signature.parameters)[1:])
         raise UserError(f"region_options do not fit ({error}): {regions} takes {taken or 'none'}") from None
     if options.get("count") is not None:
-        check_whole("region_options count", options["count"], least)
+        check_whole("region_options count", options["count"], 2)
 
 
 def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:

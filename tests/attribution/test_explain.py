@@ -128,12 +128,9 @@ def test_large_images_are_shrunk_first(cnn: at.Classifier) -> None:
     assert at.explain(large, cnn, regions="grid", region_options={"count": 4}, max_side=None).image.shape == large.shape
 
 
-def test_one_region(cnn: at.Classifier, small_cat: Tensor) -> None:
-    explanation = at.explain(small_cat, cnn, regions=torch.zeros(32, 32, dtype=torch.int64))
-    assert explanation.order.tolist() == [0]
-    assert explanation.area.tolist() == [0, 1]
-    assert explanation.evaluations == 0
-    explanation.plot()
+def test_one_region_has_no_order(cnn: at.Classifier, small_cat: Tensor) -> None:
+    with pytest.raises(at.UserError, match="labels gave 1 region, the whole image, and one region has no order"):
+        at.explain(small_cat, cnn, regions=torch.zeros(32, 32, dtype=torch.int64))
 
 
 def test_a_search_may_stop_early(cnn: at.Classifier, small_cat: Tensor) -> None:

@@ -107,7 +107,7 @@ def test_names_are_drawn_as_they_are_written(name: str) -> None:
     figure = explanation.plot()
     assert rendered(figure).std() > 0
     shown = " ".join(name.replace("\x07", " ").split())
-    short = shown if len(shown) <= 60 else shown[:59] + "…"
+    short = shown if len(shown) <= 48 else shown[:47] + "…"
     assert figure.axes[0].get_title().startswith(f"{shown}: {short}, p = ".removeprefix(": "))
     assert figure.axes[3].get_ylabel() == f"p({short})"
     assert f"fill {shown}" in figure.axes[3].get_title()

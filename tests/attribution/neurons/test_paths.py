@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -746,3 +747,9 @@ def test_batches_of_the_reference(golden: dict[str, Any], vit: at.Classifier, ar
     expected = golden["batching"]["influence_pattern_pair"]  # with paths of their own in ``test_paths_of_the_reference``
     own = [golden["images"][files.index(name)]["influence_path"]["path"] for name in expected["files"]]
     assert own == expected["paths_when_run_alone"] != expected["paths"]
+
+
+def test_paths_say_in_words_what_they_are() -> None:
+    path = replace(at.neuron_path(torch.rand(3, 32, 32), "zoo:vit", target=0, steps=1), method="exact")
+    assert path.kind == "neuron path, mode exact"
+    assert replace(path, method="influence_pattern").kind == "influence pattern path"
