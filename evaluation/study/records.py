@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attribution.errors import UserError
-from attribution.files import CannotWrite
+from attribution.files import CannotWrite, whole_file
 
 Record = dict[str, Any]
 LOG = "records.jsonl"  # of a study, in its folder
@@ -93,6 +93,12 @@ def read_log(path: Path) -> dict[str, Record]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of an earlier run") from None
     return _parse(data, path)[0]
+
+
+def store_arrays(path: Path, **arrays: np.ndarray | np.generic) -> None:
+    """Write arrays as an npz file beside the records, whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def stored_arrays(path: Path) -> dict[str, np.ndarray]:
