@@ -35,11 +35,12 @@ def study_command(
         instead: called first, with the settings given on the command line or in the file, the extras, and the folder. If it returns
             True, the study is not run.
     """
-    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_config(extras))
-    out = _parameter("out", Path, "Folder of records, tables, figures and the page.", ["--out", "-o"], Path("out") / study.name, show=True)
-    measure = _parameter(
-        "measure", bool, "Measure what is missing, or only show what --out holds.", ["--measure/--no-measure"], True, show=True
-    )
+    positional = any(isinstance(each.annotation.__metadata__[0], typer.models.ArgumentInfo) for each in extras)
+    text = "TOML file of settings. Options on the command line override it."
+    config = extra("config", Path, text, *(["--config"] if positional else []))
+    folder, text = Path("out") / study.name, "Measure what is missing, or only show what --out holds."
+    out = extra("out", Path, "Folder of records, tables, figures and the page.", "--out", "-o", default=folder, show=True)
+    measure = extra("measure", bool, text, "--measure/--no-measure", default=True, show=True)
     options = [each for name in fields(study.settings) for each in _options(study.settings, name)]
     parameters = [*extras, config, *options, out, measure]
 
@@ -88,19 +89,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def extra(name: str, kind: Any, help: str, *names: str, default: Any = None) -> inspect.Parameter:
-    """A parameter of a command beside the settings: an option, or an argument where no names are given."""
-    return _parameter(name, kind, help, list(names), default)
-
-
-def _config(extras: Sequence[inspect.Parameter]) -> Any:
-    text = "TOML file of settings. Options on the command line override it."
-    positional = any(isinstance(each.annotation.__metadata__[0], typer.models.ArgumentInfo) for each in extras)
-    about = typer.Option("--config", help=text, show_default=False) if positional else typer.Argument(help=text, show_default=False)
-    return Annotated[Path | None, about]
-
-
-def _parameter(name: str, kind: Any, help: str, names: Sequence[str], default: Any, show: bool = False) -> inspect.Parameter:
+def extra(name: str, kind: Any, help: str, *names: str, default: Any = None, show: bool = False) -> inspect.Parameter:
+    """A parameter of a command: an option, or an argument where no names are given. ``show`` adds the default to the help."""
     about: Any = typer.Option(*names, help=help, show_default=show) if names else typer.Argument(help=help, show_default=show)
     optional = kind if default is not None else kind | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, about])
@@ -109,11 +99,11 @@ def _parameter(name: str, kind: Any, help: str, names: Sequence[str], default: A
 def _options(settings: type[StudySettings], field: Field[Any]) -> list[inspect.Parameter]:
     """The options of a field; none has a default of its own, so that those of a file count."""
     name, about = field.name, settings_of(settings)[field.name]
-    found = [_parameter(_keyed(name, key), kind, help, [option_name(name, about, key)], None) for key, (kind, help) in about.keys.items()]
+    found = [extra(_keyed(name, key), kind, help, option_name(name, about, key)) for key, (kind, help) in about.keys.items()]
     if about.option == "" or about.keys:
         return found
     names = [option_name(name, about), *([about.short] if about.short else [])]
-    return [_parameter(name, _kind(hints_of(settings)[name]), f"{about.help}{_choices(about)}{_default(field)}", names, None)]
+    return [extra(name, _kind(hints_of(settings)[name]), f"{about.help}{_choices(about)}{_default(field)}", *names)]
 
 
 def _keyed(name: str, key: str) -> str:

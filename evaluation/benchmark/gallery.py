@@ -23,7 +23,13 @@ GALLERY_IMAGES = 8
 
 
 class Gallery:
-    """Thumbnails of a model: the same images under all methods, and the best, median and worst image of each method."""
+    """Thumbnails of a model: the same images under all methods, and the best, median and worst image of each method.
+
+    Attributes:
+        model, methods: best method first.
+        title, captions: of the measure that ranks the images, and of those below each map.
+        rows, cards: what the page shows of each image, and of each method.
+    """
 
     def __init__(self, summary: Summary, model: str) -> None:
         results = summary.results
@@ -38,18 +44,11 @@ class Gallery:
         self.captioned = [(m, score_matrix(results, model, m)) for m in (both or [self.measure])]
         self._made: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def context(self) -> dict[str, Any]:
-        """The values of this model that the template shows."""
-        samples = self.results.samples[self.model]
-        return {
-            "model": self.model,
-            "leader": self.methods[0],
-            "measure": metric_title(self.measure.metric) + (f" ({self.measure.protocol})" if self.measure.protocol else ""),
-            "captions": " / ".join(f"{metric_title(m.metric)} {ARROWS[m.direction]}" for m, _ in self.captioned),
-            "methods": self.methods,
-            "rows": [self._row(samples[index]) for index in chosen_images(self.scores, self.methods[0], self.measure.direction)],
-            "cards": [card for card in map(self._card, self.methods) if card["places"]],
-        }
+        samples = results.samples[model]
+        self.title = metric_title(measure.metric) + (f" ({measure.protocol})" if measure.protocol else "")
+        self.captions = " / ".join(f"{metric_title(m.metric)} {ARROWS[m.direction]}" for m, _ in self.captioned)
+        self.rows = [self._row(samples[index]) for index in chosen_images(self.scores, self.methods[0], measure.direction)]
+        self.cards = [card for card in map(self._card, self.methods) if card["places"]]
 
     def _row(self, sample: str) -> dict[str, Any]:
         known = next(self.explained[method, sample] for method in self.methods if (method, sample) in self.explained)

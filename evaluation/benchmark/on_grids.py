@@ -15,7 +15,7 @@ from torch import Tensor
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.smoothing import Smoothing
 from attribution.errors import NotApplicable, UserError
-from attribution.files import slug, whole_file
+from attribution.files import slug
 from attribution.model.classifier import Classifier
 from attribution.provenance import digest_of, pixels_digest
 from evaluation.benchmark.methods import MethodSpec
@@ -32,7 +32,7 @@ from evaluation.grids.view import GridView
 from evaluation.metrics.registry import Measure
 from evaluation.study.attempts import Broken, attempted
 from evaluation.study.identity import identity_of, record_key
-from evaluation.study.records import Record, stored_arrays
+from evaluation.study.records import Record, store_arrays, stored_arrays
 from evaluation.study.run import Run, Unit, batches
 from evaluation.study.settings import named_data, named_model
 
@@ -263,8 +263,7 @@ class _Grid:
 def _save_map(values: Tensor, path: Path) -> None:
     """Save a map, divided by its scale, in half precision. It serves figures only: the score is computed before."""
     scale = float(values.abs().max()) or 1.0
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, values=(values / scale).half().numpy(), scale=np.float64(scale))
+    store_arrays(path, values=(values / scale).half().numpy(), scale=np.float64(scale))
 
 
 def load_map(path: Path) -> Tensor:

@@ -21,7 +21,7 @@ from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
-from attribution.files import slug, whole_file
+from attribution.files import slug
 from attribution.image import limit_size
 from attribution.model.classifier import Classifier
 from attribution.provenance import pixels_digest
@@ -30,13 +30,12 @@ from evaluation.benchmark.methods import MethodSpec
 from evaluation.benchmark.results import Asked, Explained, Refusals, Score
 from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.data.dataset import ImageDataset, Sample
-from evaluation.metrics.curves import Curves
 from evaluation.metrics.protocol import Protocol
 from evaluation.metrics.registry import METRICS, Case, Measure
 from evaluation.statistics.validity import is_saturated
 from evaluation.study.attempts import Broken, attempted
 from evaluation.study.identity import identity_of, record_key, sample_seed
-from evaluation.study.records import Record
+from evaluation.study.records import Record, store_arrays
 from evaluation.study.run import Run, Unit
 
 _MAP = "explanation"
@@ -259,7 +258,9 @@ def _judge(case: Case, measure: Measure, protocol: Protocol, curve: Path | None)
     assert function is not None
     found = attempted(partial(function, case, protocol))
     if curve is not None and not curve.exists():
-        _save_curves(case.curve(protocol), curve)
+        curves = case.curve(protocol)
+        names = ("insertion_area", "insertion", "deletion_area", "deletion")
+        store_arrays(curve, **{name: getattr(curves, name).numpy() for name in names})
     return {"value": _finite(found.value), "area": _finite(found.area), "curve": None if curve is None else curve.stem}
 
 
@@ -268,12 +269,6 @@ def _scores(item: Asked, records: Mapping[Any, Record]) -> Iterable[Score]:
         if measure != _MAP:
             value = math.nan if record["value"] is None else float(record["value"])
             yield Score(**item.names(), measure=measure, value=value, area=record["area"])
-
-
-def _save_curves(curves: Curves, path: Path) -> None:
-    names = ("insertion_area", "insertion", "deletion_area", "deletion")
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: getattr(curves, name).numpy() for name in names})
 
 
 def _finite(value: float | None) -> float | None:

@@ -14,7 +14,7 @@ from evaluation.benchmark.gallery import Gallery
 from evaluation.benchmark.grid_report import grid_figures
 from evaluation.benchmark.summary import Summary, comparisons_csv, summary_csv
 from evaluation.benchmark.wording import ARROWS, LETTERS, conclusions, dependence, refusals
-from evaluation.metrics.registry import METRICS, Measure, metric_title
+from evaluation.metrics.registry import METRICS, metric_title
 from evaluation.statistics.validity import STABLE
 from evaluation.study.page import page, write_text
 from evaluation.study.report import Planned, ReportFiles, draw_figures, json_text, plain_heading, write_tables
@@ -106,7 +106,7 @@ def _page(summary: Summary, shown: Mapping[str, list[dict[str, Any]]]) -> dict[s
         "most_dots": MOST_DOTS,
         "protocols": len(settings.protocols),
         "dependence": {model: dependence(summary, model) for model in summary.results.models},
-        "galleries": [Gallery(summary, model).context() for model in summary.results.models if summary.first_of_images(model)],
+        "galleries": [Gallery(summary, model) for model in summary.results.models if summary.first_of_images(model)],
         "nouns": " or ".join(f"{noun}s" for noun in dict.fromkeys(map(summary.results.noun, summary.measures))),
         "on_images": bool(settings.measured()),
         "cells": settings.cells if settings.grid_settings else None,
@@ -130,7 +130,12 @@ def _json(summary: Summary) -> str:
         "grids": None if grid_set is None else {"count": len(grid_set), "chance": 1 / settings.cells**2, "file": "grids.json"},
         "grid_models": results.grid_models,
         "conclusions": {model: conclusions(summary, model) for model in models},
-        "separations": [found for model in models for measure in summary.measures if (found := _separation(summary, model, measure))],
+        "separations": [
+            {"model": model, **vars(measure), "best": decided[0], "not_separated": decided[1]}
+            for model in models
+            for measure in summary.measures
+            if (decided := summary.separation(model, measure)) is not None
+        ],
         "agreements": [vars(agreement) for agreement in summary.agreements],
         "refused": [
             {"model": model, "method": method, "reason": reason}
@@ -141,10 +146,3 @@ def _json(summary: Summary) -> str:
         "failures": [{key: value for key, value in vars(failure).items() if key != "refused"} for failure in results.failed],
     }
     return json_text(plain_values(plain))
-
-
-def _separation(summary: Summary, model: str, measure: Measure) -> dict[str, Any] | None:
-    decided = summary.separation(model, measure)
-    if decided is None:
-        return None
-    return {"model": model, **vars(measure), "best": decided[0], "not_separated": decided[1]}

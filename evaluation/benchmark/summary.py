@@ -321,15 +321,14 @@ def _agreements(results: Results, entries: Sequence[Entry]) -> list[Agreement]:
     labels = [protocol.label() for protocol in results.settings.protocols]
     # controls rank last under every protocol, which would raise tau
     controls = {spec.label for spec in results.settings.methods if spec.family == "control"}
-    for model in results.models:
-        metrics = dict.fromkeys(e.measure.metric for e in entries if e.model == model and METRICS[e.measure.metric].curve)
-        for metric in metrics:
-            means: dict[str, dict[str, float]] = {label: {} for label in labels}
-            for e in entries:
-                if e.model == model and e.measure.metric == metric and e.method not in controls:
-                    means[e.measure.protocol][e.method] = e.interval.estimate
-            for first, second in combinations(labels, 2):
-                shared = [method for method in means[first] if method in means[second]]
-                a, b = (np.array([means[label][method] for method in shared]) for label in (first, second))
-                found.append(Agreement(model, metric, first, second, rank_agreement(a, b)))
+    on_curves = grouped((e for e in entries if METRICS[e.measure.metric].curve), lambda e: (e.model, e.measure.metric))
+    for (model, metric), column in on_curves.items():
+        means: dict[str, dict[str, float]] = {label: {} for label in labels}
+        for e in column:
+            if e.method not in controls:
+                means[e.measure.protocol][e.method] = e.interval.estimate
+        for first, second in combinations(labels, 2):
+            shared = [method for method in means[first] if method in means[second]]
+            a, b = (np.array([means[label][method] for method in shared]) for label in (first, second))
+            found.append(Agreement(model, metric, first, second, rank_agreement(a, b)))
     return found

@@ -72,7 +72,11 @@ def plant_failures(
         if int(classifier.probabilities(classifier.inputs(sample.image))[0].argmax()) != sample.label:
             continue
         donors = (dataset[order[-1 - int(generator.integers(len(order)))]] for _ in range(tries))
-        patched = [_patched(sample, donor, side, generator) for donor in donors if _fits(sample, donor)]
+        patched = [
+            _patched(sample, donor, side, generator)
+            for donor in donors
+            if donor.label != sample.label and donor.image.shape == sample.image.shape
+        ]
         if not patched:
             continue
         found = classifier.probabilities(torch.cat([classifier.inputs(each.image) for each in patched])).argmax(dim=1).tolist()
@@ -80,10 +84,6 @@ def plant_failures(
         if flipped:
             made += 1
             yield flipped[0]
-
-
-def _fits(sample: Sample, donor: Sample) -> bool:
-    return donor.label != sample.label and donor.image.shape == sample.image.shape
 
 
 def _patched(sample: Sample, donor: Sample, side: float, generator: np.random.Generator) -> Planted:

@@ -18,6 +18,7 @@ from evaluation.failures.results import Failed, FailureResults
 from evaluation.statistics.comparisons import holm
 from evaluation.statistics.intervals import Interval, bootstrap_interval, share_interval
 from evaluation.study.identity import sample_seed
+from evaluation.study.tables import grouped
 
 SIGNIFICANCE = 0.05
 _FEW = 2  # regions
@@ -216,11 +217,8 @@ def _place(results: FailureResults, failed: Failed) -> CausePlace:
 
 
 def _pairs(results: FailureResults) -> tuple[Pair, ...]:
-    by_pair: dict[tuple[int, int], list[Failed]] = {}
-    for failed in results.failures:
-        by_pair.setdefault((failed.label, failed.predicted), []).append(failed)
     made = []
-    for (label, predicted), members in by_pair.items():
+    for (label, predicted), members in grouped(results.failures, lambda failed: (failed.label, failed.predicted)).items():
         seen = max(len(members), results.confusions.get((label, predicted), 0))
         images = results.by_class.get(label, 0)
         repaired = sum(failed.is_repaired for failed in members)
@@ -348,18 +346,10 @@ def _groups(results: FailureResults) -> tuple[GroupRow, ...]:
         p_area.append(_shuffle_test(areas[group], rest, results.settings.seed))
     if len(groups) != 2:  # two groups make one test, which both rows show
         p_error, p_area = list(holm(p_error)), list(holm(p_area))
-    rows = [
-        GroupRow(
-            group,
-            own,
-            own_wrong,
-            share_interval([1] * own_wrong + [0] * (own - own_wrong)),
-            _interval(results, areas[group]),
-            float(error),
-            float(area),
-        )
-        for (group, (own, own_wrong)), error, area in zip(groups.items(), p_error, p_area, strict=True)
-    ]
+    rows = []
+    for (group, (own, own_wrong)), error, area in zip(groups.items(), p_error, p_area, strict=True):
+        rate = share_interval([1] * own_wrong + [0] * (own - own_wrong))
+        rows.append(GroupRow(group, own, own_wrong, rate, _interval(results, areas[group]), float(error), float(area)))
     return tuple(sorted(rows, key=lambda row: (-row.error_rate.estimate, row.group)))
 
 

@@ -83,7 +83,7 @@ def aggregate(
     shares, inside = cell_shares(cell_totals(maps, n, size), [cell] * len(maps))
     scores = shares.float()
     order = torch.from_numpy(np.lexsort((-inside.numpy(), -scores.numpy())))
-    cuts = _cuts(edges, len(maps), compat)
+    cuts = [int(edge * len(maps)) if compat else math.floor(edge * len(maps) + _ROUNDING) for edge in edges]
     bins = tuple(order[start:end].clone() for start, end in pairwise(cuts) if start < end)
     divisors = _authors_divisors(edges, cuts) if compat else [len(bin_) for bin_ in bins]
     means = torch.stack([_sum(maps, bin_, size) / divisor for bin_, divisor in zip(bins, divisors, strict=True)]).float()
@@ -119,11 +119,6 @@ def saturation(values: Tensor) -> float:
     flat = values.detach().cpu().numpy().ravel()
     index = int(len(flat) * 0.01 * 99.5)  # multiplied in this order, so that rounding gives the authors' index
     return float(np.partition(flat, index)[index])
-
-
-def _cuts(edges: Sequence[float], count: int, compat: bool) -> list[int]:
-    """The positions in the order at which bins begin and end."""
-    return [int(edge * count) if compat else math.floor(edge * count + _ROUNDING) for edge in edges]
 
 
 def _authors_divisors(edges: Sequence[float], cuts: Sequence[int]) -> list[int]:

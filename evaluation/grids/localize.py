@@ -126,7 +126,7 @@ def grid_localization(
         UserError: input that does not fit.
         NotApplicable: a setting, layer or method that is not defined for the model, with the reason.
     """
-    spec = GridMethod(method, options, published, _smoothing(smoothing), regions, dict(region_options or {}), compat)
+    spec = GridMethod(method, options, published, Smoothing.parse(smoothing), regions, dict(region_options or {}), compat)
     maps = grid_maps(classifier, grids, labels, n, setting, layer, spec, seed=seed, progress=progress)
     heads = heads_of(setting, n)
     scores = localization_scores(maps.flatten(0, 1), list(heads) * len(maps), n, grid_size(grids))
@@ -284,10 +284,6 @@ def grid_size(grids: Any) -> tuple[int, int]:
     """(height, width) of grids [G, H, W, 3] or [G, 3, H, W]."""
     shape = tuple(grids.shape)
     return (shape[1], shape[2]) if shape[-1] == 3 and shape[1] != 3 else (shape[2], shape[3])
-
-
-def _smoothing(value: Smoothing | int | None) -> Smoothing | None:
-    return value if value is None or isinstance(value, Smoothing) else Smoothing(value)
 
 
 def _checked(classifier: Classifier, grids: Any, labels: Any, n: int) -> tuple[Tensor, list[list[int]]]:

@@ -177,25 +177,11 @@ class GridSet:
             UserError: the file is missing, larger than 64 MiB, damaged, or not a grid set. The message names the file and the field.
         """
         plain = _read_plain(Path(path))
+        read: dict[str, Any] = {name: tuple(plain[name]) for name in ("class_names", "models")}
+        read |= {name: tuple(map(tuple, plain[name])) for name in ("ids", "failures")}
+        read |= {name: np.array(plain[name], dtype=np.int64) for name in ("labels", "indices")}
         try:
-            return cls(
-                data=plain["data"],
-                split=plain["split"],
-                class_names=tuple(plain["class_names"]),
-                n=plain["n"],
-                threshold=float(plain["threshold"]),
-                seed=plain["seed"],
-                repeat_corners=plain["repeat_corners"],
-                models=tuple(plain["models"]),
-                ids=tuple(map(tuple, plain["ids"])),
-                labels=np.array(plain["labels"], dtype=np.int64),
-                indices=np.array(plain["indices"], dtype=np.int64),
-                pool=plain["pool"],
-                judged=plain["judged"],
-                kept=plain["kept"],
-                failures=tuple(map(tuple, plain["failures"])),
-                versions=plain["versions"],
-            )
+            return cls(**{name: plain[name] for name in _FIELDS} | read | {"threshold": float(plain["threshold"])})
         except UserError as error:
             raise UserError(f"{path} is not a valid grid set: {error}") from None
 

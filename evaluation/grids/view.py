@@ -151,10 +151,7 @@ class GridView:
             return lambda maps: memo(maps if alone else maps[..., rows, columns])[:, 0]
         if not {"gridpg", "dipart"} <= set(self.settings) or not self.model.defines("dipart"):
             logits = self._logits(setting, cell, alone=False)
-            if setting == "dipart":
-                memo = self._memos.setdefault(-1 - cell, Memo(lambda maps: logits(maps)[:, None]))
-            else:
-                memo = self._memos.setdefault(None, Memo(lambda maps: logits(maps)[:, None]))
+            memo = self._memos.setdefault(-1 - cell if setting == "dipart" else None, Memo(lambda maps: logits(maps)[:, None]))
             return lambda maps: memo(maps)[:, 0]
         cells, output = heads_of("dipart", self.model.n), self.activation(setting).output
         together = self.model.together(cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from attribution.figures.style import Figure, as_written, one_line
@@ -43,14 +44,8 @@ def _panel(ax: Axes, rows: Sequence[Row]) -> None:
         banded = [row for row in line if has_interval(row.quality)]
         if len(line) > 1:
             colour = _colour(method)
-            ax.fill_between(
-                [row.evaluations for row in banded],
-                [row.quality.low for row in banded],
-                [row.quality.high for row in banded],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
+            bands = np.array([(row.evaluations, row.quality.low, row.quality.high) for row in banded]).reshape(-1, 3)
+            ax.fill_between(*bands.T, color=colour, alpha=0.15, linewidth=0)
             width = 2.6 if method == "budget" else 1.5
             ax.plot(x, y, color=colour, linestyle=_DASHES.get(method, "-"), linewidth=width, zorder=4 if method == "budget" else 3)
             ends.append((x[-1], y[-1], method, colour))

@@ -16,7 +16,7 @@ from attribution.explanation import Explanation
 from attribution.fills import classifier_fill
 from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
-from attribution.objective import BALANCED, SubmodularObjective
+from attribution.objective import BALANCED, ScoreWeights, SubmodularObjective
 from attribution.provenance import pixels_digest
 from attribution.regions import Regions, make_regions, several
 from attribution.search.budget import anytime_from, search_orders
@@ -119,26 +119,18 @@ class _Images:
         return Unit(keys, measure)
 
     def _case(self, index: int) -> _Case:
-        image, label = self.dataset[index].image, self.dataset.labels[index]
-        assert label is not None
-        return _Case(self.settings, self.partition, self.classifier, image, int(label), self.protocol, self.dataset.ids[index])
+        return _Case(self, index)
 
 
 class _Case:
     """One image with its regions: any method of the study explains it, one function measures them all."""
 
-    def __init__(
-        self,
-        settings: ParetoSettings,
-        cut: tuple[str, int],
-        classifier: Classifier,
-        image: Tensor,
-        target: int,
-        protocol: Protocol,
-        sample: str,
-    ) -> None:
-        self.settings, self.classifier, self.image, self.target, self.protocol = settings, classifier, image, target, protocol
-        self.cut, self.seed, self.pixels = cut, sample_seed(settings.seed, sample), pixels_digest(image)
+    def __init__(self, images: _Images, index: int) -> None:
+        self.settings, self.classifier, self.protocol, self.cut = images.settings, images.classifier, images.protocol, images.partition
+        image, label = images.dataset[index].image, images.dataset.labels[index]
+        assert label is not None
+        self.image, self.target, self.pixels = image, int(label), pixels_digest(image)
+        self.seed = sample_seed(self.settings.seed, images.dataset.ids[index])
         self._areas: dict[tuple[int, ...], tuple[float, float]] = {}
 
     @cached_property
@@ -161,7 +153,7 @@ class _Case:
                 yield from self._at_budgets(method, [budget], None, 0, budget)
             yield from self._at_budgets(method, shared, None, 0, _NO_LIMIT)
         elif method == POLISHED:
-            start = explain(self.image, self.classifier, self.target, regions=self.regions, search=REFERENCE, fill=self.settings.fill)
+            start = self._explained(REFERENCE)
             assert start.order is not None
             yield from self._at_budgets(method, budgets, start.order, start.evaluations, _NO_LIMIT)
         elif method in SAMPLED:
@@ -170,18 +162,12 @@ class _Case:
                 yield budget, None if made is None else self._point(method, budget, made.evaluations, made)
         else:
             name = method.removesuffix(BALANCED_SUFFIX)
-            weights = BALANCED if method != name else None
-            found = explain(
-                self.image,
-                self.classifier,
-                self.target,
-                regions=self.regions,
-                search=name,
-                fill=self.settings.fill,
-                weights=weights,
-                seed=self.seed,
-            )
+            found = self._explained(name, None if method == name else BALANCED)
             yield 0, self._point(method, 0, found.evaluations, found)
+
+    def _explained(self, search: str, weights: ScoreWeights | None = None) -> Explanation:
+        options: dict[str, Any] = {"search": search, "weights": weights, "fill": self.settings.fill, "seed": self.seed}
+        return explain(self.image, self.classifier, self.target, regions=self.regions, **options)
 
     def _at_budgets(
         self, method: str, budgets: Sequence[int], start: Tensor | None, spent: int, limit: int

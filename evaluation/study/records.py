@@ -106,6 +106,12 @@ def read_log(path: Path) -> dict[str, Record]:
     return _parse(data, path)[0]
 
 
+def store_arrays(path: Path, **arrays: np.ndarray | np.generic) -> None:
+    """Write arrays as an npz file beside the records, whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
 def stored_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file that lies beside the records.
 
