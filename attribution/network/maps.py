@@ -208,10 +208,10 @@ def _check_places(task: Task, layer: FeatureLayer) -> None:
     if layer.kind != "tokens":
         return
     inputs = probe_inputs(task)
-    with open_attention(task.module, AttentionRules(context=Tensor.detach)), record_outputs([layer.module]) as calls:
+    with open_attention(task.module, AttentionRules(context=Tensor.detach)) as attended, record_outputs([layer.module]) as calls:
         task.classifier.logits(inputs)
     maps = layer.to_map(calls[-1][1])
-    if maps.requires_grad and not in_place(maps, inputs):
+    if attended and maps.requires_grad and not in_place(maps, inputs):
         raise NotApplicable(
             f"the tokens of {task.classifier.name} at {layer.name!r} are not in the order of the patches (are some masked or shuffled?): "
             "use occlusion, rise or a region search"
