@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.fills import Fill, classifier_fill, is_drop
-from attribution.hooks import edited_inputs
+from attribution.hooks import edited_inputs, frozen_parameters, removed_after
 from attribution.masking import MaskedInputs, RegionInputs
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import Relay, even_chunks
 from attribution.model.loading import load_classifier
 from attribution.model.preprocessing import Preprocessing
+from attribution.network.attention import AttentionRules, open_attention
+from attribution.network.maps import probe_inputs, random_signs
+from attribution.network.reading import Reading, read_tokens
 from attribution.regions import Regions, make_regions
+from attribution.task import Task
 
 
 def masked_inputs(
@@ -49,7 +53,7 @@ def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Cla
     Shown pixels are not changed: no fill is painted, which a resize could blur into them.
 
     Args:
-        classifier: with a ``VisionTransformer`` of timm or torchvision that reads a class token.
+        classifier: of a vision transformer whose head reads a class token alone.
         image: float32 [3, H, W] in [0, 1].
         labels: int64 [H, W], its regions, which follow the patches.
 
@@ -237,33 +241,89 @@ class DroppingForward(Relay):
 
 
 def _known(classifier: Classifier) -> _Transformer:
-    from timm.layers import PatchEmbed
-    from timm.models import vision_transformer
-    from torchvision.models import VisionTransformer
+    """Where the patches of a vision transformer are, found out by running it.
 
-    module: Any = classifier.module
-    if isinstance(module, vision_transformer.VisionTransformer):
-        if module.global_pool != "token" or not module.num_prefix_tokens:
-            raise _refused(
-                classifier, f"its head pools by {module.global_pool or 'all tokens'!s}, and without patches nothing is left to pool"
-            )
-        embed = module.patch_embed
-        if not isinstance(embed, PatchEmbed):
-            raise _refused(classifier, f"its tokens are made by a {type(embed).__name__}, not from patches of pixels")
-        if getattr(embed, "dynamic_img_pad", False):
-            raise _refused(classifier, "it pads its input to whole patches")
-        patch = embed.patch_size
-        return _Transformer(module.blocks[0], module.num_prefix_tokens, (int(patch[0]), int(patch[1])))
-    if isinstance(module, VisionTransformer):
-        if not isinstance(module.conv_proj, nn.Conv2d):
-            raise _refused(classifier, "its tokens are made by several convolutions, not from patches of pixels")
-        return _Transformer(module.encoder.layers[0], 1, (module.patch_size, module.patch_size))
-    kind = "a black box" if not isinstance(module, nn.Module) else f"a {type(module).__name__}"
-    raise _refused(classifier, f"it is {kind}")
+    Raises:
+        NotApplicable: a model whose tokens cannot be taken away, with the reason.
+    """
+    if not isinstance(classifier.module, nn.Module):
+        raise _refused(classifier, "it is a black box")
+    blank = torch.zeros(1, *classifier.preprocessing.shape, device=classifier.device)
+    task = Task(classifier, blank[0], blank[0], 0, blank, blank)
+    with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(classifier.module), classifier.in_float32():
+        reading = read_tokens(task, "fill 'drop'")
+        if reading.reads_patches:
+            raise _refused(classifier, "its head reads the patches, and without patches nothing is left to read")
+        inputs = probe_inputs(task)
+        entered = _before_attention(task, inputs, reading.tokens)
+        patch = _patch_of(reading, inputs, entered[0][1]) if entered else None
+        if patch is None:
+            raise _refused(classifier, "its tokens are not made from one patch of pixels each")
+        for module, _ in entered:
+            parts = _Transformer(module, reading.prefix, patch)
+            if _equals_masking(classifier, reading, parts):
+                return parts
+    raise _refused(classifier, "its blocks need every token in its place (their positions enter in each block)")
+
+
+def _before_attention(task: Task, inputs: Tensor, tokens: int) -> list[tuple[nn.Module, Tensor]]:
+    """The modules that take the sequence and contain the first attention, outermost first, with the tokens that entered."""
+    entered: dict[nn.Module, Tensor] = {}
+    found: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not calls and args and isinstance(args[0], Tensor) and args[0].ndim == 3 and args[0].shape[1] == tokens:
+            entered.setdefault(module, args[0])
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if calls and module in entered:
+            found.add(module)
+
+    modules = list(task.module.modules())
+    handles = [each.register_forward_pre_hook(enter) for each in modules] + [each.register_forward_hook(leave) for each in modules]
+    with open_attention(task.module) as calls, removed_after(handles):
+        task.classifier.logits(inputs)
+    return [(module, values) for module, values in entered.items() if module in found]
+
+
+def _patch_of(reading: Reading, inputs: Tensor, tokens: Tensor) -> tuple[int, int] | None:
+    """(height, width) of the pixels that one token is made from; None if they are no patch of a regular grid."""
+    row, column = (side // 2 for side in reading.grid)
+    token = tokens[0, reading.prefix + row * reading.grid[1] + column]
+    (gradient,) = torch.autograd.grad((token * random_signs(token)).sum(), inputs)
+    used = gradient[0].abs().sum(dim=0) > 0
+    sides = []
+    for line, place in ((used.any(dim=1), row), (used.any(dim=0), column)):
+        at = line.nonzero()[:, 0]
+        if not len(at) or at[0] != place * len(at) or at[-1] - at[0] + 1 != len(at):
+            return None
+        sides.append(len(at))
+    return sides[0], sides[1]
+
+
+def _equals_masking(classifier: Classifier, reading: Reading, parts: _Transformer) -> bool:
+    """Whether taking tokens away before a module gives the logits of a network in which no token attends to them."""
+    shown = torch.rand(reading.grid, generator=torch.Generator().manual_seed(0)) < 0.5
+    sides = classifier.preprocessing.size
+    channel = (~shown).float().repeat_interleave(parts.patch[0], 0).repeat_interleave(parts.patch[1], 1)
+    channel = F.pad(channel, (0, sides[1] - channel.shape[1], 0, sides[0] - channel.shape[0]))
+    pixels = torch.randn(1, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(1))
+    hidden = F.pad(~shown.flatten(), (reading.prefix, 0)).to(classifier.device)
+    masked = AttentionRules(scores=lambda scores: scores.masked_fill(hidden, -torch.inf))
+    assert isinstance(classifier.module, nn.Module)
+    with torch.no_grad():
+        with open_attention(classifier.module, masked):
+            expected = classifier.logits(pixels.to(classifier.device))
+        try:
+            found, _ = DroppingForward(classifier.forward, parts)(torch.cat([pixels, channel[None, None]], dim=1), False)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+    found = classifier.outputs.logits(found, classifier.name)
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def _refused(classifier: Classifier, reason: str) -> NotApplicable:
     return NotApplicable(
-        f"fill 'drop' does not apply to {classifier.name}: {reason}; expected a VisionTransformer of timm or torchvision that reads a "
-        "class token; use fill 'black', 'mean' or 'blur'"
+        f"fill 'drop' does not apply to {classifier.name}: {reason}; expected a vision transformer that reads a class token; use fill "
+        "'black', 'mean' or 'blur'"
     )

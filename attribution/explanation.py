@@ -45,7 +45,8 @@ class Explanation:
         deletion_scores: float32 [R+1], probability of the target with the first k regions hidden.
         pixel_map: float32 [H, W], the map of an attribution method, signed or not; None for a search.
         evaluations: number of images that the search or method forwarded.
-        provenance: how it was computed (model, weights digest, fill, settings, versions, seed, seconds), as JSON types.
+        provenance: how it was computed (model, weights digest, fill, settings, versions, seed, seconds; the layer that a method used),
+            as JSON types.
     """
 
     image: Tensor
@@ -190,6 +191,8 @@ class Explanation:
 
     def __repr__(self) -> str:
         parts = [f"{self.target_name} {self.confidence:.3f}"]
+        if "layer" in self.provenance:
+            parts.append(f"layer {self.provenance['layer']}")
         if self.regions is not None:
             parts.append(f"{self.regions.count} regions")
         if self.insertion_scores is not None:

@@ -70,6 +70,7 @@ class Task:
         target: class index.
         inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
         seed: of stochastic methods.
+        chosen: what a method chose for itself, such as its layer, by name. It becomes part of the provenance.
         structure: facts about the network that were found by running it. Tasks of the same network and input size may share them.
     """
 
@@ -81,6 +82,7 @@ class Task:
     baseline: Tensor
     seed: int = 0
     structure: dict[Any, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
     _made: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -93,6 +94,8 @@ def attribute(
         baseline = classifier.preprocessing(filled[None].to(inputs))
         task = Task(classifier, loaded, filled, wanted, inputs, baseline, seed)
         pixel_map = run_method(chosen, task, settings)
+        if chosen.family != "control" and pixel_map.min() == pixel_map.max():
+            _warn_of_nothing(method, task, float(pixel_map[0, 0]))
         if window is not None:
             pixel_map = smoothed(pixel_map, window, pixel_map.shape[-1] / task.size[1])
     made = {
@@ -112,7 +115,18 @@ def attribute(
         probabilities=probabilities,
         pixel_map=pixel_map,
         evaluations=task.evaluations,
-        provenance=provenance(classifier, made, started),
+        provenance={**provenance(classifier, made, started), **task.chosen},
+    )
+
+
+def _warn_of_nothing(method: str, task: Task, value: float) -> None:
+    at = f" at the layer {task.chosen['layer']}" if "layer" in task.chosen else ""
+    reason = "nothing counts for the class there, or no gradient arrives" if value == 0 else "the method tells no pixel from another"
+    warnings.warn(
+        f"the map of {method} for class {task.classifier.class_names[task.target]!r} of {task.classifier.name}{at} is "
+        f"{value:g} everywhere: {reason}",
+        UserWarning,
+        stacklevel=3,
     )
 
 

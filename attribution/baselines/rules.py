@@ -77,7 +77,7 @@ def gamma_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *se
 def gradient_times_input(gamma_conv: float, gamma_linear_layers: float) -> dict[Any, Callable[..., Tensor]]:
     """The rules of the gradient x input form, by the function of torch that each replaces."""
 
-    def unit(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+    def unit(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
         return x / x.norm(p, dim=dim, keepdim=True).clamp(min=eps).detach()
 
     activations = (F.gelu, F.silu, F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)

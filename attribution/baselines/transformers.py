@@ -32,7 +32,7 @@ def attention_rollout(task: Task) -> Tensor:
     reading = read_tokens(task, "attention_rollout")
     with torch.no_grad(), open_attention(task.module) as calls:
         task.scores("logit")(task.inputs)
-    weights = [_by_head(call.weights).mean(dim=0) for call in calls]
+    weights = [_by_head(call.weights).mean(dim=0) for call in calls[: reading.blocks + reading.pools]]
     joint = torch.eye(reading.tokens, device=weights[0].device)
     for mean in weights[: reading.blocks]:
         mixed = mean + torch.eye(len(mean), device=mean.device)
@@ -56,7 +56,7 @@ def transformer_attribution(task: Task, *, variant: Literal["generic", "lrp"] = 
     reading = read_tokens(task, "transformer_attribution")
     with open_attention(task.module) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
-    weights = [call.weights for call in calls]
+    weights = [call.weights for call in calls[: reading.blocks + reading.pools]]
     gradients = torch.autograd.grad(score, weights)
     relevances = [w.detach() for w in weights] if variant == "generic" else _attention_relevance(task, reading)
     by_block = [_by_head(r * g).relu().mean(dim=0) for r, g in zip(relevances, gradients, strict=True)]
@@ -89,7 +89,7 @@ def grad_eclip(task: Task, *, heads: Literal["native", "single"] = "native", out
     one_head = reading.blocks - 1 if heads == "single" else None
     with open_attention(task.module, AttentionRules(one_head=one_head)) as calls:
         score = task.scores(output)(task.leaf())[0, task.target]
-    call = calls[-1]
+    call = calls[reading.blocks - 1]
     if call.query is None or call.key is None or (heads == "single" and len(_by_head(call.weights)) > 1):
         what = "queries and keys of its attention weights are unknown" if call.query is None else "heads='single' needs fused attention"
         raise NotApplicable(f"grad_eclip does not apply to {task.classifier.name}: {what}; use transformer_attribution")

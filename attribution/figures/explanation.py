@@ -100,6 +100,8 @@ def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
     ax.imshow(gray_photo(explanation.image), cmap="gray", vmin=0, vmax=1)
     top = float(np.abs(values).max())
     note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
+    if "layer" in explanation.provenance:
+        note += f"\nlayer {explanation.provenance['layer']}"
     if top == 0 or np.ptp(values) == 0:
         draw_title(ax, f"heatmap: constant{note}")
     elif values.min() < 0:

@@ -269,6 +269,9 @@ class Classifier:
     ) -> Classifier:
         """A CLIP-like classifier on the same features: logits = scale * features @ matrix.T.
 
+        The features are what the final layer takes. Where the matrix has as many columns as the module returns values, as for an image
+        tower of CLIP with its projection, they are what it returns.
+
         Args:
             matrix: [C, D], one embedding per class.
             scale: factor of the logits (100 for CLIP).

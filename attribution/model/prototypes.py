@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.errors import UserError
+from attribution.hooks import record_outputs
 from attribution.model.forwarding import Relay
+from attribution.model.head import pooled_features
 from attribution.model.outputs import Outputs
 
 
@@ -18,7 +22,7 @@ class PrototypeForward(Relay):
     """Scores = scale * features @ matrix.T, see ``Classifier.with_prototypes``.
 
     Attributes:
-        base: gives the features.
+        base: gives the features, or the embedding itself (see ``takes_output``).
         matrix: float32 [C, D].
         scale: factor of the scores.
         normalize: whether features and rows of the matrix are divided by their L2 norms first.
@@ -37,17 +41,46 @@ class PrototypeForward(Relay):
         settings = f"{self.base.weights_digest} {self.scale} {self.normalize}"
         return hashlib.sha256(settings.encode() + self.matrix.cpu().numpy().tobytes()).hexdigest()
 
+    @cached_property
+    def takes_output(self) -> bool:
+        """Whether the embedding of an image is what the module returns, as of a CLIP tower with its projection, not what its head takes.
+
+        The number of columns of the matrix decides; if both have as many, whether the final layer gives the output.
+
+        Raises:
+            UserError: neither has as many values as the matrix has columns, or the final layer turns D values into D.
+        """
+        base, count, name = self.base, self.matrix.shape[1], self.runner.name
+        base.find_out(False)
+        try:
+            heads = self.runner.heads
+        except UserError:
+            heads = []
+        inputs = self.runner.preprocessing.gray_inputs(self.runner.device)
+        with torch.no_grad(), record_outputs(heads) as calls:
+            output, features = base(inputs, bool(heads))
+        is_final = bool(calls) and all(torch.equal(pooled_features(each), output) for _, each in calls[-1:])
+        fits = features.shape[1] == count if is_final or output.shape[1] != count else False
+        if fits and output.shape[1] == count and self.runner.head is None and not torch.allclose(features, output):
+            raise UserError(
+                f"prototypes have {count} columns, and {name} has {count} features and {count} outputs: if its outputs are the embeddings, "
+                "give at.Classifier(nn.Sequential(module, nn.Identity()), head='1', ...), else name its final layer with head="
+            )
+        if not fits and output.shape[1] != count:
+            found = f"{features.shape[1]} features and " if heads else ""
+            raise UserError(
+                f"prototypes have {count} columns, {name} has {found}{output.shape[1]} outputs: give a matrix [classes, D] of embeddings "
+                "of the same D, those of the projection that the model itself computes"
+            )
+        return not fits
+
     def find_out(self, want_features: bool) -> None:
-        self.base.find_out(True)
+        self.base.find_out(not self.takes_output)
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        features = self.base(inputs, True)[1]
+        scores, features = self.base(inputs, not self.takes_output)
+        features = scores if self.takes_output else features
         matrix = self.matrix.to(features.device)
-        if features.shape[1] != matrix.shape[1]:
-            raise UserError(
-                f"prototypes have {matrix.shape[1]} features, {self.runner.name} has {features.shape[1]}: "
-                f"give a matrix [classes, {features.shape[1]}]"
-            )
         if self.normalize:
             features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
         return self.scale * features @ matrix.T, features

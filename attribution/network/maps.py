@@ -14,9 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import counted_calls, edited_outputs, evaluation_mode, frozen_parameters, record_inputs, removed_after
+from attribution.hooks import (
+    counted_calls,
+    edited_outputs,
+    evaluation_mode,
+    frozen_parameters,
+    record_inputs,
+    record_outputs,
+    removed_after,
+)
 from attribution.model.classifier import Classifier
-from attribution.network.attention import Attention, open_attention
+from attribution.model.prototypes import PrototypeForward
+from attribution.network.attention import Attention, AttentionRules, open_attention
 from attribution.task import Task
 
 MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
@@ -110,14 +119,13 @@ def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None 
         UserError: no such module, or an output that is no map.
         NotApplicable: a black box, no layer that returns a map, or none through which everything passes.
     """
-    if isinstance(layer, FeatureLayer):
-        return layer
-    if layer is not None:
-        return _named(task, _record(task), layer)
-    if "feature layer" not in task.structure:
+    if layer is None and "feature layer" not in task.structure:
         with torch.enable_grad(), frozen_parameters(task.module):
             task.structure["feature layer"] = _found(task)
-    found: FeatureLayer = task.structure["feature layer"]
+    if layer is None:
+        layer = task.structure["feature layer"]
+    found = layer if isinstance(layer, FeatureLayer) else _named(task, _record(task), layer)
+    task.chosen["layer"] = found.name
     return found
 
 
@@ -154,6 +162,20 @@ def random_signs(values: Tensor) -> Tensor:
     return (2 * drawn - 1).to(values)
 
 
+def in_place(maps: Tensor, inputs: Tensor) -> bool:
+    """Whether positions of maps [1, C, h, w] depend most on the inputs at their own place, up to a neighbour; three are tried."""
+    height, width = maps.shape[2:]
+    for share in (0.3, 0.5, 0.8):
+        row, column = int(share * height), int((1.3 - share) % 1 * width)
+        values = maps[0, :, row, column]
+        (gradient,) = torch.autograd.grad((values * random_signs(values)).sum(), inputs, retain_graph=True)
+        strength = nn.functional.adaptive_avg_pool2d(gradient.abs().sum(dim=1), (height, width))
+        place = divmod(int(strength.argmax()), width)
+        if max(abs(place[0] - row), abs(place[1] - column)) > 1:
+            return False
+    return True
+
+
 def _found(task: Task) -> FeatureLayer:
     calls, reached, attended = _probed(task)
     maps = _usable_maps(task, calls)
@@ -164,18 +186,36 @@ def _found(task: Task) -> FeatureLayer:
         )
     used = [(call, layer) for call, layer in maps if call.output.data_ptr() in reached] or maps  # a dead network has no gradient at all
     counts = Counter(call.module for call in calls)
-    for call, layer in used[: -_MOST_TRIED - 1 : -1]:
+    # an identity is named where nothing else returns the map
+    tried = sorted(used[: -_MOST_TRIED - 1 : -1], key=lambda each: isinstance(each[0].module, nn.Identity))
+    for call, layer in tried:
         if _carries_everything(task, call.module, counts[call.module], attended):
             while isinstance(layer.module, nn.Linear):  # queries, keys and values in one: their input is the map
                 before = [(c, f) for c, f in used if call.inputs is not None and c.output.data_ptr() == call.inputs.data_ptr()]
                 if not before or layer.kind != "tokens":
                     break
                 call, layer = before[-1]
+            _check_places(task, layer)
             return layer
     raise NotApplicable(
         f"{task.classifier.name} has no map of the image through which everything passes: its head reads several, or what passes beside "
         f"them; name one with layer=, such as {', '.join(dict.fromkeys(call.name for call, _ in used[-6:]))}"
     )
+
+
+def _check_places(task: Task, layer: FeatureLayer) -> None:
+    """Refuse tokens that are not in the order of the patches. Attention, by which patches meet, is cut."""
+    if layer.kind != "tokens":
+        return
+    inputs = probe_inputs(task)
+    with open_attention(task.module, AttentionRules(context=Tensor.detach)) as attended, record_outputs([layer.module]) as calls:
+        task.classifier.logits(inputs)
+    maps = layer.to_map(calls[-1][1])
+    if attended and maps.requires_grad and not in_place(maps, inputs):
+        raise NotApplicable(
+            f"the tokens of {task.classifier.name} at {layer.name!r} are not in the order of the patches (are some masked or shuffled?): "
+            "use occlusion, rise or a region search"
+        )
 
 
 def _probed(task: Task) -> tuple[list[_Call], set[int], bool]:
@@ -218,7 +258,7 @@ def _usable_maps(task: Task, calls: list[_Call]) -> list[tuple[_Call, FeatureLay
     last = {call.module: place for place, call in enumerate(calls)}
     found = []
     for place, call in enumerate(calls[:stop]):
-        layer = None if isinstance(call.module, nn.Identity) or last[call.module] != place else _as_layer(task, calls, call)
+        layer = None if last[call.module] != place else _as_layer(task, calls, call)
         if layer is not None and call.name:
             found.append((call, layer))
     return found
@@ -388,6 +428,8 @@ def _token_grid(task: Task, calls: list[_Call], tokens: int) -> tuple[tuple[int,
 
 
 def _heads(classifier: Classifier) -> list[nn.Module]:
+    if isinstance(classifier.forward, PrototypeForward) and classifier.forward.takes_output:
+        return []
     try:
         return classifier.heads
     except UserError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attribution.errors import NotApplicable
 from attribution.hooks import frozen_parameters, removed_after
 from attribution.network.attention import Attention, AttentionRules, open_attention
-from attribution.network.maps import probe_inputs, random_signs, read_out, token_grid
+from attribution.network.maps import in_place, probe_inputs, random_signs, read_out, token_grid
 from attribution.task import Task
 
 
@@ -86,19 +86,22 @@ def _read(task: Task) -> Reading | str:
     misfit = _misfit(calls)
     if misfit:
         return misfit
-    tokens, pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
-    blocks = len(calls) - pools
+    tokens, last_pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
+    blocks = len(calls) - last_pools
+    signed = (values * random_signs(values)).sum()
+    (through,) = torch.autograd.grad(signed, calls[-1].weights, retain_graph=True, allow_unused=True)
+    pools = last_pools and through is not None  # Hugging Face's SigLIP also computes a pooling that its classifier does not read
     found = token_grid(task, tokens)
     if found is None:
         return f"its {tokens} tokens are no grid of patches"
     last = [tensor for when, tensor in stream if when == blocks and tensor.shape[1] == tokens and tensor.requires_grad]
     last = last or [calls[blocks - 1].context.flatten(0, -3).transpose(0, 1).flatten(1)[None]]
-    (gradient,) = torch.autograd.grad((values * random_signs(values)).sum(), last[-1], allow_unused=True)
+    (gradient,) = torch.autograd.grad(signed, last[-1], allow_unused=True)
     norms = torch.zeros(tokens) if gradient is None else gradient[0].norm(dim=1).cpu()
     if not norms.any():
         return "its head has no gradient at the tokens of its last block"
     reading = Reading(blocks, tokens, found[0], norms / norms.sum(), pools)
-    return "tokens also meet outside of its attention" if _meet_elsewhere(task, reading) else reading
+    return _misplaced(task, reading) or reading
 
 
 def _misfit(calls: list[Attention]) -> str:
@@ -118,19 +121,22 @@ def _misfit(calls: list[Attention]) -> str:
     return ""
 
 
-def _meet_elsewhere(task: Task, reading: Reading) -> bool:
-    """Whether a token of the last block depends on another one of the first while attention passes nothing on."""
+def _misplaced(task: Task, reading: Reading) -> str:
+    """Whether a token of the last block depends on another one of the first, or on another patch, while attention passes nothing on."""
     inputs = probe_inputs(task)
     _, stream, _ = _probed(task, inputs, AttentionRules(context=Tensor.detach))
     own = [(when, tensor) for when, tensor in stream if tensor.shape[1] == reading.tokens and tensor.requires_grad]
     first = [tensor for when, tensor in own if when == 0]
     last = [tensor for when, tensor in own if when == reading.blocks]
     if not first or not last:
-        return True
+        return "its tokens could not be followed from the first block to the last"
     token = (reading.prefix + reading.tokens) // 2
     picked = last[-1][0, token]
-    (gradient,) = torch.autograd.grad((picked * random_signs(picked)).sum(), first[0], allow_unused=True)
-    return gradient is None or gradient[0].any(dim=1).nonzero()[:, 0].tolist() != [token]
+    (gradient,) = torch.autograd.grad((picked * random_signs(picked)).sum(), first[0], retain_graph=True, allow_unused=True)
+    if gradient is None or gradient[0].any(dim=1).nonzero()[:, 0].tolist() != [token]:
+        return "tokens also meet outside of its attention"
+    maps = last[-1][:, reading.prefix :].transpose(1, 2).unflatten(2, reading.grid)
+    return "" if in_place(maps, inputs) else "its tokens are not in the order of the patches (are some masked or shuffled?)"
 
 
 def _probed(task: Task, inputs: Tensor, rules: AttentionRules) -> tuple[list[Attention], list[tuple[int, Tensor]], Tensor]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attribution.errors import NotApplicable, UserError
-from attribution.hooks import edited_inputs, frozen_parameters, record_inputs, record_outputs
+from attribution.hooks import edited_inputs, frozen_parameters, record_inputs, record_outputs, removed_after
 from attribution.model.classifier import Classifier
-
-_MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+from attribution.network.attention import open_attention
+from attribution.network.maps import MOST_PREFIX_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class NeuronLayers:
         names: of the down projections, input to output, L of them.
         modules: the down projections; their inputs are the neurons.
         width: F, hidden units of each MLP.
-        start, stop: the tokens that the head reads, [start, stop): the class token, class and distillation token, or the patches.
+        positions: of the tokens that the head reads, T of them: the class token, class and distillation token, the patches, or the class
+            token and the patches.
         tokens: number of all tokens.
         grid: (h, w) of the patches, which are the last h w tokens; None if it could not be found.
     """
@@ -36,8 +38,7 @@ class NeuronLayers:
     names: tuple[str, ...]
     modules: tuple[nn.Linear, ...]
     width: int
-    start: int
-    stop: int
+    positions: tuple[int, ...]
     tokens: int
     grid: tuple[int, int] | None = None
 
@@ -47,18 +48,29 @@ class NeuronLayers:
     @property
     def read(self) -> int:
         """T, the number of tokens that the head reads."""
-        return self.stop - self.start
+        return len(self.positions)
 
     @property
     def place(self) -> str:
         """These tokens in words."""
         if self.read == 1:
-            return "class token" if self.start == 0 else f"token {self.start}"
-        return "class and distillation token" if (self.start, self.stop) == (0, 2) else f"{self.read} tokens that the head pools"
+            return "class token" if self.positions == (0,) else f"token {self.positions[0]}"
+        if self.positions[:2] == (0, 1):
+            return "class and distillation token" if self.read == 2 else f"{self.read} tokens that the head pools"
+        return (
+            f"class token and {self.read - 1} tokens that the head pools"
+            if self.positions[0] == 0
+            else f"{self.read} tokens that the head pools"
+        )
 
     def at_tokens(self, hidden: Tensor) -> Tensor:
         """The part of [n, tokens, F] at the tokens that the head reads: [n, T, F]."""
-        return hidden[:, self.start : self.stop]
+        return hidden[:, self._index]
+
+    @property
+    def _index(self) -> slice | list[int]:
+        first, last = self.positions[0], self.positions[-1]
+        return slice(first, last + 1) if last - first + 1 == self.read else list(self.positions)  # a slice copies nothing
 
     @contextmanager
     def recorded(self) -> Iterator[dict[int, Tensor]]:
@@ -86,7 +98,7 @@ class NeuronLayers:
         def replacing(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def replace(hidden: Tensor) -> Tensor:
                 changed = hidden.clone()
-                changed[:, self.start : self.stop] = edit(self.at_tokens(hidden))
+                changed[:, self._index] = edit(self.at_tokens(hidden))
                 return changed
 
             return replace
@@ -104,7 +116,8 @@ def find_neurons(classifier: Classifier, layers: Sequence[str] | None = None) ->
     Args:
         classifier: of images.
         layers: names of the down projections, input to output. None finds them: linear layers from [n, tokens, F] to [n, tokens, D]
-            that are not part of an attention and follow one from D to F (or to 2 F, for a gate), where D is the width of the features.
+            that follow one from D to F (or to 2 F, for a gate), with no attention between them. The MLP of a head that pools the
+            tokens into one is left out.
 
     Raises:
         NotApplicable: no such layers, or neurons that cannot be compared from layer to layer, with the reason.
@@ -115,18 +128,18 @@ def find_neurons(classifier: Classifier, layers: Sequence[str] | None = None) ->
         raise NotApplicable(f"{classifier.name} is a black box: neurons need an nn.Module")
     with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(module):
         calls, logits, maps = _run(classifier, module)
-        chosen = _named(classifier, module, calls, layers) if layers is not None else _found(classifier, module, calls)
+        chosen = _named(classifier, module, calls, layers) if layers is not None else _found(classifier, calls)
         widths, tokens = {call.module.in_features for call in chosen}, {call.hidden.shape[1] for call in chosen}
         if len(widths) > 1:
             raise _refused(classifier, f"its MLPs have {_some(widths)} hidden units: expected as many in each")
         if len(tokens) > 1:
             raise _refused(classifier, f"its MLPs see {_some(tokens)} tokens: expected as many in each (no merging, no late class token)")
         mlps = [call.hidden for call in calls if call.module.in_features in widths and call.hidden.shape[1:-1] == (max(tokens),)]
-        start, stop = _tokens_read(classifier, mlps[-1], logits)
+        positions = _tokens_read(classifier, mlps[-1], logits)
     names, modules = tuple(call.name for call in chosen), tuple(call.module for call in chosen)
     count = tokens.pop()
-    fitting = [grid for grid in maps if 0 <= count - grid[0] * grid[1] <= _MOST_PREFIX_TOKENS]
-    return NeuronLayers(names, modules, widths.pop(), start, stop, count, fitting[-1] if fitting else None)
+    fitting = [grid for grid in maps if 0 <= count - grid[0] * grid[1] <= MOST_PREFIX_TOKENS]
+    return NeuronLayers(names, modules, widths.pop(), positions, count, fitting[-1] if fitting else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +147,8 @@ class _Call:
     name: str
     module: nn.Linear
     hidden: Tensor  # what entered it
+    attentions: int  # how many ran before
+    pools: bool  # part of a module that makes one vector of the tokens
 
 
 def _run(classifier: Classifier, module: nn.Module) -> tuple[list[_Call], Tensor, list[tuple[int, int]]]:
@@ -144,29 +159,38 @@ def _run(classifier: Classifier, module: nn.Module) -> tuple[list[_Call], Tensor
     noise = torch.randn(1, *classifier.preprocessing.shape, generator=generator).to(classifier.device)
     with torch.no_grad():
         classifier.logits(noise)  # passes that are made once must not be recorded
-    with record_inputs(names) as calls, record_outputs(convolutions) as maps:
+    made: list[tuple[nn.Linear, Tensor, int]] = []
+    pooling: set[nn.Module] = set()
+
+    def enter(linear: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(linear, nn.Linear):
+            made.append((linear, args[0], len(attentions)))
+
+    def leave(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and (args[0].ndim, output.ndim) == (3, 2):
+            pooling.update(part.modules())
+
+    handles = [each.register_forward_pre_hook(enter) for each in names] + [each.register_forward_hook(leave) for each in module.modules()]
+    with open_attention(module) as attentions, record_outputs(convolutions) as maps, removed_after(handles):
         logits = classifier.logits(noise.requires_grad_())
     sizes = [(found.shape[-2], found.shape[-1]) for _, found in maps]
-    return [_Call(names[each], each, hidden) for each, hidden in calls if isinstance(each, nn.Linear)], logits, sizes
+    return [_Call(names[each], each, hidden, ran, each in pooling) for each, hidden, ran in made], logits, sizes
 
 
-def _found(classifier: Classifier, module: nn.Module, calls: Sequence[_Call]) -> list[_Call]:
-    inside_attention = {
-        child for each in module.modules() if "attention" in type(each).__name__.lower() for child in each.modules() if child is not each
-    }
-    width = _stream_width(classifier)
-    chosen, before, streams = [], set[tuple[int, int]](), set[int]()
-    for call in calls:
-        if call.module in inside_attention or call.hidden.ndim != 3:
+def _found(classifier: Classifier, calls: Sequence[_Call]) -> list[_Call]:
+    chosen, before = [], set[tuple[int, int]]()
+    for place, call in enumerate(calls):
+        if place and call.attentions > calls[place - 1].attentions:
+            before = set()
+        if call.hidden.ndim != 3 or (call.pools and call.hidden.shape[1] == 1):
             continue
         hidden, out = call.module.in_features, call.module.out_features
         if hidden != out and before & {(out, hidden), (out, 2 * hidden)}:
-            streams.add(out)
+            chosen.append(call)
             before = set()
-            if out == width:
-                chosen.append(call)
         else:
             before.add((hidden, out))
+    streams = {call.module.out_features for call in chosen}
     if len(streams) > 1:
         raise _refused(
             classifier, f"its tokens have {_some(streams)} channels, as where merging makes them fewer and wider: expected one width"
@@ -176,11 +200,6 @@ def _found(classifier: Classifier, module: nn.Module, calls: Sequence[_Call]) ->
     if len({call.module for call in chosen}) < len(chosen):
         raise _refused(classifier, "it runs one MLP several times in a pass, so that its layers cannot be told apart")
     return chosen
-
-
-def _stream_width(classifier: Classifier) -> int:
-    head = classifier.heads[0]
-    return int(head.in_features if isinstance(head, nn.Linear) else head.in_channels)  # type: ignore[arg-type]
 
 
 def _named(classifier: Classifier, module: nn.Module, calls: Sequence[_Call], layers: Sequence[str]) -> list[_Call]:
@@ -201,16 +220,14 @@ def _named(classifier: Classifier, module: nn.Module, calls: Sequence[_Call], la
     return chosen
 
 
-def _tokens_read(classifier: Classifier, hidden: Tensor, logits: Tensor) -> tuple[int, int]:
+def _tokens_read(classifier: Classifier, hidden: Tensor, logits: Tensor) -> tuple[int, ...]:
     """The tokens of the last MLP on which the logits depend."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
     (gradient,) = torch.autograd.grad((logits * weights).sum(), hidden, allow_unused=True)
     read = [] if gradient is None else gradient[0].ne(0).any(dim=1).nonzero()[:, 0].tolist()
     if not read:
         raise _refused(classifier, "its logits do not depend on its last MLP at all")
-    if read != list(range(read[0], read[-1] + 1)):
-        raise _refused(classifier, f"its head reads the tokens {_some(read)}: expected neighbours")
-    return read[0], read[-1] + 1
+    return tuple(read)
 
 
 def _refused(classifier: Classifier, reason: str) -> NotApplicable:

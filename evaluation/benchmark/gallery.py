@@ -85,7 +85,8 @@ class Gallery:
             explained = self.explained.get((method, sample))
             loaded = None if explained is None else _loaded(explained)
             drawn = None if loaded is None else picture(thumbnail(loaded))
-            self._made[method, sample] = {"picture": drawn, "alt": f"{method} on {sample}"}
+            layer = "" if loaded is None or "layer" not in loaded.provenance else f", layer {loaded.provenance['layer']}"
+            self._made[method, sample] = {"picture": drawn, "alt": f"{method} on {sample}{layer}"}
         return self._made[method, sample]
 
     def _caption(self, method: str, sample: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -236,7 +237,9 @@ def _explain(prepared: _Prepared, spec: MethodSpec, seed: int, path: Path) -> Re
         NotApplicable: the method is not defined for the model.
     """
     started = time.perf_counter()
-    explanation = attempted(partial(prepared.explain, prepared.image, spec, seed))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the map of .* everywhere", UserWarning)  # the report counts constant maps
+        explanation = attempted(partial(prepared.explain, prepared.image, spec, seed))
     seconds = time.perf_counter() - started
     values = explanation.values
     if not bool(values.isfinite().all()):

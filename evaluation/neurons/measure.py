@@ -142,7 +142,7 @@ class _Paths:
     def key(self, index: int, kind: str) -> str:
         """The key of a path of an image."""
         settings = self.settings
-        ways: list[Any] = [list(self.layers.names), self.layers.start, self.layers.stop, settings.steps, settings.output]
+        ways: list[Any] = [list(self.layers.names), list(self.layers.positions), settings.steps, settings.output]
         if kind in settings.paths:
             ways.append(settings.enhance)
         if kind == "random":

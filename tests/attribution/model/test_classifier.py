@@ -392,7 +392,9 @@ def test_bad_prototypes(cnn: at.Classifier) -> None:
     inputs = rand(2, 3, 32, 32)
     with pytest.raises(at.UserError, match=r"prototypes are float32 \[64\]: expected a matrix \[classes, features\]"):
         cnn.with_prototypes(torch.zeros(64))
-    with pytest.raises(at.UserError, match=r"prototypes have 63 features, zoo:cnn has 64: give a matrix \[classes, 64\]"):
+    with pytest.raises(
+        at.UserError, match=r"prototypes have 63 columns, zoo:cnn has 64 features and 10 outputs: give a matrix \[classes, D\]"
+    ):
         cnn.with_prototypes(torch.zeros(5, 63)).logits(inputs)
     with pytest.raises(at.UserError, match="3 prototypes, but 2 class names were given: give one for each"):
         cnn.with_prototypes(torch.zeros(3, 64), class_names=("a", "b"))

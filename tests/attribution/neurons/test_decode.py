@@ -153,7 +153,7 @@ def test_other_architectures_decode_their_last_layer(name: str) -> None:
         used.logits(inputs)
     edited_probabilities(used, inputs, torch.tensor([[-1, unit]]), layers=layers)
     handle.remove()
-    clean_x, edited_x = (x if x.ndim == 2 else x[:, layers.start : layers.stop].mean(dim=1) for x in entered)
+    clean_x, edited_x = (x if x.ndim == 2 else x[:, list(layers.positions)].mean(dim=1) for x in entered)
     deviation = clean_x.std(dim=1, correction=0)
     activation = layers.at_tokens(hidden[1])[:, :, unit].sum()
     shift = (edited_x - clean_x)[0]

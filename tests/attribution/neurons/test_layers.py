@@ -80,7 +80,7 @@ def test_what_is_found(name: str) -> None:
         found = find_neurons(used)
     assert found.names == tuple(pattern.format(layer) for layer in range(2)) and len(found) == 2
     assert all(used.module.get_submodule(each) is module for each, module in zip(found.names, found.modules, strict=True))
-    assert (found.width, found.start, found.stop, found.tokens, found.read) == (width, start, stop, tokens, stop - start)
+    assert (found.width, found.positions, found.tokens, found.read) == (width, tuple(range(start, stop)), tokens, stop - start)
     assert found.grid == (4, 4) and found.place == place
 
 
@@ -98,7 +98,7 @@ def test_the_head_reads_these_tokens_and_no_others(name: str) -> None:
 
         with edited_inputs({found.modules[-1]: shift}):
             changed = used.logits(inputs)
-        assert torch.equal(changed, clean) == (not found.start <= token < found.stop), token
+        assert torch.equal(changed, clean) == (token not in found.positions), token
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -146,16 +146,16 @@ def test_a_path_in_each_architecture(name: str) -> None:
 def test_the_zoo(vit: at.Classifier) -> None:
     found = find_neurons(vit)
     assert found.names == tuple(f"blocks.{layer}.mlp.fc2" for layer in range(6))
-    assert (found.width, found.start, found.stop, found.tokens, found.grid) == (256, 0, 1, 65, (8, 8))
+    assert (found.width, found.positions, found.tokens, found.grid) == (256, (0,), 65, (8, 8))
 
 
 def test_layers_by_name() -> None:
     used = toy_classifier(ToyTransformer())
     every = find_neurons(used)
     named = find_neurons(used, list(every.names))
-    assert (named.names, named.modules, named.width, named.start, named.stop) == (every.names, every.modules, 12, 0, 1)
+    assert (named.names, named.modules, named.width, named.positions) == (every.names, every.modules, 12, (0,))
     later = find_neurons(used, every.names[1:])
-    assert (later.names, later.start, later.stop) == (every.names[1:], 0, 1)
+    assert (later.names, later.positions) == (every.names[1:], (0,))
     path = neuron_path(toy_images(1)[0].sigmoid(), used, steps=2, layers=every.names[1:])
     assert path.layers == every.names[1:] and path.neurons.shape == (2,)
 
@@ -167,7 +167,7 @@ def test_layers_by_name_before_the_last_are_read_at_the_same_tokens(pooled: bool
     every = find_neurons(used)
     for names in (every.names[:1], every.names[:2]):
         found = find_neurons(used, names)
-        assert (found.names, found.start, found.stop) == (names, every.start, every.stop)
+        assert (found.names, found.positions) == (names, every.positions)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,21 @@ class SharedMlp(ToyTransformer):
         self.blocks[1] = self.blocks[0]
 
 
+def test_tokens_that_are_no_neighbours() -> None:
+    used, inputs = toy_classifier(Apart()), toy_images(1)
+    found = find_neurons(used)
+    assert found.positions == (0, 4) and found.place == "class token and 1 tokens that the head pools"
+    with found.recorded() as hidden:
+        clean = used.logits(inputs)
+    assert torch.equal(found.at_tokens(hidden[2]), hidden[2][:, [0, 4]])
+    with found.overridden({2: found.at_tokens(hidden[2])}):
+        assert torch.equal(used.logits(inputs), clean)
+    with found.overridden({2: torch.zeros_like(found.at_tokens(hidden[2]))}):
+        everywhere = used.logits(inputs)
+    with edited_inputs({found.modules[2]: torch.zeros_like}):
+        assert torch.allclose(used.logits(inputs), everywhere, atol=1e-6)  # the other tokens of the last layer are not read
+
+
 class Apart(ToyTransformer):
     """The head reads the class token and the last patch."""
 
@@ -230,7 +245,6 @@ REFUSED: dict[str, tuple[Callable[[], at.Classifier], str]] = {
     "token merging": (lambda: classifier(swin()), "merging"),
     "late class token": (lambda: classifier(cait()), "its MLPs see 1, 16 tokens: expected as many in each"),
     "shared": (lambda: toy_classifier(SharedMlp()), "runs one MLP several times"),
-    "apart": (lambda: toy_classifier(Apart()), "reads the tokens 0, 4: expected neighbours"),
     "blind": (lambda: toy_classifier(Blind()), "do not depend on its last MLP"),
     "black box": (lambda: toy_classifier(lambda x: x.mean(dim=(2, 3)), name="box"), "box is a black box: neurons need an nn.Module"),
 }
@@ -246,7 +260,7 @@ def test_refusals(name: str) -> None:
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:
-    for build in (lambda: classifier(cait()), lambda: toy_classifier(Apart())):
+    for build in (lambda: classifier(cait()), lambda: toy_classifier(Blind())):
         used = build()
         used.module.train()
         with unchanged(used.module), pytest.raises(at.NotApplicable):
@@ -263,7 +277,7 @@ def test_in_whatever_mode_of_the_caller(mode: Any) -> None:
     used = toy_classifier(ToyTransformer(pooled=True).train())
     with unchanged(used.module), mode():
         found = find_neurons(used)
-    assert isinstance(found, NeuronLayers) and (found.start, found.stop, found.grid) == (1, 5, (2, 2))
+    assert isinstance(found, NeuronLayers) and (found.positions, found.grid) == ((1, 2, 3, 4), (2, 2))
 
 
 def test_a_probabilistic_output_and_prototypes() -> None:
@@ -273,4 +287,4 @@ def test_a_probabilistic_output_and_prototypes() -> None:
         toy_classifier(toy).with_prototypes(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), 2.0, True),
     ):
         found = find_neurons(used)
-        assert (len(found), found.width, found.start, found.stop) == (3, 12, 0, 1)
+        assert (len(found), found.width, found.positions) == (3, 12, (0,))

@@ -537,7 +537,7 @@ def calls(used: at.Classifier) -> dict[str, Callable[[], Any]]:
         return PathFinder(used, inputs, [0, 1], steps=2, layers=layers)
 
     return {
-        "find": lambda: find_neurons(used).start,
+        "find": lambda: find_neurons(used).positions,
         "reference": lambda: neuron_path(toy_photo(), used, steps=2).score,
         "exact": lambda: neuron_path(toy_photo(), used, 1, "exact", 2, reranked=2).score,
         "activation": lambda: activation_path(toy_photo(), used, steps=2).score,
