@@ -271,7 +271,7 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
                 ]
             )
             if note := explanation.provenance["settings"]["regions"].get("note"):
-                notes.append(f"note: {note} ({job.path.name})")
+                notes.append(f"note: {note} ({file})")
             if explanation.fill_is_informative:
                 notes.append(
                     f"note: to {model} the fill alone is {explanation.target_name} with p = {explanation.fill_confidence:.2f}, "
