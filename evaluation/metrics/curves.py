@@ -117,7 +117,7 @@ def perturbation_curves(
     classifier: Classifier | str,
     explanation: Judged,
     target: int | str,
-    protocol: Protocol | str,
+    protocol: Protocol | str = "lima",
     *,
     regions: Partition | None = None,
     seed: int = 0,
@@ -131,7 +131,7 @@ def perturbation_curves(
         classifier: the model that is asked, or a name that ``load_classifier`` takes.
         explanation: an ``Explanation``, a map [H, W], or an order of ``regions``; gives the steps (see ``perturbation_steps``).
         target: class whose score is followed, index or name.
-        protocol: a key of ``PROTOCOLS``, or a ``Protocol`` of your own.
+        protocol: a key of ``PROTOCOLS``, or a ``Protocol`` of your own; by default one region a step, hidden pixels black, probability.
         regions: of the region steps; the explanation's own by default.
         seed: of the noise of fill "linear"; all steps share one field of noise.
 

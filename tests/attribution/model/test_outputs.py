@@ -104,7 +104,7 @@ def test_curves_of_every_meaning_equal_a_naive_loop(
     assert explanation.insertion_scores is not None and explanation.deletion_scores is not None
     assert explanation.insertion_scores.tolist() == pytest.approx(shown, abs=2e-6)
     assert explanation.deletion_scores.tolist() == pytest.approx(hidden, abs=2e-6)
-    curves = ev.perturbation_curves(image, classifier, explanation, target, ev.Protocol())
+    curves = ev.perturbation_curves(image, classifier, explanation, target)
     assert curves.insertion_auc == pytest.approx(explanation.insertion_auc, abs=1e-5)
 
 
