@@ -72,7 +72,7 @@ def open_attention(module: nn.Module, rules: AttentionRules | None = None) -> It
     """Run the block with every attention of a module open; each call appends what it computed to the list, in order."""
     opened = _Open(rules or AttentionRules())
     # torch's own module calls a function that hides the fused one inside
-    parts = {each: _multihead(each) for each in module.modules() if isinstance(each, nn.MultiheadAttention)}
+    parts: dict[nn.Module, Callable[..., Any]] = {each: _multihead(each) for each in module.modules() if isinstance(each, nn.MultiheadAttention)}
     with replaced_forwards(parts), opened:
         yield opened.calls
 
@@ -191,7 +191,7 @@ def _multihead(module: nn.MultiheadAttention) -> Callable[..., tuple[Tensor, Non
             attn_mask = attn_mask.unflatten(0, (-1, module.num_heads))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # here True hides, there it shows
-        context = F.scaled_dot_product_attention(*parts, attn_mask=attn_mask)
+        context = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask)
         output = module.out_proj(context.transpose(1, 2).flatten(2))
         return (output if module.batch_first else output.transpose(0, 1)), None
 

@@ -259,3 +259,98 @@ def test_networks_without_a_map() -> None:
 
 def test_the_last_map_of_a_vgg() -> None:
     assert find_feature_layer(make_task(classifier(vgg()), photo(16))).name == "6"
+
+
+class Tokens(nn.Module):
+    """A vision transformer written by hand, as people write them: no module of torch, timm or a name is known, attention by einsum."""
+
+    def __init__(self, pool: str = "cls", width: int = 24, heads: int = 3, inner: int = 36) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.start = nn.Linear(3 * 4 * 4, width), nn.Parameter(torch.randn(1, 1, width))
+        self.position, self.heads, self.pool = nn.Parameter(torch.randn(1, 17, width)), heads, pool
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "before": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * inner, bias=False), "out": nn.Linear(inner, width),
+                    "then": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(3)
+        )  # fmt: skip
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, 4, stride=4).transpose(1, 2)
+        x = torch.cat([self.start.expand(len(x), -1, -1), self.embed(patches)], dim=1) + self.position
+        for block in self.blocks:
+            q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in block["qkv"](block["before"](x)).chunk(3, dim=-1))
+            weights = (torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+            x = x + block["out"](torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(2))
+            x = x + block["down"](F.gelu(block["up"](block["then"](x))))
+        x = self.last(x)
+        return self.head(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1))
+
+
+UNKNOWN: list[tuple[str, Any, int, str]] = [
+    ("by hand, class token", Tokens, 16, "blocks.2.before"),
+    ("by hand, mean", lambda: Tokens("mean"), 16, "last"),
+    ("late class token", lambda: timm.create_model("cait_xxs24_224", img_size=32, depth=2, num_classes=4), 32, "blocks_token_only.1.norm1"),
+    ("positional attention", lambda: timm.create_model("convit_tiny", img_size=32, num_classes=4), 32, "blocks.11.norm1"),
+    ("mlp head, nhwc", lambda: timm.create_model("caformer_s18", num_classes=4), 64, "stages"),
+    ("mlp head, conv", lambda: timm.create_model("inception_next_atto", num_classes=4), 64, "stages"),
+]
+
+
+@pytest.mark.parametrize(("build", "size", "name"), [pytest.param(*case[1:], id=case[0]) for case in UNKNOWN])
+def test_the_layer_that_the_head_reads_is_found_whatever_its_class(build: Any, size: int, name: str) -> None:
+    """The layer by hand; gradients arrive at every position; detached, nothing of the image reaches the keys and values, or the logits."""
+    torch.manual_seed(0)
+    used, image = classifier(build().eval(), size), photo(size)
+    found = find_feature_layer(make_task(used, image))
+    assert found.name == name
+    outputs: list[Tensor] = []
+    handle = found.module.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    logits = used.logits(used.inputs(image).requires_grad_())
+    handle.remove()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), outputs[-1])
+    assert (found.to_map(gradient).abs().amax(dim=1) > 0).all()
+
+
+def test_two_branches_that_a_head_reads_are_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine, self.coarse, self.head = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 4, 4), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.fine(x).mean(dim=(2, 3)), self.coarse(x).mean(dim=(2, 3))], dim=1))
+
+    used = classifier(Two().eval())
+    with pytest.raises(at.NotApplicable, match=r"no map of the image through which everything passes.*layer=.*fine, coarse"):
+        attribute(photo(16), used, "grad_cam")
+    assert attribute(photo(16), used, "grad_cam", layer="fine").provenance["layer"] == "fine"
+
+
+@pytest.mark.parametrize("method", CAMS)
+def test_an_empty_map_warns_and_names_the_layer(method: str) -> None:
+    """A network whose last map is dead: every unit of it is below zero for any image."""
+    torch.manual_seed(0)
+    dead = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    nn.init.constant_(dead[2].bias, -100.0)
+    with pytest.warns(UserWarning, match=rf"the map of {method} for class 'class 1' of Sequential at the layer 3 is 0 everywhere"):
+        found = attribute(photo(16), classifier(dead.eval()), method, 1)
+    assert not found.pixel_map.any()
+
+
+def test_the_layer_stands_in_what_is_kept(cnn: at.Classifier, small_cat: Tensor, tmp_path: Any) -> None:
+    found = attribute(small_cat, cnn, "grad_cam", 3)
+    assert found.provenance["layer"] == "layer3" and "layer layer3" in repr(found)
+    found.save(tmp_path / "kept.npz")
+    assert at.Explanation.load(tmp_path / "kept.npz").provenance["layer"] == "layer3"
+    assert "layer layer3" in "".join(text.get_text() for ax in found.plot().axes for text in [ax.title])
+    assert "layer" not in attribute(small_cat, cnn, "saliency", 3).provenance
+    assert attribute(small_cat, cnn, "layer_cam", 3, layer="layer2").provenance["layer"] == "layer2"

@@ -611,3 +611,57 @@ def test_batches_that_others_count_on_stay_whole(why: str) -> None:
     if handle is not None:
         handle.remove()
         assert len(classifier.logits(inputs)) == 16
+
+
+class Tower(nn.Module):
+    """An image tower of CLIP, which has a projection of its own: a parameter, a linear layer, or none."""
+
+    def __init__(self, projection: str, width: int = 6, embedding: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.up, self.down = nn.Conv2d(3, width, 4, 4), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm, self.projection = nn.LayerNorm(width), projection
+        self.matrix, self.linear = nn.Parameter(torch.randn(width, embedding)), nn.Linear(width, embedding, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.down(self.up(self.patches(x).flatten(2).mean(dim=2)).relu()))
+        return {"parameter": lambda: x @ self.matrix, "linear": lambda: self.linear(x), "none": lambda: x}[self.projection]()
+
+
+@pytest.mark.parametrize("projection", ["parameter", "linear", "none"])
+@pytest.mark.parametrize("embedding", [4, 6])
+def test_prototypes_on_a_tower_with_its_projection(projection: str, embedding: int) -> None:
+    """logits = scale cos(tower(x), text), for any width of the tower; or refused where features and outputs cannot be told apart."""
+    tower = Tower(projection, embedding=embedding).eval()
+    inputs, text = rand(3, 3, 8, 8), torch.randn(5, 6 if projection == "none" else embedding)
+    with torch.no_grad():
+        expected = 10 * nn.functional.normalize(tower(inputs), dim=1) @ nn.functional.normalize(text, dim=1).T
+    used = at.Classifier(tower, size=8).with_prototypes(text, 10, True)
+    if projection == "linear" and embedding == 6:
+        with pytest.raises(at.UserError, match=r"6 features and 6 outputs: .*nn.Identity\(\)\), head='1'"):
+            used.logits(inputs)
+        used = at.Classifier(nn.Sequential(tower, nn.Identity()), size=8, head="1").with_prototypes(text, 10, True)
+    logits, features = used.logits_and_features(inputs)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.allclose(nn.functional.normalize(features, dim=1) @ nn.functional.normalize(text, dim=1).T * 10, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "embedding"), [(48, 32), (48, 48)])
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+def test_prototypes_on_open_clip(width: int, embedding: int, pool: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 2, "width": width, "head_width": 16, "mlp_ratio": 2.0, "patch_size": 16, "image_size": 64, "pool_type": pool}
+    text = {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(embed_dim=embedding, vision_cfg=vision, text_cfg=text).eval()
+    tokens, inputs = torch.tensor([[1, 2, 99] + [0] * 13, [3, 4, 99] + [0] * 13]), rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, _ = clip.get_logits(inputs, tokens)
+        matrix = clip.encode_text(tokens)
+    used = at.Classifier(clip.visual, size=64).with_prototypes(matrix, float(clip.logit_scale.detach().exp()), True)
+    assert torch.allclose(used.logits(inputs), expected, atol=1e-4)
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = at.attribute(image, used, "grad_cam")
+    assert found.provenance["layer"] == ("transformer.resblocks.1.ln_1" if pool == "tok" else "ln_post")
+    if pool == "tok":
+        assert at.attribute(image, used, "grad_eclip", 0).pixel_map.isfinite().all()
