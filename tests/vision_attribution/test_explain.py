@@ -16,6 +16,7 @@ from torch import Tensor
 
 import attribution as at
 from vision_attribution import explain as explaining
+from vision_attribution.inputs import distinct_stems
 
 FAST = ["--regions", "grid", "--region-count", "9"]
 Run = Callable[..., tuple[int, str, str]]
@@ -251,7 +252,7 @@ def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Clas
 
 def test_names_of_many_equal_stems() -> None:
     paths = [Path("a/x.png"), Path("a/x.jpg"), Path("b/x.png"), Path("b/x.jpg"), Path("b/x.gif")]
-    assert explaining.distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]
+    assert distinct_stems(paths) == ["x", "a-x", "b-x", "b-x-2", "b-x-3"]
 
 
 def test_a_run_that_dies_before_its_figure_leaves_none_of_other_settings(
