@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import counted_calls, evaluation_mode, removed_after
+from attribution.hooks import counted_calls, exclusive, hookable, removed_after
 from attribution.model.classifier import Classifier
 from attribution.network.attention import reads_class_token
 from attribution.task import Task
@@ -165,16 +165,16 @@ def _count_operations(task: Task) -> Counter[str]:
                 counts["attention" if name.startswith(("scaled_dot_product", "native_multi")) else name] += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), evaluation_mode(task.module), Count():
-        task.module(task.inputs)
+    with torch.no_grad(), Count():
+        task.run()
     return counts
 
 
 def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.Module]:
     """How often each module of some kinds is called in one forward pass."""
     if "calls" not in task.structure:
-        with counted_calls(list(task.module.modules())) as counts, torch.no_grad(), evaluation_mode(task.module):
-            task.module(task.inputs)
+        with counted_calls(list(task.module.modules())) as counts, torch.no_grad():
+            task.run()
         task.structure["calls"] = counts
     return Counter({module: count for module, count in task.structure["calls"].items() if isinstance(module, kinds)})
 
@@ -182,7 +182,7 @@ def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.M
 def _record(task: Task) -> list[_Call]:
     """Every module's call in one forward pass, in the order in which the calls end."""
     calls: list[_Call] = []
-    names = {module: name for name, module in task.module.named_modules()}
+    names = {module: name for name, module in task.module.named_modules() if hookable([module])}
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
@@ -190,9 +190,8 @@ def _record(task: Task) -> list[_Call]:
             inputs = args[0] if args and isinstance(args[0], Tensor) else None
             calls.append(_Call(names[module], module, inputs, first, first is output))
 
-    handles = [module.register_forward_hook(remember) for module in names]
-    with removed_after(handles), torch.no_grad(), evaluation_mode(task.module):
-        task.module(task.inputs)
+    with exclusive(task.module), removed_after([module.register_forward_hook(remember) for module in names]), torch.no_grad():
+        task.run()
     return calls
 
 
