@@ -64,6 +64,10 @@ def explain(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).", show_default=False)
     ] = None,
+    checkpoint_key: Annotated[
+        str | None,
+        typer.Option(help="Where the weights are in a checkpoint that holds several, such as state_dict_ema.", show_default=False),
+    ] = None,
     classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
     regions: Annotated[
         str | None,
@@ -147,7 +151,8 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    classifiers = [load_classifier(spec, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size) for spec in specs]
+    given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "batch_size": batch_size}
+    classifiers = [load_classifier(spec, device=device, **given) for spec in specs]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")

@@ -17,7 +17,14 @@ def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
     if isinstance(model, Classifier):
         return model
     names = None if settings.classes is None else read_class_names(Path(settings.classes))
-    return load_classifier(model, device=settings.device, checkpoint=settings.checkpoint, class_names=names, batch_size=settings.batch_size)
+    return load_classifier(
+        model,
+        device=settings.device,
+        checkpoint=settings.checkpoint,
+        checkpoint_key=settings.checkpoint_key,
+        class_names=names,
+        batch_size=settings.batch_size,
+    )
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:

@@ -80,6 +80,7 @@ class StudySettings:
     samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
     checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
+    checkpoint_key: str | None = setting(None, numbers=False, help="Where the weights are in a checkpoint that holds several.")
     classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
     device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
     batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
