@@ -20,6 +20,10 @@ class NotMisclassified(UserError):
     """The model classifies the image correctly, so there is no failure to explain."""
 
 
+class ChanceWarning(UserWarning):
+    """The result of a stochastic method depends much on its seed."""
+
+
 def describe(value: Any) -> str:
     """Describe a value in a few words for an error message: ``float32 [3, 32, 32]`` for an array, else text or type."""
     shape = getattr(value, "shape", None)

@@ -95,7 +95,7 @@ def classifier_fill(image: Tensor, fill: Fill, classifier: Classifier, photo_siz
         UserError: see ``make_fill``.
     """
     if isinstance(fill, str) and fill == MODEL_MEAN:
-        return make_fill(image, classifier.preprocessing.mean)
+        return make_fill(image, classifier.preprocessing.mean_colour)
     return make_fill(image, fill, photo_size)
 
 
@@ -187,7 +187,7 @@ FILLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _REFUSED = {  # names that are no image of their own, and why
-    MODEL_MEAN: "is the mean colour of a classifier: give that classifier's preprocessing.mean as a colour",
+    MODEL_MEAN: "is the mean colour of a classifier: give that classifier's preprocessing.mean_colour as a colour",
     LINEAR: "is imputed anew for each set of hidden pixels and is no image: it serves insertion, deletion and ROAD",
     DROP: "takes tokens away and is no image: it serves region searches, insertion, deletion and muFidelity",
 }

@@ -6,15 +6,19 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from itertools import chain
-from typing import Any
+from functools import wraps
+from itertools import chain, count
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _rebuilt: ContextVar[bool] = ContextVar("rebuilt", default=False)
 
 
@@ -38,8 +42,53 @@ def hooks_of(module: nn.Module) -> frozenset[int]:
 
 
 def _in_full(values: Tensor) -> Tensor:
-    """Half precision, in which autocast computes, as float32, in which all that is recorded is used."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    """Values of any precision as float32, in which all that is recorded is used."""
+    return values.float() if values.is_floating_point() else values
+
+
+def hookable(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that take hooks: TorchScript runs its own out of sight."""
+    return [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+
+
+_Lock = tuple[int, threading.RLock]  # in the order in which they are taken, so that no two threads wait for each other
+_locks: WeakKeyDictionary[nn.Module, tuple[_Lock, ...]] = WeakKeyDictionary()
+_registering, _numbers = threading.Lock(), count()
+
+
+@contextmanager
+def exclusive(*modules: nn.Module) -> Iterator[None]:
+    """Run the block while no other thread runs these modules through this library, or changes them. Blocks of one thread may nest.
+
+    Hooks, modes and gradients belong to a module, not to a call. A lock is therefore shared by all modules below the one with which
+    it was made, and by whatever else holds one of these.
+    """
+    with ExitStack() as held:
+        for _, lock in sorted(set(chain.from_iterable(map(_locks_of, modules)))):
+            held.enter_context(lock)
+        yield
+
+
+def _locks_of(module: nn.Module) -> tuple[_Lock, ...]:
+    with _registering:
+        if module not in _locks:
+            family = list(module.modules())
+            found = tuple(sorted({lock for each in family for lock in _locks.get(each, ())})) or ((next(_numbers), threading.RLock()),)
+            for each in family:
+                _locks.setdefault(each, found)
+        return _locks[module]
+
+
+def _exclusively(block: Callable[Concatenate[nn.Module, P], Iterator[T]]) -> Callable[Concatenate[nn.Module, P], AbstractContextManager[T]]:
+    """Make a context manager that holds the module, its first argument, for itself."""
+    opened = contextmanager(block)
+
+    @contextmanager
+    def held(module: nn.Module, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        with exclusive(module), opened(module, *args, **kwargs) as value:
+            yield value
+
+    return wraps(block)(held)
 
 
 _switching = threading.Lock()
@@ -50,7 +99,7 @@ _switched: dict[int, int] = {}  # identity of what is switched off at the moment
 def _switched_off(things: Iterable[Any], switch: str) -> Iterator[None]:
     """Run the block with a switch of several objects off. Those that were on come back on when no block of any thread needs them off."""
     with _switching:
-        off = [each for each in things if id(each) in _switched or getattr(each, switch)]
+        off = [each for each in things if id(each) in _switched or getattr(each, switch, False)]  # frozen TorchScript has no mode
         for each in off:
             _switched[id(each)] = _switched.get(id(each), 0) + 1
             setattr(each, switch, False)
@@ -65,9 +114,26 @@ def _switched_off(things: Iterable[Any], switch: str) -> Iterator[None]:
                     setattr(each, switch, True)
 
 
-def evaluation_mode(module: nn.Module) -> AbstractContextManager[None]:
-    """Run the block with every submodule in evaluation mode, then give each its own mode back; also from several threads at once."""
-    return _switched_off(module.modules(), "training")
+@_exclusively
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Run the block with every submodule in evaluation mode, then give each its own mode back."""
+    with _switched_off(module.modules(), "training"):
+        yield
+
+
+@_exclusively
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Run the block without code that ``torch.compile`` made for a module or for those below: it passes by hooks that were set later."""
+    own, inner = "_compiled_call_impl", "_orig_mod"
+    every = hookable(module.modules())
+    compiled = [(each, vars(each).pop(own)) for each in every if vars(each).get(own) is not None]
+    wrapped = {each: code.__call__ for each in every if (code := each._modules.get(inner)) is not None}
+    try:
+        with replaced_forwards(wrapped):
+            yield
+    finally:
+        for each, code in compiled:
+            vars(each)[own] = code
 
 
 @contextmanager
@@ -81,31 +147,41 @@ def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
+def _hooked(modules: Iterable[nn.Module], register: str, hook: Callable[..., Any]) -> Iterator[None]:
+    modules = hookable(modules)
+    with exclusive(*modules), removed_after([getattr(module, register)(hook) for module in modules]):
+        yield
+
+
+@contextmanager
 def counted_calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
     """Count how often each of the given modules is called."""
     counts: Counter[nn.Module] = Counter()
-    handles = [module.register_forward_pre_hook(lambda m, _args: counts.update([m])) for module in modules]
-    with removed_after(handles):
+    with _hooked(modules, "register_forward_pre_hook", lambda m, _args: counts.update([m])):
         yield counts
 
 
 @contextmanager
 def record_inputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, first positional input) at every call of the given modules, in the order of the calls, in at least float32."""
+    """Collect (module, first positional input) at every call of the given modules, in the order of the calls, in float32.
+
+    The modules get a copy, through which gradients flow: one that works in place does not change what was recorded.
+    """
     calls: list[tuple[nn.Module, Tensor]] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], torch.Tensor):
-            calls.append((module, _in_full(args[0])))
+    def remember(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args or not isinstance(args[0], torch.Tensor):
+            return None
+        calls.append((module, _in_full(args[0])))
+        return (calls[-1][1].to(args[0].dtype, copy=True), *args[1:])
 
-    handles = [module.register_forward_pre_hook(remember) for module in modules]
-    with removed_after(handles):
+    with _hooked(modules, "register_forward_pre_hook", remember):
         yield calls
 
 
 @contextmanager
 def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collect (module, output) at every call of the given modules, in the order in which the calls end, in at least float32.
+    """Collect (module, output) at every call of the given modules, in the order in which the calls end, in float32.
 
     The modules that follow get a copy, through which gradients flow: one that works in place does not change what was recorded.
     """
@@ -115,10 +191,9 @@ def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Modul
         if not isinstance(output, torch.Tensor):
             return None
         calls.append((module, _in_full(output)))
-        return output.clone()
+        return calls[-1][1].to(output.dtype, copy=True)
 
-    handles = [module.register_forward_hook(remember) for module in modules]
-    with removed_after(handles):
+    with _hooked(modules, "register_forward_hook", remember):
         yield calls
 
 
@@ -132,7 +207,7 @@ def edited_outputs(module: nn.Module, edit: Callable[[Tensor], Tensor], every: i
         calls += 1
         return edit(output) if calls % every == 0 else output
 
-    with removed_after([module.register_forward_hook(replace)]):
+    with _hooked([module], "register_forward_hook", replace):
         yield
 
 
@@ -143,16 +218,18 @@ def edited_inputs(edits: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iter
     def replace(edit: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda _module, args: (edit(args[0]), *args[1:])
 
-    with removed_after([module.register_forward_pre_hook(replace(edit)) for module, edit in edits.items()]):
+    with exclusive(*edits), removed_after([module.register_forward_pre_hook(replace(edit)) for module, edit in edits.items()]):
         yield
 
 
-def frozen_parameters(module: nn.Module) -> AbstractContextManager[None]:
+@_exclusively
+def frozen_parameters(module: nn.Module) -> Iterator[None]:
     """Run the block without gradients of parameters, which saves memory, then make those that required gradients require them again."""
-    return _switched_off(module.parameters(), "requires_grad")
+    with _switched_off(module.parameters(), "requires_grad"):
+        yield
 
 
-@contextmanager
+@_exclusively
 def stand_ins(module: nn.Module, values: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Run the block with submodules, by name, replaced by stand-ins that return given values in their first calls.
 
@@ -188,28 +265,29 @@ def stopped_after(module: nn.Module) -> Iterator[list[Tensor]]:
         found.append(output)
         raise _Stopped
 
-    with suppress(_Stopped), removed_after([module.register_forward_hook(stop)]):
+    with suppress(_Stopped), _hooked([module], "register_forward_hook", stop):
         yield found
 
 
 @contextmanager
 def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Run the block with other forward functions on some modules; hooks on them still work."""
-    before = {module: vars(module).get("forward") for module in replacements}
-    for module, forward in replacements.items():
-        vars(module)["forward"] = forward
-    try:
-        with _rebuilding():
-            yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = own
+    with exclusive(*replacements):
+        before = {module: vars(module).get("forward") for module in replacements}
+        for module, forward in replacements.items():
+            vars(module)["forward"] = forward
+        try:
+            with _rebuilding():
+                yield
+        finally:
+            for module, own in before.items():
+                if own is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = own
 
 
-@contextmanager
+@_exclusively
 def one_module_a_call(module: nn.Module, kinds: tuple[type[nn.Module], ...], probe: Callable[[], Any]) -> Iterator[None]:
     """Run the block with modules of the given parameter-free kinds replaced by copies, each called once a pass and not in place.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attribution.checks import check_choice
 from attribution.errors import NotApplicable
@@ -32,10 +32,10 @@ _CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Scores(nn.Module):
-    """Scores [n, C] of model inputs [n, 3, h, w], with at most the classifier's batch size in memory at once, also under autograd.
+    """Scores [n, C] of model inputs [n, 3, h, w], counted. At most the classifier's batch size is forwarded at once.
 
-    Larger batches are cut into chunks whose activations are computed again in the backward pass (Chen et al., 2016). A method may
-    therefore ask for all its samples at once: neither what it draws nor its result depends on the batch size.
+    Under autograd, the activations of all rows stay in memory until the backward pass. A method with many samples takes
+    ``Task.gradients``, which bounds that.
     """
 
     def __init__(self, classifier: Classifier, output: Output) -> None:
@@ -47,15 +47,7 @@ class Scores(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.evaluations += len(inputs)
-        inputs = inputs.float()
-        most = self._classifier.batch_size
-        if len(inputs) <= most or not (torch.is_grad_enabled() and inputs.requires_grad):
-            return self._scores(inputs)
-        chunks = even_chunks(inputs, most)
-        return torch.cat([checkpoint(self._scores, chunk, use_reentrant=False) for chunk in chunks])
-
-    def _scores(self, inputs: Tensor) -> Tensor:
-        logits = self._classifier.logits(inputs)
+        logits = self._classifier.logits(inputs.float())
         return self._classifier.outputs.probabilities(logits) if self._output == "probability" else logits
 
 
@@ -70,7 +62,7 @@ class Task:
         target: class index.
         inputs, baseline: float32 [1, 3, h, w], image and fill as model inputs.
         seed: of stochastic methods.
-        chosen: what a method chose for itself, such as its layer, by name. It becomes part of the provenance.
+        notes: what a method says about its result or chose for itself, such as its layer, by name. It goes into the provenance.
         structure: facts about the network that were found by running it. Tasks of the same network and input size may share them.
     """
 
@@ -82,7 +74,7 @@ class Task:
     baseline: Tensor
     seed: int = 0
     structure: dict[Any, Any] = field(default_factory=dict)
-    chosen: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     _made: list[Scores] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -112,6 +104,11 @@ class Task:
             )
         return self.classifier.module
 
+    def run(self) -> Any:
+        """Call the module on the inputs and return whatever it returns; see ``ModuleForward.run``."""
+        self.module  # noqa: B018  refuses a black box
+        return self.classifier.runner.run(self.inputs)
+
     def scores(self, output: Output) -> Scores:
         """The model as a module from inputs [n, 3, h, w] to scores [n, C], counted."""
         self._made.append(Scores(self.classifier, output))
@@ -132,9 +129,25 @@ class Task:
 
         return score
 
+    def gradients(self, points: Tensor, output: Output) -> Tensor:
+        """Gradients of the target's score at points [n, 3, h, w], of the same shape; at most a batch of them is in memory at once."""
+        self.module  # noqa: B018  refuses a black box before anything runs
+        model, parts = self.scores(output), list[Tensor]()
+        for chunk in even_chunks(points.detach(), self.classifier.batch_size):
+            with torch.enable_grad():
+                leaf = chunk.clone().requires_grad_()
+                parts += torch.autograd.grad(model(leaf)[:, self.target].sum(), leaf)
+        return torch.cat(parts)
+
     @contextmanager
     def rows_together(self, rows: int) -> Iterator[None]:
-        """Forward this many rows in one batch, whatever the batch size of the classifier."""
+        """Forward this many rows in one batch, whatever the batch size of the classifier.
+
+        Raises:
+            NotApplicable: the module takes one image at a time.
+        """
+        if rows > 1 and self.classifier.runner.one_at_a_time:
+            raise NotApplicable(f"{self.classifier.name} takes one image at a time, and this method {rows}: use another method")
         with self.classifier.forwarding(max(rows, self.classifier.batch_size)):
             yield
 
@@ -176,11 +189,17 @@ def enlarged(task: Task, values: Tensor, mode: Literal["bilinear", "bicubic"] = 
     return nn.functional.interpolate(values[None, None].float(), size=task.size, mode=mode, align_corners=False)[0, 0]
 
 
+_generators = threading.RLock()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators for the block and restore them after it: Captum draws from those of torch and NumPy."""
-    state, own = np.random.get_state(), random.getstate()  # noqa: NPY002  Captum draws from them
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    """Seed the global generators for the block and restore them after it: Captum draws from those of torch and NumPy.
+
+    Other threads wait: the generators belong to the process.
+    """
+    with _generators, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        state, own = np.random.get_state(), random.getstate()  # noqa: NPY002  Captum draws from them
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:

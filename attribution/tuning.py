@@ -141,7 +141,7 @@ def _inputs(classifier: Classifier, image: ImageSource | None) -> Tensor:
     """A batch of model inputs to time; a small one on a CPU."""
     count = min(classifier.batch_size, _TRIED) if classifier.device.type == "cpu" else classifier.batch_size
     if image is None:
-        noise = torch.rand(count, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(count, 3, *classifier.preprocessing.size, generator=torch.Generator().manual_seed(0))
         return classifier.preprocessing(noise.to(classifier.device))
     loaded = limit_size(load_image(image))
     blurred = make_fill(loaded, "blur")

@@ -61,6 +61,9 @@ def explain(
     checkpoint: Annotated[
         Path | None, _option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).")
     ] = None,
+    checkpoint_key: Annotated[
+        str | None, _option(help="Where the weights are in a checkpoint that holds several, such as state_dict_ema.")
+    ] = None,
     classes: Annotated[Path | None, _option(help="Text file with one class name a line.")] = None,
     scores: Annotated[str | None, _option(help=SCORES_HELP)] = None,
     regions: Annotated[str | None, _option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.")] = None,
@@ -129,8 +132,8 @@ def explain(
     found = [demo_image_path()] if not images else list(find_images(images, out))
     specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
     names = None if classes is None else read_class_names(classes)
-    load = partial(load_classifier, device=device, checkpoint=checkpoint, class_names=names, batch_size=batch_size, scores=scores)
-    classifiers = [load(spec) for spec in specs]
+    given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "scores": scores}
+    classifiers = [load_classifier(spec, device=device, batch_size=batch_size, **given) for spec in specs]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")

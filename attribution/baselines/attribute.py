@@ -17,15 +17,18 @@ from attribution.baselines.options import check_options, current_names
 from attribution.baselines.presets import METHOD_PRESETS, PRESET_FILLS
 from attribution.baselines.smoothing import Smoothing, smoothed
 from attribution.checks import check_choice, check_seed
-from attribution.errors import NotApplicable, UserError, describe
+from attribution.errors import ChanceWarning, NotApplicable, UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, Fill, classifier_fill
 from attribution.hooks import evaluation_mode
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
+from attribution.model.forwarding import no_gradient
 from attribution.model.loading import load_classifier
 from attribution.provenance import provenance
 from attribution.task import Task
+
+_STABLE = 0.8  # the correlation of two seeds' maps below which a warning says so
 
 
 def attribute(
@@ -79,11 +82,7 @@ def attribute(
     window = Smoothing.parse(smoothing)
     check_options(method, chosen.function, settings)
     classifier = load_classifier(classifier)
-    if not chosen.black_box and not isinstance(classifier.module, torch.nn.Module):
-        raise NotApplicable(
-            f"{method} does not apply to {classifier.name}: it is a black box, and the method needs an nn.Module to look inside; use "
-            f"{', '.join(name for name, each in METHODS.items() if each.family == 'perturbation')} or a region search"
-        )
+    _refuse_what_it_cannot_look_into(method, classifier)
     with classifier.forwarding(batch_size):
         original = load_image(image).cpu()
         loaded = limit_size(original, max_side)
@@ -93,11 +92,23 @@ def attribute(
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
         baseline = classifier.preprocessing(filled[None].to(inputs))
         task = Task(classifier, loaded, filled, wanted, inputs, baseline, seed)
-        pixel_map = run_method(chosen, task, settings)
+        try:
+            pixel_map = run_method(chosen, task, settings)
+        except RuntimeError:
+            if chosen.black_box or classifier.runner.differentiable:
+                raise
+            raise no_gradient(classifier.name) from None
+        if not pixel_map.isfinite().all() and (dtype := classifier.runner.dtype) in (torch.float16, torch.bfloat16):
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{method} leaves the range of {kind}, in which {classifier.name} computes: give the module in float32, module.float()"
+            )
         if chosen.family != "control" and pixel_map.min() == pixel_map.max():
             _warn_of_nothing(method, task, float(pixel_map[0, 0]))
         if window is not None:
             pixel_map = smoothed(pixel_map, window, pixel_map.shape[-1] / task.size[1])
+    if "samples" not in settings:
+        _warn_of_chance(method, task.notes.get("stable"))
     made = {
         "method": method,
         "preset": preset,
@@ -115,12 +126,12 @@ def attribute(
         probabilities=probabilities,
         pixel_map=pixel_map,
         evaluations=task.evaluations,
-        provenance={**provenance(classifier, made, started), **task.chosen},
+        provenance={**provenance(classifier, made, started), **task.notes},
     )
 
 
 def _warn_of_nothing(method: str, task: Task, value: float) -> None:
-    at = f" at the layer {task.chosen['layer']}" if "layer" in task.chosen else ""
+    at = f" at the layer {task.notes['layer']}" if "layer" in task.notes else ""
     reason = "nothing counts for the class there, or no gradient arrives" if value == 0 else "the method tells no pixel from another"
     warnings.warn(
         f"the map of {method} for class {task.classifier.class_names[task.target]!r} of {task.classifier.name}{at} is "
@@ -128,6 +139,32 @@ def _warn_of_nothing(method: str, task: Task, value: float) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def _refuse_what_it_cannot_look_into(method: str, classifier: Classifier) -> None:
+    """Refuse a black box, and a module whose layers are out of sight where the method looks at them."""
+    chosen, name = METHODS[method], classifier.name
+    others = ", ".join(each for each, entry in METHODS.items() if entry.family == "perturbation")
+    if not chosen.black_box and not isinstance(classifier.module, torch.nn.Module):
+        raise NotApplicable(
+            f"{method} does not apply to {name}: it is a black box, and the method needs an nn.Module to look inside; use {others} "
+            "or a region search"
+        )
+    if chosen.needs_layers and (reason := classifier.runner.opaque):
+        plain = ", ".join(each for each, entry in METHODS.items() if not entry.needs_layers and not entry.black_box)
+        raise NotApplicable(
+            f"{method} does not apply to {name}: it looks at layers, which fails {reason}; use {plain}, {others} or a region search"
+        )
+
+
+def _warn_of_chance(method: str, stable: float | None) -> None:
+    if stable is not None and stable < _STABLE:
+        warnings.warn(
+            f"maps of {method} for two seeds would have a correlation of about {stable:.2f} with as many samples as it takes by default: "
+            "give more, such as samples=8000",
+            ChanceWarning,
+            stacklevel=3,
+        )
 
 
 def find_method(name: str) -> Method:

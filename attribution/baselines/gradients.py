@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import captum.attr
+import numpy as np
 import torch
 from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule, IdentityRule
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from attribution.checks import check_choice, check_number, check_whole, is_numbe
 from attribution.errors import NotApplicable, UserError
 from attribution.fills import make_fill
 from attribution.hooks import evaluation_mode, one_module_a_call
+from attribution.model.forwarding import even_chunks
 from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
-from attribution.task import Channels, Output, Task, over_channels, seeded
+from attribution.task import Channels, Output, Task, over_channels
 
+_BLOCK = 16  # noisy copies drawn at once; torch's generator makes normal numbers in groups of 16
 _OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and their operations
     nn.ReLU: "relu",
     nn.ELU: "elu",
@@ -66,8 +69,8 @@ def integrated_gradients(
     """
     check_whole("n_steps", n_steps, 1)
     method = captum.attr.IntegratedGradients(task.scores(output))
-    found = method.attribute(task.leaf(), baselines=task.baseline, target=task.target, n_steps=n_steps, method=rule)
-    return over_channels(found[0].float(), channels)
+    given = {"baselines": task.baseline, "target": task.target, "internal_batch_size": task.classifier.batch_size}
+    return over_channels(method.attribute(task.leaf(), n_steps=n_steps, method=rule, **given)[0].float(), channels)
 
 
 def smooth_grad(
@@ -93,10 +96,14 @@ def smooth_grad(
     check_choice("nt_type", nt_type, ("smoothgrad", "smoothgrad_sq", "vargrad"))
     check_whole("nt_samples", nt_samples, 2 if nt_type == "vargrad" else 1)
     check_number("stdevs", stdevs, 0)
-    tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(task.scores(output)))
-    with seeded(task.seed):
-        found = tunnel.attribute(task.leaf(), nt_type=nt_type, nt_samples=nt_samples, stdevs=float(stdevs), target=task.target, abs=abs)
-    return over_channels(found[0], channels)
+    sums = torch.zeros(2, *task.inputs.shape[1:], dtype=torch.float64)  # of the gradients and of their squares
+    for points in _noisy(task, nt_samples, stdevs):
+        found = task.gradients(points, output)
+        found = found.abs() if abs else found
+        sums += torch.stack([found.sum(dim=0), found.square().sum(dim=0)]).cpu()
+    mean, square = sums / nt_samples
+    chosen = {"smoothgrad": mean, "smoothgrad_sq": square, "vargrad": square - mean.square()}[nt_type]
+    return over_channels(chosen.float(), channels)
 
 
 def gradient_shap(task: Task, *, n_samples: int = 50, stdevs: float = 0.0, channels: Channels = "sum", output: Output = "logit") -> Tensor:
@@ -114,10 +121,28 @@ def gradient_shap(task: Task, *, n_samples: int = 50, stdevs: float = 0.0, chann
     check_number("stdevs", stdevs, 0)
     blurred = task.classifier.preprocessing(make_fill(task.image, "blur")[None].to(task.inputs))
     baselines = torch.cat([task.baseline, blurred])
-    method = captum.attr.GradientShap(task.scores(output))
-    with seeded(task.seed):
-        found = method.attribute(task.leaf(), baselines=baselines, n_samples=n_samples, stdevs=float(stdevs), target=task.target)
-    return over_channels(found[0].float(), channels)
+    draws = np.random.RandomState(task.seed % 2**32)
+    which = torch.from_numpy(draws.choice(len(baselines), n_samples)).to(baselines.device)
+    shares = torch.from_numpy(draws.uniform(size=n_samples)).to(baselines)[:, None, None, None]
+    total, first = torch.zeros(task.inputs.shape[1:], dtype=torch.float64), 0
+    for noisy in _noisy(task, n_samples, stdevs):
+        rows = slice(first, first := first + len(noisy))
+        hidden = baselines[which[rows]]
+        total += ((noisy - hidden) * task.gradients(torch.lerp(hidden, noisy, shares[rows]), output)).sum(dim=0).cpu()
+    return over_channels((total / n_samples).float(), channels)
+
+
+def _noisy(task: Task, samples: int, stdevs: float) -> Iterator[Tensor]:
+    """The inputs under normal noise, ``samples`` rows in all, a batch at a time. The draws do not depend on the size of the batches.
+
+    They are made in blocks. On a CPU the blocks are parts of the stream that one large draw takes, as that of Captum's NoiseTunnel.
+    """
+    generator = torch.Generator(task.inputs.device).manual_seed(task.seed)
+    blocks = torch.arange(samples).split(_BLOCK)
+    for some in even_chunks(torch.arange(len(blocks)), max(1, task.classifier.batch_size // _BLOCK)):
+        shapes = [(len(blocks[index]), *task.inputs.shape[1:]) for index in some]
+        noise = torch.cat([torch.randn(shape, generator=generator, device=task.inputs.device) for shape in shapes])
+        yield task.inputs + stdevs * noise
 
 
 def deep_lift(task: Task, *, channels: Channels = "sum", output: Output = "logit") -> Tensor:
@@ -232,7 +257,7 @@ def _separated(task: Task, keep: nn.Module | None = None) -> Iterator[None]:
 
     def probe() -> None:
         with torch.no_grad():
-            task.module(task.inputs)
+            task.run()
 
     kinds = tuple(kind for kind in (*_OPERATIONS, nn.Dropout) if not isinstance(keep, kind))
     with evaluation_mode(task.module), one_module_a_call(task.module, kinds, probe), warnings.catch_warnings():
@@ -270,11 +295,11 @@ def _refuse_unknown_activations(task: Task, name: str, kinds: tuple[type[nn.Modu
 
 
 METHODS: dict[str, Method] = {
-    "saliency": Method(saliency, "gradient"),
-    "input_x_gradient": Method(input_x_gradient, "gradient"),
-    "integrated_gradients": Method(integrated_gradients, "gradient"),
-    "smooth_grad": Method(smooth_grad, "gradient", stochastic=True),
-    "gradient_shap": Method(gradient_shap, "gradient", stochastic=True),
+    "saliency": Method(saliency, "gradient", from_input=True),
+    "input_x_gradient": Method(input_x_gradient, "gradient", from_input=True),
+    "integrated_gradients": Method(integrated_gradients, "gradient", from_input=True),
+    "smooth_grad": Method(smooth_grad, "gradient", stochastic=True, from_input=True),
+    "gradient_shap": Method(gradient_shap, "gradient", stochastic=True, from_input=True),
     "deep_lift": Method(deep_lift, "gradient"),
     "guided_backprop": Method(guided_backprop, "gradient"),
     "deconvolution": Method(deconvolution, "gradient"),

@@ -24,6 +24,7 @@ class Method:
         family: what it works on, and the colour and marker of its figures.
         domain: what the map lies on, the model "input" [h, w] or the "image" [H, W].
         stochastic: whether the result depends on the seed.
+        from_input: whether the gradient at the input is all that it takes from the model, so that no layer is looked at.
 
     Raises:
         UserError: another family or domain.
@@ -33,6 +34,7 @@ class Method:
     family: Family
     domain: Literal["input", "image"] = "input"
     stochastic: bool = False
+    from_input: bool = False
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, get_args(Family))
@@ -52,6 +54,11 @@ class Method:
     def black_box(self) -> bool:
         """Whether it sees scores only, and so explains any callable."""
         return self.family in ("perturbation", "control")
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it looks at single layers, or changes them."""
+        return not self.black_box and not self.from_input
 
     @property
     def looks_inside(self) -> bool:

@@ -42,7 +42,7 @@ def occlusion(
 
     Args:
         task: what is explained.
-        sliding_window_shapes: the window in pixels of the model input, as Captum's (channels, height, width) with all 3 channels, or
+        sliding_window_shapes: the window in pixels of the model input, as Captum's (channels, height, width) with all channels, or
             one number for a square; a square of 1/7 of the short side by default.
         strides: steps of the window, in the same forms; half the window by default.
         overlap: "mean" over the windows that cover a pixel (Captum), or their "sum" (xplique).
@@ -53,12 +53,12 @@ def occlusion(
     """
     check_choice("border", border, ("inside", "across"))
     square = max(1, round(min(task.size) / 7))
-    window = _sides("sliding_window_shapes", square if sliding_window_shapes is None else sliding_window_shapes, task.size)
-    halves = (3, *(max(1, side // 2) for side in window))
-    stride = _sides("strides", halves if strides is None else strides, window)
+    channels = task.inputs.shape[1]
+    window = _sides("sliding_window_shapes", square if sliding_window_shapes is None else sliding_window_shapes, task.size, channels)
+    halves = (channels, *(max(1, side // 2) for side in window))
+    stride = _sides("strides", halves if strides is None else strides, window, channels)
     if border == "across":
         return _occlusion_across(task, window, stride, overlap, output)
-    channels = task.inputs.shape[1]
     found = captum.attr.Occlusion(task.scores(output)).attribute(
         task.inputs,
         sliding_window_shapes=(channels, *window),
@@ -70,13 +70,14 @@ def occlusion(
     return found * _covering_windows(task.size, window, stride).to(found) if overlap == "sum" else found
 
 
-def _sides(name: str, value: int | Sequence[int], most: tuple[int, int]) -> tuple[int, int]:
+def _sides(name: str, value: int | Sequence[int], most: tuple[int, int], channels: int) -> tuple[int, int]:
     """Height and width from Captum's (channels, height, width), or from one number for both."""
-    shape = tuple(value) if isinstance(value, list | tuple) else (3, value, value)
-    fits = len(shape) == 3 and shape[0] == 3 and all(is_whole(side) and 1 <= side <= top for side, top in zip(shape[1:], most, strict=True))
-    if not fits:
+    shape = tuple(value) if isinstance(value, list | tuple) else (channels, value, value)
+    known = len(shape) == 3 and shape[0] in (3, channels)  # 3 is the form of the settings of photos, also for maps of a layer
+    if not known or not all(is_whole(side) and 1 <= side <= top for side, top in zip(shape[1:], most, strict=True)):
         raise UserError(
-            f"{name} is {value!r}: expected a whole number from 1 to {min(most)}, or (3, height, width), at most (3, {most[0]}, {most[1]})"
+            f"{name} is {value!r}: expected a whole number from 1 to {min(most)}, or ({channels}, height, width), "
+            f"at most ({channels}, {most[0]}, {most[1]})"
         )
     return int(shape[1]), int(shape[2])
 
@@ -171,6 +172,9 @@ def rise(
 ) -> Tensor:
     """RISE (Petsiuk et al., BMVC 2018, equation 6): the average of random smooth masks, weighted by the score they leave.
 
+    The provenance of the explanation says how ``stable`` the map is: the correlation that is expected between the maps of two seeds,
+    from the maps of every other mask (Spearman-Brown).
+
     Args:
         task: what is explained.
         samples: N masks.
@@ -189,16 +193,29 @@ def rise(
     cells = (torch.rand(samples, 1, grid, grid, generator=generator) < keep).float()
     shifts = torch.stack([torch.randint(0, side, (samples,), generator=generator) for side in cell], dim=1)
     score, device = task.score_of(output), task.inputs.device
-    weighted, shown = torch.zeros(task.size, dtype=torch.float64), torch.zeros(task.size, dtype=torch.float64)
+    weighted, shown = (torch.zeros(2, *task.size, dtype=torch.float64) for _ in range(2))  # of the masks of even and of odd numbers
     for chunk in even_chunks(torch.arange(samples), task.classifier.batch_size):
         large = F.interpolate(
             cells[chunk].to(device), size=((grid + 1) * cell[0], (grid + 1) * cell[1]), mode="bilinear", align_corners=False
         )
         masks = torch.stack([m[:, y : y + height, x : x + width] for m, (y, x) in zip(large, shifts[chunk].tolist(), strict=True)])
-        scores = score(task.blend(masks))
-        weighted += torch.einsum("n,nhw->hw", scores.double(), masks[:, 0].double()).cpu()
-        shown += masks[:, 0].double().sum(dim=0).cpu()
-    return (weighted / (samples * keep) if normalisation == "expected" else weighted / (shown + 1e-4)).float()
+        scores = score(task.blend(masks)).double()
+        for half in (0, 1):
+            own = chunk % 2 == half
+            weighted[half] += torch.einsum("n,nhw->hw", scores[own], masks[own, 0].double()).cpu()
+            shown[half] += masks[own, 0].double().sum(dim=0).cpu()
+
+    def averaged(weighted: Tensor, shown: Tensor) -> Tensor:
+        return weighted / (samples * keep) if normalisation == "expected" else weighted / (shown + 1e-4)
+
+    task.notes["stable"] = _stability(averaged(weighted, shown).flatten(1))
+    return averaged(weighted.sum(dim=0), shown.sum(dim=0)).float()
+
+
+def _stability(halves: Tensor) -> float | None:
+    """Correlation to be expected of two maps, from the maps [2, pixels] of half of the samples each; None where one is constant."""
+    agreement = float(torch.corrcoef(halves)[0, 1])
+    return round(2 * agreement / (1 + agreement), 3) if agreement > -1 else None  # not for nan
 
 
 def hsic(

@@ -7,8 +7,8 @@ that ``masking`` can build the input of any subset of regions by one matrix prod
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from attribution.checks import check_choice, is_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
-from attribution.model.forwarding import Forward, ModuleForward
+from attribution.model.forwarding import Forward, ModuleForward, eager_module
 from attribution.model.label import LabelForward
 from attribution.model.outputs import SCORES, OutputChoice, Outputs
-from attribution.model.preprocessing import Preprocessing, Resize, checked_sides, checked_triple
+from attribution.model.preprocessing import Preprocessing, Resize, checked_channels, checked_sides
 from attribution.model.prototypes import PrototypeForward
 
 T = TypeVar("T")
@@ -62,9 +62,12 @@ class Classifier:
 
     Args:
         module: an ``nn.Module``, or any callable from a float32 batch [n, 3, h, w] to scores [n, C] (tensor or array). Its
-            output may also be a tuple, list, mapping or object that holds them, see ``output``.
+            output may also be a tuple, list, mapping or object that holds them, see ``output``. A module in another precision
+            (``half()``, ``double()``) gets its inputs in that one. A module that fails on two images at once gets one at a time.
         size: side of the model input in pixels, or (h, w).
-        mean, std: normalisation per channel of an image in [0, 1].
+        mean, std: normalisation per channel of an image in [0, 1], in the order of the channels.
+        channels: of the model input: "RGB", "BGR", "L" (one: the image in gray, as Pillow converts it) or "RGBA" (the fourth is an
+            alpha of 1). By default "RGB", or "L" where mean or std is a list of one number. Images and regions stay RGB.
         class_names: C names; "class 0", "class 1", "class 2" and so on by default. A module with a single score may have two, such
             as "no" and "yes": the score is then that of the second.
         resize, resized, interpolation: see ``Preprocessing``.
@@ -83,6 +86,7 @@ class Classifier:
             in float32. ``tune`` finds the fastest.
         channels_last: give the module its inputs in the channels-last memory layout.
         compiled: forward by ``torch.compile``, except when features or gradients are needed or the caller has hooks on the module.
+        forward_kwargs: further arguments of the module's forward, the same for every batch.
 
     Attributes:
         forward: computes the scores; see ``with_forward``.
@@ -109,8 +113,9 @@ class Classifier:
         module: nn.Module | Callable[[Tensor], Any],
         *,
         size: int | tuple[int, int],
-        mean: Sequence[float] = (0.0, 0.0, 0.0),
-        std: Sequence[float] = (1.0, 1.0, 1.0),
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        channels: Literal["RGB", "BGR", "L", "RGBA"] | None = None,
         class_names: Sequence[str] | None = None,
         resize: Resize = "squash",
         resized: tuple[int, int] | None = None,
@@ -123,13 +128,15 @@ class Classifier:
         precision: str = "float32",
         channels_last: bool = False,
         compiled: bool = False,
+        forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(module):
             raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
         check_choice("scores", scores, SCORES)
-        self.name = name or type(module).__name__
+        self.name = name or type(eager_module(module)).__name__
         sides = checked_sides(size)
-        self.preprocessing = Preprocessing(sides, checked_triple(mean), checked_triple(std), resize, resized, interpolation)
+        means, stds, kind = checked_channels(mean, std, channels)
+        self.preprocessing = Preprocessing(sides, means, stds, resize, resized, interpolation, kind)
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
         self.forward = ModuleForward(
             module,
@@ -143,6 +150,7 @@ class Classifier:
             precision=precision,
             channels_last=channels_last,
             compiled=compiled,
+            forward_kwargs=forward_kwargs,
         )
 
     def __repr__(self) -> str:
@@ -161,21 +169,11 @@ class Classifier:
 
     def forwarding(self, batch_size: int | None) -> AbstractContextManager[None]:
         """Forward at most ``batch_size`` images at once within the context; None changes nothing."""
-        return nullcontext() if batch_size is None else self._during("batch_size", batch_size)
+        return nullcontext() if batch_size is None else self.runner.temporarily(batch_size=batch_size)
 
     def in_float32(self) -> AbstractContextManager[None]:
         """Forward in float32 within the context. Gradients are in float32, and values that are combined with them must be so too."""
-        return self._during("precision", "float32")
-
-    @contextmanager
-    def _during(self, setting: str, value: Any) -> Iterator[None]:
-        runner = self.runner
-        own = getattr(runner, setting)
-        setattr(runner, setting, value)
-        try:
-            yield
-        finally:
-            setattr(runner, setting, own)
+        return self.runner.temporarily(precision="float32")
 
     @property
     def num_classes(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from attribution.checks import check_choice, check_whole
-from attribution.errors import UserError
-from attribution.hooks import evaluation_mode, hooks_of, is_rebuilt, record_inputs
+from attribution.errors import NotApplicable, UserError, describe
+from attribution.hooks import evaluation_mode, exclusive, hooks_of, is_rebuilt, record_inputs, uncompiled
+from attribution.model.digest import weights_digest
 from attribution.model.head import features_of, find_heads
-from attribution.model.outputs import OutputChoice, Outputs, read_scores
+from attribution.model.outputs import OutputChoice, Outputs, last_operation, read_scores
 from attribution.model.preprocessing import Preprocessing
 
 T = TypeVar("T")
 PRECISIONS = ("float32", "bfloat16", "float16")
+_temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
 
 class Forward(Protocol):
@@ -81,7 +84,7 @@ class ModuleForward:
     """The ``Forward`` that runs a module, in evaluation mode and in batches.
 
     Args:
-        module, scores, output, head, batch_size, precision, channels_last, compiled: see ``Classifier``.
+        module, scores, output, head, batch_size, precision, channels_last, compiled, forward_kwargs: see ``Classifier``.
         classes: number of class names, if known.
         preprocessing: makes the inputs; it gives their shape, and the input that a gray image becomes.
         name: of the classifier, for messages.
@@ -102,17 +105,21 @@ class ModuleForward:
         precision: str = "float32",
         channels_last: bool = False,
         compiled: bool = False,
+        forward_kwargs: Mapping[str, Any] | None = None,
         outputs: Outputs | None = None,
     ) -> None:
         self.preprocessing, self.name, self.scores, self.head = preprocessing, name, scores, head
         self.output, self.classes = output, classes
-        self.module = module
+        inner = eager_module(module)
+        self.module = inner
+        self.forward_kwargs = dict(forward_kwargs or {})
+        self.one_at_a_time = False
         self.batch_size = batch_size
         self.precision = precision
-        self.channels_last, self.compiled = channels_last, compiled
+        self.channels_last, self.compiled = channels_last, compiled or inner is not module
         self._outputs = outputs
-        self._own_hooks = hooks_of(module) if isinstance(module, nn.Module) else frozenset()
-        self._compiled_module: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
+        self._own_hooks = hooks_of(inner) if isinstance(inner, nn.Module) else frozenset()
+        self._compiled_module: tuple[Any, Callable[..., Any]] | None = None if inner is module else (inner, module)
 
     @property
     def module(self) -> nn.Module | Callable[[Tensor], Any]:
@@ -127,7 +134,7 @@ class ModuleForward:
     @property
     def batch_size(self) -> int:
         """Most images forwarded at once."""
-        return self._batch_size
+        return 1 if self.one_at_a_time else int(self._setting("batch_size"))
 
     @batch_size.setter
     def batch_size(self, value: int | None) -> None:
@@ -135,12 +142,12 @@ class ModuleForward:
             height, width = self.preprocessing.size
             value = automatic_batch_size(height * width, self.device)
         check_whole("batch_size", value, 1)
-        self._batch_size = int(value)
+        self._set("batch_size", int(value))
 
     @property
     def precision(self) -> str:
         """The precision of forward passes without gradients."""
-        return self._precision
+        return str(self._setting("precision"))
 
     @precision.setter
     def precision(self, value: str) -> None:
@@ -150,15 +157,42 @@ class ModuleForward:
                 torch.autocast(self.device.type, getattr(torch, value))
             except RuntimeError as error:
                 raise UserError(f"precision {value!r} is not available on {self.device} ({error}): expected float32") from None
-        self._precision = value
+        self._set("precision", value)
+
+    @contextmanager
+    def temporarily(self, **settings: Any) -> Iterator[None]:
+        """Forward with another batch size or precision within the context. Other threads do not see it."""
+        token = _temporary.set({**_temporary.get({}), **{(self, name): None for name in settings}})
+        try:
+            for name, value in settings.items():
+                setattr(self, name, value)
+            yield
+        finally:
+            _temporary.reset(token)
+
+    def _setting(self, name: str) -> Any:
+        return _temporary.get({}).get((self, name), vars(self).get(f"_{name}"))
+
+    def _set(self, name: str, value: Any) -> None:
+        temporary = _temporary.get({})
+        if (self, name) in temporary:
+            temporary[self, name] = value
+        else:
+            vars(self)[f"_{name}"] = value
 
     @property
     def device(self) -> torch.device:
         """Where the module's parameters lie; the CPU for a callable without any."""
-        if isinstance(self.module, nn.Module):
-            for tensor in chain(self.module.parameters(), self.module.buffers()):
-                return tensor.device
-        return torch.device("cpu")
+        return next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the module's parameters, in which it takes its inputs; float32 for a callable without any."""
+        return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), torch.float32)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        module = self.module
+        return chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else iter(())
 
     @property
     def runner(self) -> ModuleForward:
@@ -167,29 +201,48 @@ class ModuleForward:
     @property
     def outputs(self) -> Outputs:
         if self._outputs is None:
-            self._outputs = Outputs.of(self._first_scores(), self.scores, self.classes, self.name)
+            scores, operation = self._first_scores()
+            self._outputs = Outputs.of(scores, self.scores, operation, self.classes, self.name)
         return self._outputs
 
     @property
     def heads(self) -> list[nn.Module]:
         """The final layers, see ``find_heads``."""
         if self._heads is None:
+            if self.opaque:
+                raise UserError(f"{self.name} shows no features, {self.opaque}: give the nn.Module that it was made from")
             blank = torch.zeros(1, *self.preprocessing.shape)
             self._heads = find_heads(self.module, self.head, self.outputs.count, lambda: self._plainly(blank.to(self.device)), self.name)
         return self._heads
 
     @property
+    def opaque(self) -> str | None:
+        """Why the layers of the module cannot be looked at; None where they can."""
+        module = self.module
+        while isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            children = list(module.children())
+            if len(children) != 1:
+                return None
+            module = children[0]
+        if isinstance(module, torch.jit.ScriptModule):
+            return "as TorchScript runs its layers out of sight"
+        if isinstance(module, torch.fx.GraphModule):
+            called = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
+            if not any(True for each in called for _ in each.parameters()):
+                return "as torch.export turned its layers into plain operations"
+        return None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients of the scores reach the input; tried with a gray image."""
+        with torch.enable_grad():
+            leaf = self.preprocessing.gray_inputs(self.device)[:1].requires_grad_()
+            scores = self._scores(leaf, plainly=True)
+            return scores.requires_grad and torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] is not None
+
+    @property
     def weights_digest(self) -> str | None:
-        """sha256 over the names, shapes and bytes of the module's parameters and buffers; None for a black box."""
-        if not isinstance(self.module, nn.Module):
-            return None
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            if not isinstance(tensor, Tensor):
-                continue
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self.module, self.forward_kwargs) if isinstance(self.module, nn.Module) else None
 
     @property
     def is_watched(self) -> bool:
@@ -207,21 +260,25 @@ class ModuleForward:
     def changed(self, **settings: Any) -> ModuleForward:
         """A copy with other attributes, such as ``batch_size`` or ``module``; it keeps what is known about the outputs."""
         made = copy.copy(self)
-        for name, value in settings.items():
+        for name, value in {"batch_size": self.batch_size, "precision": self.precision, **settings}.items():
             setattr(made, name, value)
         return made
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        self.find_out(want_features)
-        with_gradients = torch.is_grad_enabled() and inputs.requires_grad
+        with exclusive(self.module) if isinstance(self.module, nn.Module) else nullcontext():
+            self.find_out(want_features)
+            with_gradients = torch.is_grad_enabled() and inputs.requires_grad
 
-        def forward() -> tuple[Tensor, Tensor]:
-            with torch.set_grad_enabled(with_gradients):
-                parts = [self._batch(chunk, want_features) for chunk in even_chunks(inputs.to(self.device), self.batch_size)]
-            scores, features = zip(*parts, strict=True)
-            return torch.cat(scores), torch.cat(features)
+            def forward() -> tuple[Tensor, Tensor]:
+                with torch.set_grad_enabled(with_gradients):
+                    parts = [self._batch(chunk, want_features) for chunk in even_chunks(inputs, self.batch_size)]
+                scores, features = zip(*parts, strict=True)
+                return torch.cat(scores), torch.cat(features)
 
-        return self.fitting(forward, len(inputs), with_gradients)
+            scores, features = self.fitting(forward, len(inputs), with_gradients)
+        if with_gradients and not scores.requires_grad and not self.is_watched:  # a hook may have cut the layers below off
+            raise no_gradient(self.name)
+        return scores, features
 
     def fitting(self, forward: Callable[[], T], rows: int, with_gradients: bool = False) -> T:
         """Call a function that forwards rows in batches, with the batch size halved until they fit into memory.
@@ -244,19 +301,43 @@ class ModuleForward:
                 torch.cuda.empty_cache()
 
     def _batch(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        if not want_features:
+        with record_inputs(self.heads) if want_features else nullcontext() as calls:
             scores = self._scores(inputs, torch.is_grad_enabled())
-            return scores, scores.new_zeros(len(scores), 0)
-        with record_inputs(self.heads) as calls:
-            scores = self._scores(inputs, torch.is_grad_enabled())
-        return scores, features_of(calls, self.name)
+        if scores.shape[1] != self.outputs.count:
+            raise UserError(
+                f"{self.name} returned {scores.shape[1]} scores for an image, but {self.outputs.count} for the first one: expected one "
+                "for each class, whatever the image"
+            )
+        return scores, scores.new_zeros(len(scores), 0) if calls is None else features_of(calls, self.name)
 
-    def _first_scores(self) -> Tensor:
-        """Scores of two plain images; with their gradient if its last operation is of use and the module has one."""
+    def _first_scores(self) -> tuple[Tensor, str | None]:
+        """Scores of the gray inputs, and the last operation that made them, if known.
+
+        A module that takes one of the inputs, but not both at once, gets one at a time from now on.
+        """
         inputs = self.preprocessing.gray_inputs(self.device)
+        try:
+            parts = [self._looked_into(part) for part in even_chunks(inputs, self.batch_size)]
+        except UserError:
+            raise
+        except Exception as error:  # a module may raise anything
+            try:
+                parts = [self._looked_into(row[None]) for row in inputs]
+            except Exception:
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise error from None
+                raise UserError(
+                    f"{self.name} fails on {describe(inputs)} ({type(error).__name__}: {first_line(error)}): check size, channels (mean "
+                    "and std have one number for each) and forward_kwargs"
+                ) from error
+            self.one_at_a_time = True
+        return torch.cat(parts).detach(), last_operation(parts[0])
+
+    def _looked_into(self, inputs: Tensor) -> Tensor:
+        """Scores with their gradient where "auto" has to find out what they are and the module has one."""
         if self.scores == "auto":
             with suppress(Exception), torch.enable_grad():  # a module without gradients fails in many ways
-                return self._scores(inputs.requires_grad_() * 1, plainly=True)  # not a leaf: the module may write into it
+                return self._scores(inputs.detach().requires_grad_(), plainly=True)
         return self._plainly(inputs.detach())
 
     def _plainly(self, inputs: Tensor) -> Tensor:
@@ -264,26 +345,53 @@ class ModuleForward:
             return self._scores(inputs, plainly=True)
 
     def _scores(self, inputs: Tensor, plainly: bool) -> Tensor:
-        """Scores of one batch; plainly: in float32 and not compiled."""
-        if self.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        """Scores of one batch; plainly: in the module's own precision and not compiled."""
         lower = None if plainly or self.precision == "float32" else getattr(torch, self.precision)
         with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
-            if isinstance(self.module, nn.Module):
-                with evaluation_mode(self.module):
-                    output = (self.module if plainly else self._fastest(self.module))(inputs)
-            else:
-                output = self.module(inputs)
+            output = self.run(inputs, plainly)
         classes = self.classes if self._outputs is None else self._outputs.count
         return read_scores(output, len(inputs), self.device, self.name, self.output, classes)
 
-    def _fastest(self, module: nn.Module) -> Callable[[Tensor], Any]:
-        """The module, compiled if wanted, unless hooks look inside it or some of its modules are replaced."""
-        if not self.compiled or self.is_watched or is_rebuilt():
+    def run(self, inputs: Tensor, plainly: bool = True) -> Any:
+        """Call the module on one batch, in evaluation mode, and return whatever it returns.
+
+        It gets a copy of the inputs, in its own precision: a module that writes into its input changes nothing that the caller holds.
+        """
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        given = inputs.to(self.device, self.dtype, copy=True, memory_format=layout)
+        if not isinstance(self.module, nn.Module):
+            return self.module(given, **self.forward_kwargs)
+        with evaluation_mode(self.module):
+            if plainly or self.is_watched or is_rebuilt():  # compiled code passes by hooks and replaced modules
+                with uncompiled(self.module):
+                    return self.module(given, **self.forward_kwargs)
+            return self._fastest(self.module)(given, **self.forward_kwargs)
+
+    def _fastest(self, module: nn.Module) -> Callable[..., Any]:
+        """The module, compiled if wanted."""
+        if not self.compiled:
             return module
         if self._compiled_module is None or self._compiled_module[0] is not module:
             self._compiled_module = (module, torch.compile(module, dynamic=True))
         return self._compiled_module[1]
+
+
+def no_gradient(name: str) -> NotApplicable:
+    return NotApplicable(
+        f"{name} passes no gradient from its scores to its input (quantised layers, NumPy or torch.no_grad stop it): use "
+        "occlusion, rise, lime, kernel_shap, hsic, sobol or a region search"
+    )
+
+
+def eager_module(module: Any) -> Any:
+    """The module that ``torch.compile`` wrapped; anything else as it is."""
+    return getattr(module, "_orig_mod", module) if isinstance(module, nn.Module) else module
+
+
+def first_line(error: BaseException | str) -> str:
+    """What an error says, in one line without the codes that colour a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return text.splitlines()[0].rstrip(" :.") if text else type(error).__name__
 
 
 def automatic_batch_size(pixels: int, device: torch.device) -> int:

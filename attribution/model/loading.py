@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +22,22 @@ from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.model import zoo
 from attribution.model.classifier import Classifier
-from attribution.model.forwarding import resolve_device
+from attribution.model.forwarding import first_line, resolve_device
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "net", "network")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params", *_AVERAGES)
+_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.", "network.", "encoder.", "ema.", "ema_model.")
+_NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}  # how it pickles numbers and arrays
+_HARMLESS: list[Any] = [  # plain values that the checkpoints of training programs hold beside tensors
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
+    *((function, f"numpy.{core}.multiarray.{name}") for name, function in _NUMPY.items() for core in ("core", "_core")),
+]
 _METADATA_KEY = "vision-attribution"
-_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "head", "scores", "output")
+_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "channels", "head", "scores", "output")
 _LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 
 
@@ -32,6 +46,7 @@ def load_classifier(
     *,
     device: str | torch.device = "auto",
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
     pretrained: bool = True,
     class_names: Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -45,8 +60,9 @@ def load_classifier(
             An ``nn.Module`` is wrapped in a ``Classifier`` with ``settings``; a ``Classifier`` is returned unchanged.
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
         checkpoint: file of weights for a timm or torchvision model, in safetensors or in torch's format. A torch file holds a state
-            dict, or a dict with one under a usual key such as "state_dict" or "model", and nothing but tensors. The number of classes
-            is read from the checkpoint.
+            dict, or a dict with one under a usual key such as "state_dict" or "model". Tensors and plain values are read from it; code
+            is never run. The number of classes is read from the checkpoint.
+        checkpoint_key: where the state dict is in the file, such as "state_dict_ema" or "ema.module". Needed where it holds several.
         pretrained: without a checkpoint, load the library's published weights (a download at the first use); False gives
             random weights.
         class_names: names for the classes; the library's own for published weights.
@@ -57,6 +73,8 @@ def load_classifier(
     Raises:
         UserError: an unknown model, weights that cannot be loaded, or a checkpoint that does not fit the model; the message says where.
     """
+    if checkpoint is None and checkpoint_key is not None:
+        raise UserError(f"checkpoint_key {checkpoint_key!r} was given without a checkpoint: give checkpoint=FILE")
     if checkpoint is not None and (isinstance(model, Classifier | nn.Module) or Path(str(model)).suffix == ".safetensors"):
         raise UserError(f"a checkpoint goes with timm:NAME, torchvision:NAME or zoo:NAME: {describe(model)} has its own weights")
     if isinstance(model, Classifier):
@@ -71,7 +89,7 @@ def load_classifier(
     source, _, name = spec.partition(":")
     if source in SOURCES and name:
         where = resolve_device(device)
-        built = SOURCES[source](name, Path(checkpoint) if checkpoint is not None else None, pretrained)
+        built = SOURCES[source](name, None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_key), pretrained)
         names = built.class_names if class_names is None else class_names
         own = {**built.settings, "name": spec, **settings}
         return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
@@ -80,8 +98,29 @@ def load_classifier(
     received = repr(spec) if isinstance(model, str | Path) else describe(model)
     raise UserError(
         f"unknown model {received}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, "
-        "or a .safetensors file written by save_classifier"
+        f"or a .safetensors file written by save_classifier{_meant(spec)}"
     )
+
+
+def _meant(spec: str) -> str:
+    """The way that works for what was given as a model: a bare name, or a file in torch's format."""
+    import timm
+    import torchvision
+
+    if Path(spec).is_file():
+        if _is_torchscript(Path(spec)):
+            return f"; a TorchScript file becomes a classifier in Python, at.Classifier(torch.jit.load({spec!r}), size=...)"
+        return f"; a file of weights goes with the name of its model, as --checkpoint {spec}"
+    known = {"zoo": zoo.ZOO, "timm": timm.list_models(spec), "torchvision": torchvision.models.list_models(module=torchvision.models)}
+    meant = [f"{source}:{spec}" for source, names in known.items() if spec in names]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -116,6 +155,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
             "resize": way.resize,
             "resized": way.resized,
             "interpolation": way.interpolation,
+            "channels": way.channels,
             "head": runner.head,
             "scores": runner.scores,
             "output": runner.output,
@@ -127,6 +167,16 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
 
 
+class Checkpoint(NamedTuple):
+    """A file of weights, and the key of the state dict in it; None for the usual ones."""
+
+    path: Path
+    key: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.key is None else f"{self.path} [{self.key}]"
+
+
 class _Built(NamedTuple):
     """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
 
@@ -135,16 +185,16 @@ class _Built(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def _zoo(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+def _zoo(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
     fresh = name in zoo.ZOO and not pretrained and checkpoint is None
     module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
-        _load_state(module, read_state_dict(checkpoint), checkpoint, f"zoo:{name}")
+        _load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
     settings = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
     return _Built(module, settings, zoo.CLASS_NAMES)
 
 
-def _timm(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
     import timm
 
     if not timm.is_model(name):
@@ -175,7 +225,7 @@ def _timm(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
     return _Built(module, settings, class_names)
 
 
-def _torchvision(name: str, checkpoint: Path | None, pretrained: bool) -> _Built:
+def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -228,40 +278,80 @@ def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, c
     return load_classifier(model, device=device, checkpoint=path, class_names=names, batch_size=batch_size, **own)
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read weights by name from a safetensors file, or from a torch file that holds only tensors. Pickled objects are refused.
+def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Read weights by name from a safetensors file, or from a torch file of tensors and plain values. Pickled code is refused.
+
+    Args:
+        path: the file.
+        key: where the state dict is, such as "state_dict_ema" or "ema.module"; None finds the only one.
 
     Raises:
-        UserError: a file that is missing or damaged, or holds something else.
+        UserError: a file that is missing or damaged, or holds something else or several state dicts.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    found = _state_dicts(loaded)
+    if key is not None:
+        if key not in found:
+            raise UserError(f"{path} has no state dict {key!r}: expected one of {', '.join(filter(None, found)) or 'none, without a key'}")
+        return found[key]
+    if not found:
+        keys = f"; it has {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) and loaded else ""
+        raise UserError(f"{path} holds {describe(loaded)}: expected a state dict, names to tensors{keys}")
+    if len(found) > 1:
+        same = [{name: tuple(value.shape) for name, value in state.items()} for state in found.values()]
+        raise UserError(
+            f"{path} holds several state dicts, {', '.join(found)}{' of the same shapes' if same.count(same[0]) == len(same) else ''}: "
+            f"say which by checkpoint_key (--checkpoint-key), such as {next(iter(found))!r}"
+        )
+    return next(iter(found.values()))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise UserError(
+            f"{path} is TorchScript, a program with its weights: give at.Classifier(torch.jit.load(...), size=...) in Python, or save "
+            "the model's state_dict() with torch.save"
+        )
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged or unsafe files
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        foreign = re.search(r"(?:GLOBAL|class) (\S+?) (?:was not an allowed|which)", str(error))
+        inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = f"it holds an object of {foreign[1]}, whose code would run" if foreign else first_line(inner[1] if inner else error)
         raise UserError(
             f"{path} cannot be read as weights only ({reason}): save model.state_dict() with torch.save, or use safetensors"
         ) from None
-    for key in _WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} holds {describe(loaded)}: expected a state dict, names to tensors")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
-def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Path | None, name: str) -> nn.Module:
+def _state_dicts(loaded: Any) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file by their keys; one that is the file itself, with "" as its key, or is under a usual key of another."""
+    if not isinstance(loaded, Mapping):
+        return {}
+    found = {}
+    for name in _WRAPPERS:
+        for inner, state in _state_dicts(loaded.get(name)).items():
+            found[f"{name}.{inner}" if inner else name] = state
+    if found:
+        return found
+    own = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {"": own} if own else {}
+
+
+def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Checkpoint | None, name: str) -> nn.Module:
     """Build the module with the number of classes of the checkpoint's final layer, and load the weights."""
     if checkpoint is None:
         return build(None)
-    state = read_state_dict(checkpoint)
+    state = read_state_dict(*checkpoint)
     module = build(None)
     expected = module.state_dict()
     state = _without_prefix(state, expected)
@@ -280,16 +370,25 @@ def _head_weight(module: nn.Module) -> str | None:
 
 
 def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip the prefixes of wrappers (DataParallel, Lightning, torch.compile) from the names, as long as no fewer names fit."""
-    while True:
-        options = [{k.removeprefix(p): v for k, v in state.items()} for p in _PREFIXES if all(k.startswith(p) for k in state)]
-        better = [o for o in options if len(o.keys() & expected.keys()) >= len(state.keys() & expected.keys())]
-        if not better or state.keys() <= expected.keys():
-            return state
-        state = better[0]
+    """Strip the prefixes of wrappers (DataParallel, Lightning, torch.compile) from the names, as long as no fewer names fit.
+
+    Where the names below one prefix are all that the model expects, those beside it, such as the weights of a loss, are left out.
+    """
+    while not state.keys() <= expected.keys():
+        below = {p: {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _PREFIXES}
+        whole = [o for o in below.values() if all(k in o or k.endswith("num_batches_tracked") for k in expected)]
+        if len(whole) == 1:
+            return whole[0]
+        same = [
+            o for o in below.values() if len(o) == len(state) and len(o.keys() & expected.keys()) >= len(state.keys() & expected.keys())
+        ]
+        if not same:
+            break
+        state = same[0]
+    return state
 
 
-def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+def _load_state(module: nn.Module, state: dict[str, Tensor], path: Checkpoint, name: str) -> None:
     expected = module.state_dict()
     state = _without_prefix(state, expected)
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -319,9 +418,8 @@ def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module
     except (TypeError, AssertionError):
         raise
     except Exception as error:  # network libraries raise many types
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of {name} could not be loaded ({reason}): connect to the network once, or give --checkpoint FILE"
+            f"the weights of {name} could not be loaded ({first_line(error)}): connect to the network once, or give --checkpoint FILE"
         ) from None
 
 
@@ -339,7 +437,7 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
 
 
-SOURCES: dict[str, Callable[[str, Path | None, bool], _Built]] = {
+SOURCES: dict[str, Callable[[str, Checkpoint | None, bool], _Built]] = {
     "zoo": _zoo,
     "timm": _timm,
     "torchvision": _torchvision,

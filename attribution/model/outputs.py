@@ -63,25 +63,26 @@ class Outputs:
         return self.kind in ("sigmoid", "label_probabilities")
 
     @classmethod
-    def of(cls, scores: Tensor, kind: str, classes: int | None, name: str) -> Outputs:
+    def of(cls, scores: Tensor, kind: str, operation: str | None, classes: int | None, name: str) -> Outputs:
         """Determine the meaning from a first batch of scores.
 
         Args:
-            scores: [n, count]. Where gradients were recorded, "auto" also looks at the operation that made the scores.
+            scores: [n, count].
             kind: one of ``SCORES``. "auto" takes what a sigmoid made for probabilities of labels, rows that are not negative
                 and sum to 1 for probabilities of classes, a single score for the logit of a label, and all others for
                 logits of classes.
+            operation: the last one that changed the scores (see ``last_operation``), if known.
             classes: number of class names, if known.
             name: of the classifier, for messages.
 
         Raises:
             UserError: scores whose meaning must be named; the message says how.
         """
-        count, values = scores.shape[1], scores.detach()
+        count = scores.shape[1]
         found = cls(count, "softmax" if kind == "logits" else cast(Meaning, kind))
         if kind == "auto":
-            found = cls(count, _meaning(values, _last_operation(scores), name))
-        elif kind == "probabilities" and (count == 1 or not _sum_to_one(values, _SUM)):
+            found = cls(count, _meaning(scores, operation, name))
+        elif kind == "probabilities" and (count == 1 or not _sum_to_one(scores, _SUM)):
             found = cls(count, "label_probabilities")
         if count == 1 and not found._elementwise:
             raise UserError(
@@ -215,7 +216,7 @@ def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
     return "sigmoid" if count == 1 else "softmax"
 
 
-def _last_operation(scores: Tensor) -> str | None:
+def last_operation(scores: Tensor) -> str | None:
     """The last operation that changed the values of scores with a gradient, as autograd calls it: "Sigmoid", "Addmm" and so on."""
     node = scores.grad_fn
     while node is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,24 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.checks import check_choice
-from attribution.errors import UserError
+from attribution.errors import UserError, describe
 
 Resize = Literal["squash", "short_side", "long_side"]
 _RESIZES = ("squash", "short_side", "long_side")
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+_LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's conversion to gray, ITU-R 601
+CHANNELS: dict[str, tuple[tuple[float, float, float, float], ...]] = {  # each from red, green, blue and 1
+    "RGB": ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)),
+    "BGR": ((0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0)),
+    "L": ((*_LUMA, 0),),
+    "RGBA": ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
+}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Images [n, 3, H, W] in [0, 1] become model inputs [n, 3, h, w]: resized, cropped or padded around the centre, normalised.
+    """Images [n, 3, H, W] in [0, 1] become model inputs [n, C, h, w]: resized, cropped or padded around the centre, normalised.
 
     Attributes:
         size: (h, w) of the model input, pixels.
-        mean, std: per channel, red green blue of an image; the input is (image - mean) / std.
+        mean, std: per channel of the model input, which is (image - mean) / std.
         resize: "squash" resizes each side on its own. "short_side" and "long_side" keep the aspect ratio: the image is cropped to the
             input where it is larger, and padded with the mean colour where it is smaller.
         resized: (h, w) that the resize aims at, before the crop; None means size.
         interpolation: "bilinear" or "bicubic", both antialiased as in Pillow, or "nearest".
+        channels: of the model input, made from the red, green and blue of an image: "RGB", "BGR", "L" (gray, as Pillow converts) or
+            "RGBA" (opaque). None changes nothing: the mean has as many numbers as what is given has channels, such as maps of a layer.
     """
 
     size: tuple[int, int]
@@ -37,32 +46,61 @@ class Preprocessing:
     resize: Resize = "squash"
     resized: tuple[int, int] | None = None
     interpolation: str = "bilinear"
+    channels: str | None = None
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise UserError(f"input size {self.size}: expected a positive height and width")
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise UserError(f"mean {self.mean} and std {self.std}: expected three numbers each, std positive")
+            count = {1: "one number", 3: "three numbers"}.get(len(self.mean), f"{len(self.mean)} numbers")
+            raise UserError(f"mean {self.mean} and std {self.std}: expected {count} each, std positive")
         check_choice("resize", self.resize, _RESIZES)
         check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
+        if self.channels is not None:
+            check_choice("channels", self.channels, CHANNELS)
+            if len(self.mean) != len(CHANNELS[self.channels]):
+                raise UserError(f"mean {self.mean}: expected one number for each channel of {self.channels}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, h, w) of a model input."""
         return (len(self.mean), *self.size)
 
+    @property
+    def mean_colour(self) -> tuple[float, ...]:
+        """The colour of an image whose input is zero; three numbers, red, green and blue."""
+        return self._colour(self.mean)
+
+    @property
+    def std_colour(self) -> tuple[float, ...]:
+        """The standard deviation of red, green and blue."""
+        return self._colour(self.std)
+
+    def _colour(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        return {"L": values * 3, "BGR": values[::-1], "RGBA": values[:3]}.get(self.channels or "", values)
+
     def __call__(self, images: Tensor) -> Tensor:
-        return self.linear(images - images.new_tensor(self.mean)[:, None, None])
+        return self._scaled(self._mixed(images, 1) - images.new_tensor(self.mean)[:, None, None])
+
+    def _mixed(self, images: Tensor, one: float) -> Tensor:
+        """The channels of the model input [n, C, H, W] from those of images, or of differences of images, where one is 0."""
+        if self.channels in (None, "RGB"):
+            return images
+        mix = images.new_tensor(CHANNELS[self.channels])
+        return torch.einsum("ck,nkhw->nchw", mix[:, :3], images) + one * mix[:, 3, None, None]
 
     def gray_inputs(self, device: torch.device) -> Tensor:
         """Two model inputs [2, channels, h, w]: of a gray image, and of one that goes from black to white, left to right."""
-        images = torch.full((2, *self.shape), 0.5, device=device)
+        images = torch.full((2, 3 if self.channels else len(self.mean), *self.size), 0.5, device=device)
         images[1] = torch.linspace(0, 1, images.shape[-1], device=device)
-        offset, scale = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return (images - offset[:, None, None]) / scale[:, None, None]
+        return replace(self, resize="squash", resized=None)(images)
 
     def linear(self, images: Tensor) -> Tensor:
-        """The linear part: what a difference of two images [n, 3, H, W] becomes as a difference of two inputs [n, 3, h, w]."""
+        """The linear part: what a difference of two images [n, 3, H, W] becomes as a difference of two inputs [n, C, h, w]."""
+        return self._scaled(self._mixed(images, 0))
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        """Resized, cropped or padded, and divided by the standard deviation."""
         target = self._resized_size(images.shape[-2], images.shape[-1])
         if target != tuple(images.shape[-2:]):
             if self.interpolation == "nearest":
@@ -121,9 +159,24 @@ def checked_sides(size: Any) -> tuple[int, int]:
     return height, width
 
 
-def checked_triple(values: Any) -> tuple[float, float, float]:
-    numbers = np.asarray(values)
-    if numbers.shape not in ((), (3,)) or numbers.dtype.kind not in "fiu":
-        raise UserError(f"mean and std take three numbers, red, green and blue: received {values!r}")
-    red, green, blue = np.broadcast_to(numbers, 3).tolist()
-    return float(red), float(green), float(blue)
+def checked_channels(mean: Any, std: Any, channels: str | None) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and standard deviation of each channel, and what the channels are: RGB for three numbers or none, L for one in a list.
+
+    Raises:
+        UserError: numbers that do not fit each other, or four of them where the fourth channel is not named.
+    """
+    numbers = [np.asarray(values) for values in (mean, std)]
+    for name, given in zip(("mean", "std"), numbers, strict=True):
+        if given.ndim > 1 or not given.size or given.dtype.kind not in "fiu":
+            raise UserError(f"{name} is {describe(given) if given.ndim else given.item()!r}: expected one number for each channel")
+    lengths = {len(given) for given in numbers if given.ndim}
+    if channels is None:
+        if lengths - {1, 3}:
+            raise UserError(f"mean and std have {max(lengths)} numbers: expected 1 or 3, or say what they are by channels, such as 'RGBA'")
+        channels = "L" if lengths == {1} else "RGB"
+    check_choice("channels", channels, CHANNELS)
+    count = len(CHANNELS[channels])
+    if lengths - {count}:
+        raise UserError(f"mean {mean!r} and std {std!r}: expected {count} numbers each, one for each channel of {channels}")
+    own_mean, own_std = (tuple(float(value) for value in np.broadcast_to(given, count)) for given in numbers)
+    return own_mean, own_std, channels

@@ -18,7 +18,9 @@ from attribution.hooks import (
     counted_calls,
     edited_outputs,
     evaluation_mode,
+    exclusive,
     frozen_parameters,
+    hookable,
     record_inputs,
     record_outputs,
     removed_after,
@@ -125,7 +127,7 @@ def find_feature_layer(task: Task, layer: str | nn.Module | FeatureLayer | None 
     if layer is None:
         layer = task.structure["feature layer"]
     found = layer if isinstance(layer, FeatureLayer) else _named(task, _record(task), layer)
-    task.chosen["layer"] = found.name
+    task.notes["layer"] = found.name
     return found
 
 
@@ -311,16 +313,16 @@ def _count_operations(task: Task) -> Counter[str]:
                 counts["attention" if name.startswith(("scaled_dot_product", "native_multi")) else name] += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), evaluation_mode(task.module), Count():
-        task.module(task.inputs)
+    with torch.no_grad(), Count():
+        task.run()
     return counts
 
 
 def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.Module]:
     """How often each module of some kinds is called in one forward pass."""
     if "calls" not in task.structure:
-        with counted_calls(list(task.module.modules())) as counts, torch.no_grad(), evaluation_mode(task.module):
-            task.module(task.inputs)
+        with counted_calls(list(task.module.modules())) as counts, torch.no_grad():
+            task.run()
         task.structure["calls"] = counts
     return Counter({module: count for module, count in task.structure["calls"].items() if isinstance(module, kinds)})
 
@@ -331,7 +333,7 @@ def elementwise_modules(task: Task) -> list[nn.Module]:
     found = []
     with torch.no_grad(), evaluation_mode(task.module):
         with record_inputs(leaves) as calls:
-            task.module(task.inputs)
+            task.run()
         for module, values in dict(calls).items():
             half = values * (torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) < 0.5).to(values)
             whole, part = module(values.clone()), module(half.clone())
@@ -343,14 +345,14 @@ def elementwise_modules(task: Task) -> list[nn.Module]:
 def _record(task: Task) -> list[_Call]:
     """Every module's call in one forward pass, in the order in which the calls end."""
     calls: list[_Call] = []
-    with removed_after(_hooks(task, calls.append)), torch.no_grad(), evaluation_mode(task.module):
-        task.module(task.inputs)
+    with exclusive(task.module), removed_after(_hooks(task, calls.append)), torch.no_grad():
+        task.run()
     return calls
 
 
 def _hooks(task: Task, remember: Callable[[_Call], None], before: Callable[[], None] = lambda: None) -> list[RemovableHandle]:
     """Hooks that tell each call of a module when it ends; ``before`` is called first, also when a module is called."""
-    names = {module: name for name, module in task.module.named_modules()}
+    names = {module: name for name, module in task.module.named_modules() if hookable([module])}
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         before()

@@ -156,7 +156,7 @@ def _run(module: nn.Module, image: tuple[int, int]) -> _Run:
     handles += [layer.register_forward_pre_hook(measure) for layer in module.modules()]
     error = None
     flat_head = False
-    with removed_after(handles), evaluation_mode(module), torch.no_grad():
+    with evaluation_mode(module), removed_after(handles), torch.no_grad():
         try:
             module(black)
         except torch.OutOfMemoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,8 +72,8 @@ class Segment:
                 return Activation(self.classifier.logits(images))
             module = module_of(self.classifier)
             grad = torch.set_grad_enabled(torch.is_grad_enabled() and given.maps.requires_grad)
-            with evaluation_mode(module), grad, stopped_after(module.get_submodule(self.stop.name)) as found:
-                module(images)
+            with grad, stopped_after(module.get_submodule(self.stop.name)) as found:
+                self.classifier.runner.run(images)
         return Activation(self.stop.to_map(found[0]), found[0])
 
     def _standing(self, given: Activation) -> tuple[Tensor, AbstractContextManager[Any]]:
@@ -99,7 +100,7 @@ class Probe:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier, self.images = _for_parts(classifier), _two_images(classifier)
-        self.one, self.two = (trace(module_of(classifier), images) for images in (self.images[:1], self.images))
+        self.one, self.two = (trace(module_of(classifier), images, classifier.runner.run) for images in (self.images[:1], self.images))
 
     @cached_property
     def task(self) -> Task:
@@ -194,8 +195,14 @@ class Call:
         return {"tokens": shape[1]} if len(shape) == 3 else {}
 
 
-def trace(module: nn.Module, images: Tensor) -> list[Call]:
-    """The calls of a forward pass, in the order in which they began. If the pass fails, those that ended before."""
+def trace(module: nn.Module, images: Tensor, run: Callable[[Tensor], Any] | None = None) -> list[Call]:
+    """The calls of a forward pass, in the order in which they began. If the pass fails, those that ended before.
+
+    Args:
+        module: the network.
+        images: what it is given.
+        run: calls it, such as ``ModuleForward.run``; None calls it directly.
+    """
     names = {each: name for name, each in module.named_modules()}
     begun: list[tuple[str, int | None]] = []  # the module's name, and the call it is part of
     ended: dict[int, tuple[int, Any]] = {}
@@ -212,9 +219,9 @@ def trace(module: nn.Module, images: Tensor) -> list[Call]:
             versions[id(output)] = output._version
 
     handles = [each.register_forward_pre_hook(enter) for each in names] + [each.register_forward_hook(leave) for each in names]
-    with removed_after(handles), torch.no_grad(), evaluation_mode(module):
+    with evaluation_mode(module), removed_after(handles), torch.no_grad():
         try:
-            module(images)
+            (run or module)(images)
         except (RuntimeError, ValueError, AssertionError):  # a head of fixed size, after the maps
             if not ended:
                 raise

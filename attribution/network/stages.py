@@ -103,7 +103,7 @@ def last_growing_map(classifier: Classifier, larger: Classifier) -> FeatureLayer
 def grid_positions(larger: Classifier) -> dict[str, dict[str, int]]:
     """Number of positions of each module's output for a grid (``Call.positions``), without the whole network if it fails."""
     images = torch.zeros(1, *larger.preprocessing.shape, device=larger.device)
-    return {call.name: call.positions for call in trace(module_of(larger), images)}
+    return {call.name: call.positions for call in trace(module_of(larger), images, larger.runner.run)}
 
 
 def at_grid(layer: FeatureLayer, larger: Classifier, n: int) -> FeatureLayer:

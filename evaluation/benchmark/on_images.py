@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attribution.baselines.attribute import attribute
 from attribution.dropping import follow_patches
-from attribution.errors import NotApplicable, UserError
+from attribution.errors import ChanceWarning, NotApplicable, UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.files import slug
@@ -220,7 +220,9 @@ class _Prepared:
             options["regions"] = self.regions
         if spec.is_search:
             return explain(image, self.classifier, self.target, search=spec.method, **options)
-        return attribute(image, self.classifier, spec.method, self.target, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ChanceWarning)  # the seeds and intervals of the study show it
+            return attribute(image, self.classifier, spec.method, self.target, **options)
 
     def case(self, explanation: Explanation, spec: MethodSpec, seed: int) -> Case:
         def again(image: Tensor) -> Explanation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from attribution import __version__
 from attribution.checks import LARGEST_SEED, check_seed, check_whole, is_number, is_whole
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
+from attribution.image import load_image
 from attribution.model.classifier import Classifier
 from evaluation.data.dataset import ImageDataset
 
@@ -193,8 +194,10 @@ class GridSet:
 
 def _cell(classifier: Classifier, image: Tensor) -> Tensor:
     """float32 [3, h, w] in [0, 1]: the model input before its normalisation."""
-    inputs = classifier.inputs(image)[0]
-    mean, std = (inputs.new_tensor(values)[:, None, None] for values in (classifier.preprocessing.mean, classifier.preprocessing.std))
+    way = classifier.preprocessing
+    way = replace(way, mean=way.mean_colour, std=way.std_colour, channels="RGB")
+    inputs = way(load_image(image)[None].to(classifier.device))[0]
+    mean, std = (inputs.new_tensor(values)[:, None, None] for values in (way.mean, way.std))
     return (inputs * std + mean).clamp(0, 1).cpu()
 
 

@@ -62,7 +62,7 @@ class GridView:
     def __init__(self, model: GridModel, grid: Tensor, settings: Sequence[str] = SETTINGS) -> None:
         self.model, self.grid, self.settings = model, grid, tuple(settings)
         way = model.classifier.preprocessing
-        self.preprocessing = Preprocessing(model.size, way.mean, way.std)
+        self.preprocessing = Preprocessing(model.size, way.mean, way.std, channels=way.channels)
         self.inputs = self.preprocessing(grid[None].to(model.classifier.device))
         self.partitions: dict[str, Tensor] = {}
         self._found: dict[str, tuple[Tensor, int]] = {}
@@ -103,7 +103,7 @@ class GridView:
         image, fill = maps[0].cpu(), torch.zeros_like(maps[0]).cpu()
         if self.model.layer is None:
             image = split_cells(self.grid[None], self.model.n)[cell] if alone else self.grid
-            fill = make_fill(image, self.model.classifier.preprocessing.mean)
+            fill = make_fill(image, self.model.classifier.preprocessing.mean_colour)
         structure = self.model.structures.setdefault((setting, alone), {})
         return Task(classifier, image, fill, target, maps, torch.zeros_like(maps), seed, structure)
 

@@ -194,7 +194,7 @@ def _prefix_scorer(classifier: Classifier, image: Tensor, labels: Tensor, target
         hiding, masked = masked_inputs(classifier, image, labels, DROP)
         return lambda order: prefix_scores(_score(hiding, protocol.output), masked, order, target)
     if is_named(protocol.fill, (LINEAR,)):
-        std = classifier.preprocessing.std
+        std = classifier.preprocessing.std_colour
 
         def composed(shown: Tensor) -> Tensor:
             return impute(here, shown, std=std, seed=seed)

@@ -93,7 +93,7 @@ def road(
     ranking = pixel_steps(values, values.numel())[0]
     removed = [math.floor(p * ranking.numel() / 100 + 1e-9) for p in percentages]  # 57 / 100 * 100 is below 57 in floats
     most, least = torch.tensor(removed), ranking.numel() - torch.tensor(removed)
-    std = classifier.preprocessing.std
+    std = classifier.preprocessing.std_colour
 
     def imputed(shown: Tensor) -> Tensor:
         return impute(small.to(classifier.device), shown, noise=noise, std=std, seed=seed)

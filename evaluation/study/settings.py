@@ -14,7 +14,6 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,6 +84,7 @@ class StudySettings:
     samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
     checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
+    checkpoint_key: str | None = setting(None, numbers=False, help="Where the weights are in a checkpoint that holds several.")
     classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
     scores: str | None = setting(None, choices=SCORES, numbers=False, help=SCORES_HELP)
     device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
@@ -169,8 +169,8 @@ def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
     if isinstance(model, Classifier):
         return model
     names = None if settings.classes is None else read_class_names(Path(settings.classes))
-    load = partial(load_classifier, checkpoint=settings.checkpoint, class_names=names, scores=settings.scores)
-    return load(model, device=settings.device, batch_size=settings.batch_size)
+    given: dict[str, Any] = {"checkpoint": settings.checkpoint, "checkpoint_key": settings.checkpoint_key, "class_names": names}
+    return load_classifier(model, device=settings.device, batch_size=settings.batch_size, scores=settings.scores, **given)
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:

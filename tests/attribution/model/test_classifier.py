@@ -92,7 +92,12 @@ def test_long_side_shows_the_whole_image_on_the_mean_colour() -> None:
     [
         ({"size": 0}, r"input size \(0, 0\): expected a positive height and width"),
         ({"std": (1, 0, 1)}, "expected three numbers each, std positive"),
-        ({"mean": (0.5,)}, r"mean and std take three numbers, red, green and blue: received \(0\.5,\)"),
+        ({"mean": (0.5,) * 4}, "mean and std have 4 numbers: expected 1 or 3, or say what they are by channels, such as 'RGBA'"),
+        ({"mean": (0.5, 0.5)}, "mean and std have 2 numbers: expected 1 or 3"),
+        ({"mean": (0.5,), "channels": "RGB"}, r"mean \(0\.5,\) and std 1\.0: expected 3 numbers each, one for each channel of RGB"),
+        ({"mean": (0.5,), "std": (1, 1, 1)}, "expected 3 numbers each, one for each channel of RGB"),
+        ({"mean": "gray"}, "mean is 'gray': expected one number for each channel"),
+        ({"channels": "YUV"}, "channels is 'YUV': expected one of RGB, BGR, L, RGBA"),
         ({"size": 3.5}, r"input size 3\.5: expected a whole number"),
         ({"resize": "stretch"}, "resize is 'stretch': expected one of squash, short_side, long_side"),
         ({"interpolation": "lanczos"}, "interpolation is 'lanczos': expected one of bilinear, bicubic, nearest"),
