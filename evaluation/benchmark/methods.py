@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import nn
+
 from attribution.baselines import METHOD_PRESETS
-from attribution.baselines.attribute import METHODS
+from attribution.baselines.attribute import METHODS, attribute
+from attribution.baselines.options import FORMER, check_options
 from attribution.errors import UserError, describe
+from attribution.explain import explain
+from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.search import SEARCHES
@@ -58,6 +64,27 @@ class MethodSpec:
         known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
         if self.preset is not None and self.preset not in known:
             raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
+        general = inspect.signature(explain if self.is_search else attribute).parameters
+        own = {name: value for name, value in self.options.items() if name not in general}
+        if self.is_search and own:
+            raise UserError(f"{self.method} takes no option {', '.join(own)}: expected some of {', '.join(list(general)[2:])}")
+        if not self.is_search:
+            former = FORMER.get(self.method, {})
+            unknown = [name for name in own if former.get(name, name) not in METHODS[self.method].options]
+            if unknown:
+                check_options(self.method, METHODS[self.method].function, dict.fromkeys(unknown))
+
+    def check_layer(self, classifier: Classifier) -> None:
+        """Refuse a layer that a model does not have, before any image is explained.
+
+        Raises:
+            UserError: no module of that name.
+        """
+        layer, module = self.options.get("layer"), classifier.module
+        if isinstance(layer, str) and isinstance(module, nn.Module):
+            names = [name for name, _ in module.named_modules()]
+            if layer not in names:
+                raise UserError(f"{self.label}: {classifier.name} has no layer {layer!r}: its last layers are {', '.join(names[-4:])}")
 
     @property
     def is_search(self) -> bool:
