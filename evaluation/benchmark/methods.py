@@ -13,7 +13,6 @@ from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
 from attribution.baselines.options import FORMER, check_options
 from attribution.errors import UserError, describe
-from attribution.explain import explain
 from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
@@ -64,14 +63,9 @@ class MethodSpec:
         known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
         if self.preset is not None and self.preset not in known:
             raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
-        general = inspect.signature(explain if self.is_search else attribute).parameters
-        own = {name: value for name, value in self.options.items() if name not in general}
-        if self.is_search and own:
-            raise UserError(f"{self.method} takes no option {', '.join(own)}: expected some of {', '.join(list(general)[2:])}")
         if not self.is_search:
-            former = FORMER.get(self.method, {})
-            unknown = [name for name in own if former.get(name, name) not in METHODS[self.method].options]
-            if unknown:
+            taken = {*inspect.signature(attribute).parameters, *METHODS[self.method].options, *FORMER.get(self.method, {})}
+            if unknown := [name for name in self.options if name not in taken]:
                 check_options(self.method, METHODS[self.method].function, dict.fromkeys(unknown))
 
     def check_layer(self, classifier: Classifier) -> None:
