@@ -48,7 +48,7 @@ _SLACK = 0.25  # share of a patch that may belong to other regions, as at border
 
 
 def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Classifier, RegionInputs]:
-    """The same classifier on inputs of four channels (red, green, blue and hidden), and such inputs for any subsets of regions.
+    """The same classifier on inputs with one more channel (1 where hidden), and such inputs for any subsets of regions.
 
     Shown pixels are not changed: no fill is painted, which a resize could blur into them.
 
@@ -68,8 +68,8 @@ def dropping(classifier: Classifier, image: Tensor, labels: Tensor) -> tuple[Cla
             f"fill 'drop' hides whole patches of {patch[0]}x{patch[1]} pixels, but no region has more than {least:.0%} of one of "
             f"{classifier.name}: give regions that follow them, at.follow_patches(classifier, regions)"
         )
-    four = replace(way, mean=(*way.mean, 0.0), std=(*way.std, 1.0))
-    hiding = classifier.with_forward(DroppingForward(classifier.forward, parts), preprocessing=four)
+    more = replace(way, mean=(*way.mean, 0.0), std=(*way.std, 1.0), channels=None)
+    hiding = classifier.with_forward(DroppingForward(classifier.forward, parts), preprocessing=more)
     return hiding, _DroppedInputs(classifier, image, labels, patches.owners, patch)
 
 
@@ -155,11 +155,11 @@ class _Axis:
 
 
 class _DroppedInputs(RegionInputs):
-    """Inputs [n, 4, h, w]: the unchanged image, and 1 where a patch is hidden."""
+    """Inputs [n, C + 1, h, w]: the unchanged image, and 1 where a patch is hidden."""
 
     def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, owners: Tensor, patch: tuple[int, int]) -> None:
         whole = classifier.preprocessing(image[None].to(classifier.device))
-        super().__init__(labels, 4 * whole[0, 0].numel())
+        super().__init__(labels, (len(whole[0]) + 1) * whole[0, 0].numel())
         self._whole, self._patch = whole, patch
         self._owners, self._is_owned = owners.clamp(min=0).to(whole.device), (owners >= 0).to(whole)
 
@@ -188,7 +188,7 @@ class _Transformer:
 
 @dataclass(frozen=True, eq=False)
 class DroppingForward(Relay):
-    """Takes inputs [n, 4, h, w], red green blue and hidden, and computes their scores without the tokens of hidden patches.
+    """Takes inputs [n, C + 1, h, w], of which the last channel says what is hidden, and computes their scores without the tokens of hidden patches.
 
     Attributes:
         parts: of the vision transformer that the base runs.
@@ -203,8 +203,8 @@ class DroppingForward(Relay):
         inputs = inputs.to(self.runner.device)
         (height, width), sides = self.parts.patch, inputs.shape[2:]
         rows, columns = (length * (side // length) for side, length in zip(sides, self.parts.patch, strict=True))
-        shown = inputs[:, 3, :rows:height, :columns:width].flatten(1) < 0.5  # a patch is hidden as a whole
-        return self.runner.fitting(lambda: self._by_count(inputs[:, :3], shown, want_features), len(inputs))
+        shown = inputs[:, -1, :rows:height, :columns:width].flatten(1) < 0.5  # a patch is hidden as a whole
+        return self.runner.fitting(lambda: self._by_count(inputs[:, :-1], shown, want_features), len(inputs))
 
     def _by_count(self, pixels: Tensor, shown: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         """Forward rows that keep the same number of tokens together; scores and features in the order of the rows."""

@@ -33,6 +33,9 @@ def measure_benchmark(run: Run[BenchmarkSettings]) -> Results:
     grid_models: dict[str, dict[str, Any]] = {}
     for model, name in zip(settings.models, settings.model_names, strict=True):
         classifier, refusals = named_model(settings, model), Refusals(run, name)
+        if not run.reading:
+            for spec in settings.methods:
+                spec.check_layer(classifier)
         models[name] = _facts(classifier)
         dataset = named_data(settings, classifier.class_names)
         images = OnImages(run, classifier, dataset, refusals)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import nn
+
 from attribution.baselines import METHOD_PRESETS
-from attribution.baselines.attribute import METHODS
+from attribution.baselines.attribute import METHODS, attribute
+from attribution.baselines.options import FORMER, check_options
 from attribution.errors import UserError, describe
+from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.search import SEARCHES
@@ -58,6 +63,22 @@ class MethodSpec:
         known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
         if self.preset is not None and self.preset not in known:
             raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
+        if not self.is_search:
+            taken = {*inspect.signature(attribute).parameters, *METHODS[self.method].options, *FORMER.get(self.method, {})}
+            if unknown := [name for name in self.options if name not in taken]:
+                check_options(self.method, METHODS[self.method].function, dict.fromkeys(unknown))
+
+    def check_layer(self, classifier: Classifier) -> None:
+        """Refuse a layer that a model does not have, before any image is explained.
+
+        Raises:
+            UserError: no module of that name.
+        """
+        layer, module = self.options.get("layer"), classifier.module
+        if isinstance(layer, str) and isinstance(module, nn.Module):
+            names = [name for name, _ in module.named_modules()]
+            if layer not in names:
+                raise UserError(f"{self.label}: {classifier.name} has no layer {layer!r}: its last layers are {', '.join(names[-4:])}")
 
     @property
     def is_search(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import attribution as at
 from attribution.baselines.attribute import attribute
 from attribution.baselines.perturbation import _covering_windows, hsic_indices, jansen_indices, sobol_design
+from attribution.errors import ChanceWarning
 from attribution.task import seeded
 
 SIDE = 4  # cells a side of the linear problems
@@ -401,3 +402,16 @@ def test_the_fill_is_what_hidden_pixels_show(cnn: at.Classifier, small_cat: Tens
         quick = {"sliding_window_shapes": 16, "strides": 16} if method == "occlusion" else {}
         assert attribute(small_cat, cnn, method, 3, fill=small_cat, **quick).pixel_map.abs().max() < 1e-4
         assert attribute(small_cat, cnn, method, 3, fill="black", **quick).pixel_map.abs().max() > 0.01
+
+
+def test_rise_says_how_stable_it_is(cnn: at.Classifier, small_cat: Tensor, recwarn: pytest.WarningsRecorder) -> None:
+    """Against the correlation of maps of other seeds."""
+    maps = [attribute(small_cat, cnn, "rise", "cat", samples=500, seed=seed) for seed in range(6)]
+    pairs = torch.corrcoef(torch.stack([each.pixel_map.flatten() for each in maps]))
+    measured = float((pairs.sum() - 6) / 30)
+    said = [each.provenance["stable"] for each in maps]
+    assert abs(sum(said) / 6 - measured) < 0.15 and measured < 0.9
+    assert not recwarn.list  # who gives a number of samples has chosen it
+    with pytest.warns(ChanceWarning, match="maps of rise for two seeds would have a correlation of about 0"):
+        attribute(small_cat, cnn, "rise", "cat")
+    assert "stable" not in attribute(small_cat, cnn, "occlusion", "cat").provenance

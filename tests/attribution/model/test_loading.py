@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -371,3 +373,68 @@ def test_a_checkpoint_beside_a_model_that_has_weights_is_not_ignored(kind: str, 
 def test_device_that_cannot_be_used(model: str | nn.Module, device: str) -> None:
     with pytest.raises(at.UserError, match=rf"device '{device}' cannot be used \(.+\): expected auto, cpu, cuda, cuda:N or mps"):
         at.load_classifier(model, device=device, **({} if isinstance(model, str) else {"size": 2}))
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out=Path("run")), "epoch": np.int64(3), "best": np.float32(0.5)},
+        lambda state: {"weights": state, "history": np.arange(3.0), "rates": [np.float64(1e-3)]},
+        lambda state: {"params": state},
+        lambda state: {"model_state": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {"ema": {"module": state, "decay": 0.9}},
+        lambda state: {"state_dict": {**{f"model.{key}": value for key, value in state.items()}, "loss.pos_weight": torch.ones(5)}},
+        lambda state: {f"encoder.{key}": value for key, value in state.items()},
+    ],
+    ids=["deit", "numpy", "params", "parallel", "ema", "lightning", "encoder"],
+)
+def test_layouts_of_checkpoints(around: Callable[[dict], Any], tmp_path: Path) -> None:
+    state = timm_module(classes=5).state_dict()
+    loaded = at.load_classifier("timm:resnet10t", checkpoint=saved(tmp_path / "checkpoint.pth", around(state)))
+    assert all(torch.equal(value, state[key]) for key, value in loaded.module.state_dict().items())
+
+
+def test_a_checkpoint_with_two_state_dicts_asks_for_one(tmp_path: Path) -> None:
+    state = timm_module(classes=5).state_dict()
+    averaged = {key: value * 0.5 for key, value in state.items()}
+    path = saved(tmp_path / "last.pth.tar", {"state_dict": state, "state_dict_ema": averaged, "optimizer": {"state": {}}})
+    with pytest.raises(at.UserError, match=r"several state dicts, state_dict, state_dict_ema of the same shapes: say which by"):
+        at.load_classifier("timm:resnet10t", checkpoint=path)
+    for key, expected in (("state_dict", state), ("state_dict_ema", averaged)):
+        loaded = at.load_classifier("timm:resnet10t", checkpoint=path, checkpoint_key=key)
+        assert torch.equal(loaded.module.fc.weight, expected["fc.weight"])
+    with pytest.raises(at.UserError, match="has no state dict 'ema': expected one of state_dict, state_dict_ema"):
+        at.load_classifier("timm:resnet10t", checkpoint=path, checkpoint_key="ema")
+    with pytest.raises(at.UserError, match="checkpoint_key 'ema' was given without a checkpoint"):
+        at.load_classifier("zoo:cnn", checkpoint_key="ema")
+
+
+class Foreign:
+    """What a weights-only file must not hold."""
+
+
+def test_messages_of_files_are_one_plain_line(tmp_path: Path) -> None:
+    foreign = saved(tmp_path / "foreign.pth", {"model": {"weight": torch.ones(1)}, "args": Foreign()})
+    with pytest.raises(at.UserError) as caught:
+        read_state_dict(foreign)
+    assert "it holds an object of" in str(caught.value) and "Foreign, whose code would run" in str(caught.value)
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_files_and_bare_names_point_to_the_way_that_works(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with pytest.raises(at.UserError, match=r"net\.pt is TorchScript, a program with its weights: give at\.Classifier\(torch\.jit\.load"):
+        at.load_classifier("timm:resnet10t", checkpoint=path)
+    with pytest.raises(at.UserError, match=r"; a TorchScript file becomes a classifier in Python, at\.Classifier\(torch\.jit\.load"):
+        at.load_classifier(str(path))
+    with pytest.raises(at.UserError, match=r"; a file of weights goes with the name of its model, as --checkpoint .*plain\.pth"):
+        at.load_classifier(saved(tmp_path / "plain.pth", {}))
+    with pytest.raises(at.UserError, match=r"; did you mean timm:resnet18 or torchvision:resnet18\?$"):
+        at.load_classifier("resnet18")

@@ -522,3 +522,12 @@ def test_images_draw_independently(tmp_path: Path) -> None:
     random_scores = {value for (_, _, method, _, _), value in found.items() if method == "random"}
     assert len(random_scores) == 4
     assert len({value for (_, _, method, _, _), value in found.items() if method == "saliency"}) == 1
+
+
+def test_a_wrong_option_or_layer_is_found_before_any_image(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "data", 1)
+    with pytest.raises(at.UserError, match="grad_cam takes no option bogus: expected layer, output"):
+        settings(data, methods=[{"method": "grad_cam", "options": {"bogus": 2}}])
+    chosen = settings(data, methods=["saliency", {"method": "grad_cam", "options": {"layer": "layer9"}}])
+    with pytest.raises(at.UserError, match="grad_cam: linear has no layer 'layer9': its last layers are"):
+        ev.run_benchmark(chosen, tmp_path / "out")
