@@ -188,7 +188,7 @@ class _Transformer:
 
 @dataclass(frozen=True, eq=False)
 class DroppingForward(Relay):
-    """Takes inputs [n, C + 1, h, w], of which the last channel says what is hidden, and computes their scores without the tokens of hidden patches.
+    """Takes inputs [n, C + 1, h, w], of which the last channel is 1 where hidden, and computes scores without the tokens of hidden patches.
 
     Attributes:
         parts: of the vision transformer that the base runs.
