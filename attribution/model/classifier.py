@@ -34,7 +34,7 @@ class Identity:
     Attributes:
         name, preprocessing, class_names: of the classifier.
         weights: their digest; None for a black box.
-        settings: the precision unless it is float32, and the meaning of the scores where classes do not exclude each other.
+        settings: the precision, the meaning of the scores and the output chosen, where they are not the usual ones.
     """
 
     name: str
@@ -193,9 +193,14 @@ class Classifier:
     @property
     def identity(self) -> Identity:
         """What numbers depend on. Memory layout and compiling are left out: they change the rounding of float32 and no more."""
-        precision = [] if self.precision == "float32" else [self.precision]
-        meaning = [self.outputs.kind] if self.outputs.independent else []
-        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, (*precision, *meaning))
+        runner, settings = self.runner, []
+        if self.precision != "float32":
+            settings.append(self.precision)
+        if runner.scores not in ("auto", "softmax", "logits"):
+            settings.append(runner.scores)
+        if runner.output is not None:
+            settings.append(f"output {getattr(runner.output, '__qualname__', runner.output)}")
+        return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, tuple(settings))
 
     def target_index(self, target: int | str) -> int:
         """The class index of a name (exact, or unique regardless of case) or of an index.

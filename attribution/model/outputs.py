@@ -207,7 +207,8 @@ def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
             "output=, or give scores='softmax' if they are logits"
         )
     is_linear = operation is not None and _LINEAR.match(operation) is not None
-    if shares and not is_linear and (count == 1 or operation is None):
+    looks_alike = shares if count == 1 else operation is None and bool(((values > 0) & (values < 1)).all())
+    if looks_alike and not is_linear:
         single = "scores='sigmoid'" if count == 1 else "scores='softmax' or 'sigmoid'"
         raise UserError(
             f"{unknown}probabilities or logits: give {single} if they are logits, or scores='label_probabilities' if each is the "

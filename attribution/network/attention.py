@@ -72,9 +72,8 @@ def open_attention(module: nn.Module, rules: AttentionRules | None = None) -> It
     """Run the block with every attention of a module open; each call appends what it computed to the list, in order."""
     opened = _Open(rules or AttentionRules())
     # torch's own module calls a function that hides the fused one inside
-    parts: dict[nn.Module, Callable[..., Any]] = {
-        each: _multihead(each) for each in module.modules() if isinstance(each, nn.MultiheadAttention)
-    }
+    inner = [each for each in module.modules() if isinstance(each, nn.MultiheadAttention)]
+    parts: dict[nn.Module, Callable[..., Any]] = {each: _multihead(each) for each in inner}
     with replaced_forwards(parts), opened:
         yield opened.calls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from attribution.task import Task
 MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 _MOST_STRETCH = math.log(2.5)  # between the proportions of a map and those of the input, of maps that are rounded to few positions
 _ATTENTION_CALL = -1  # in the place of an address
+_LEAST_ALIKE = 0.7  # correlation of tokens' places with those of their patches; a dozen shuffled ones reach it once in 100000
 _MOST_TRIED = 32  # maps that are tested for whether everything passes them
 _NONLINEAR = (
     "relu",
@@ -165,17 +166,21 @@ def random_signs(values: Tensor) -> Tensor:
 
 
 def in_place(maps: Tensor, inputs: Tensor) -> bool:
-    """Whether positions of maps [1, C, h, w] depend most on the inputs at their own place, up to a neighbour; three are tried."""
-    height, width = maps.shape[2:]
-    for share in (0.3, 0.5, 0.8):
-        row, column = int(share * height), int((1.3 - share) % 1 * width)
+    """Whether positions of maps [1, C, h, w] depend on the inputs near their own place: a dozen rows and columns have to correlate.
+
+    The place on which a position depends is the centre of its squared gradient. Convolutions between blocks widen and move it a little.
+    """
+    sides = torch.tensor(maps.shape[2:])
+    places = (torch.rand(12, 2, generator=torch.Generator().manual_seed(2)) * sides).long()
+    centres = []
+    for row, column in places.tolist():
         values = maps[0, :, row, column]
         (gradient,) = torch.autograd.grad((values * random_signs(values)).sum(), inputs, retain_graph=True)
-        strength = nn.functional.adaptive_avg_pool2d(gradient.abs().sum(dim=1), (height, width))
-        place = divmod(int(strength.argmax()), width)
-        if max(abs(place[0] - row), abs(place[1] - column)) > 1:
-            return False
-    return True
+        strength = gradient[0].cpu().double().square().sum(dim=0)
+        lines = (strength.sum(dim=1), strength.sum(dim=0))
+        centres.append([float((line * torch.arange(len(line))).sum() / line.sum().clamp(min=1e-300)) for line in lines])
+    own, found = places.double().T, torch.tensor(centres, dtype=torch.float64).T
+    return all(float(torch.corrcoef(torch.stack([own[axis], found[axis]]))[0, 1]) > _LEAST_ALIKE for axis in range(2))
 
 
 def _found(task: Task) -> FeatureLayer:
@@ -191,7 +196,8 @@ def _found(task: Task) -> FeatureLayer:
     # an identity is named where nothing else returns the map
     tried = sorted(used[: -_MOST_TRIED - 1 : -1], key=lambda each: isinstance(each[0].module, nn.Identity))
     for call, layer in tried:
-        if _carries_everything(task, call.module, counts[call.module], attended):
+        others = [each for each in used if each[1].kind == layer.kind and each[1].grid != layer.grid] if attended else []
+        if _carries_everything(task, call.module, counts[call.module], attended, others):
             while isinstance(layer.module, nn.Linear):  # queries, keys and values in one: their input is the map
                 before = [(c, f) for c, f in used if call.inputs is not None and c.output.data_ptr() == call.inputs.data_ptr()]
                 if not before or layer.kind != "tokens":
@@ -266,14 +272,24 @@ def _usable_maps(task: Task, calls: list[_Call]) -> list[tuple[_Call, FeatureLay
     return found
 
 
-def _carries_everything(task: Task, module: nn.Module, calls: int, attended: bool) -> bool:
-    """Whether the head depends on the image through a module alone; or the last attention does, where only it reads patches."""
-    with edited_outputs(module, Tensor.detach, calls), open_attention(task.module) as attentions:
+def _carries_everything(task: Task, module: nn.Module, calls: int, attended: bool, others: Sequence[tuple[_Call, FeatureLayer]]) -> bool:
+    """Whether the head depends on the image through a module alone; or the last attention does, where only it reads patches.
+
+    In the second case none of the other maps, of another resolution, may be read beside: a second branch has a last attention too.
+    """
+    layers = {layer.module: layer for _, layer in others}
+    edit = edited_outputs(module, Tensor.detach, calls)
+    with edit, record_outputs(layers) as outputs, open_attention(task.module) as attentions:
         values = _what_is_read(task, probe_inputs(task))
     if not values.requires_grad:
         return True
     last = (attentions[-1].key, attentions[-1].value) if attended and attentions else ()
-    return bool(last) and not any(each is not None and each.requires_grad for each in last)
+    if not last or any(each is not None and each.requires_grad for each in last):
+        return False
+    beside = [(layers[each], output) for each, output in dict(outputs).items() if output.requires_grad]
+    signed = (values * random_signs(values)).sum()
+    gradients = torch.autograd.grad(signed, [output for _, output in beside], allow_unused=True) if beside else ()
+    return not any(g is not None and layer.to_map(g).any() for (layer, _), g in zip(beside, gradients, strict=True))
 
 
 def map_layers(task: Task) -> list[FeatureLayer]:

@@ -163,7 +163,7 @@ def _run(classifier: Classifier, module: nn.Module) -> tuple[list[_Call], Tensor
     pooling: set[nn.Module] = set()
 
     def enter(linear: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(linear, nn.Linear):
+        if args and isinstance(args[0], Tensor) and args[0].requires_grad and isinstance(linear, nn.Linear):
             made.append((linear, args[0], len(attentions)))
 
     def leave(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:

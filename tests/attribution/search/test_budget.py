@@ -365,7 +365,7 @@ def test_gradients_of_several_fills_and_larger_budgets(vit: at.Classifier, small
 
 def test_gradients_are_refused_where_there_are_none(vit: at.Classifier, small_cat: Tensor) -> None:
     for model, options, message in (
-        (lambda x: Spread()(x).detach().numpy(), {}, "none flow through this model"),
+        (lambda x: Spread()(x).detach().numpy(), {}, "passes no gradient from its scores to its input"),
         (Spread(), {"search_options": {"gradients": True, "start": list(range(64))}}, "gradients=True and a start"),
     ):
         with pytest.raises(at.UserError, match=message):

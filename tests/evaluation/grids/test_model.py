@@ -259,7 +259,7 @@ class WithLogits:
 
 
 PACKS: dict[str, Callable[[Tensor], Any]] = {
-    "tuple": lambda y: (y, y * 0),
+    "tuple": lambda y: (y, None),
     "dict": lambda y: {"logits": y, "other": None},
     "object": WithLogits,
 }
