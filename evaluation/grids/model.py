@@ -160,23 +160,30 @@ class GridModel:
         if setting == "gridpg":
             over_grid = self._over_grid
             return lambda given: over_grid(features(given).maps)
-        return lambda given: self._of_cell(features(given), cell)
+        own = self._of_cell
+        return lambda given: own(features(given), cell)
 
     def together(self, cells: Sequence[int]) -> Callable[[Activation], Tensor]:
         """The head of GridPG and those of DiPart for some cells, in one pass over the grid: logits [n, 1 + len(cells), classes]."""
-        features = self._segment("grid", self.pooled_layer)
+        features, own = self._segment("grid", self.pooled_layer), self._of_cell
         over_grid = (lambda final: self._whole_head(final).maps) if self.head_pools else (lambda final: self._over_grid(final.maps))
 
         def both(given: Activation) -> Tensor:
             final = features(given)
-            return torch.stack([over_grid(final), *(self._of_cell(final, cell) for cell in cells)], dim=1)
+            return torch.stack([over_grid(final), *(own(final, cell) for cell in cells)], dim=1)
 
         return both
 
-    def _of_cell(self, final: Activation, cell: int) -> Tensor:
-        """The head on its own cell of the final map."""
-        rows, columns = cell_slices(cell, self.n, *final.maps.shape[-2:])
-        return self._head(Activation(final.maps[..., rows, columns], final.output)).maps
+    @property
+    def _of_cell(self) -> Callable[[Activation, int], Tensor]:
+        """The head on its own cell of the final map. It is made now: passes that are needed only once must not run in a counted one."""
+        head = self._head
+
+        def logits(final: Activation, cell: int) -> Tensor:
+            rows, columns = cell_slices(cell, self.n, *final.maps.shape[-2:])
+            return head(Activation(final.maps[..., rows, columns], final.output)).maps
+
+        return logits
 
     def activation(self, setting: str, inputs: Tensor) -> Activation:
         """The explained activation: the layer's output for the whole grid [1, C, h, w], or under DiFull for its cells [n n, C, h, w]."""

@@ -491,8 +491,8 @@ def test_former_names_of_options_work_for_one_version(cnn: at.Classifier, small_
         "shapley_value_sampling": ({"samples": 1, **CELLS}, {"n_samples": 1, **CELLS}),
         "kernel_shap": ({"samples": 9, **CELLS}, {"n_samples": 9, **CELLS}),
         "lime": (
-            {"samples": 60, "model": "lasso", "distance": "euclidean", **CELLS},
-            {"n_samples": 60, "interpretable_model": "lasso", "distance_mode": "euclidean", **CELLS},
+            {"samples": 9, "model": "ridge", "distance": "euclidean", **CELLS},
+            {"n_samples": 9, "interpretable_model": "ridge", "distance_mode": "euclidean", **CELLS},
         ),
     }
     assert former.keys() == options.FORMER.keys()

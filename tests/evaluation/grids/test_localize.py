@@ -788,7 +788,7 @@ def test_an_error_inside_leaves_the_model_as_it_came(method: str) -> None:
                     OSError,
                     at.UserError,
                     NotApplicable,
-                ):  # in the first pass of a module, or at the size of a grid, it is a reason to refuse
+                ):  # a first pass, and one at the size of a grid, refuse with the reason
                     raised += 1
                 assert state(module) == before and all(p.grad is None for p in module.parameters())
     assert raised > 10
