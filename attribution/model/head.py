@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from attribution.errors import UserError
-from attribution.hooks import record_inputs
+from attribution.hooks import record_outputs
 
 
-def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Any], name: str) -> list[nn.Module]:
+def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Tensor], name: str) -> list[nn.Module]:
     """Find the final layers: the one named, else the last linear layer (or 1x1 convolution) called that has C outputs.
 
-    A distilled model has two, ``head`` and ``head_dist``.
+    A distilled model has two, whose outputs it averages.
 
     Args:
         module: an ``nn.Module``; a black box is refused.
         named: name of the final layer.
         count: C, the number of scores.
-        run: forwards an image through the module.
+        run: forwards an image through the module and returns its scores [1, C].
         name: of the classifier, for messages.
 
     Raises:
@@ -36,11 +36,14 @@ def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Any
         return [modules[named]]
     for kind, outputs in ((nn.Linear, "out_features"), (nn.Conv2d, "out_channels")):
         candidates = [m for m in modules.values() if isinstance(m, kind) and getattr(m, outputs) == count]
-        with torch.no_grad(), record_inputs(candidates) as calls:
-            run()
+        with torch.no_grad(), record_outputs(candidates) as calls:
+            scores = run()
         if calls:
-            distilled = [m for m in (modules.get("head"), modules.get("head_dist")) if m in candidates]
-            return distilled if len(distilled) == 2 else [calls[-1][0]]
+            last = list(dict(calls).items())[-2:]
+            averaged = len(last) == 2 and all(output.shape == scores.shape for _, output in last)
+            if averaged and torch.allclose((last[0][1] + last[1][1]) / 2, scores.to(last[0][1]), atol=1e-5):
+                return [module for module, _ in last]
+            return [calls[-1][0]]
     raise UserError(f"no final layer with {count} outputs was found in {name}: name it with head=")
 
 

@@ -313,7 +313,17 @@ def test_features_of_the_vit_are_its_normed_class_token(vit: at.Classifier) -> N
     assert torch.allclose(vit.features(inputs), expected, atol=1e-4)
 
 
-def test_features_of_a_distilled_model_are_the_mean_of_both_heads_inputs() -> None:
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, Wrapper, nn.DataParallel, lambda module: nn.Sequential(nn.Identity(), module)])
+def test_features_of_a_distilled_model_are_the_mean_of_both_heads_inputs(wrap: Any) -> None:
     torch.manual_seed(0)
     module = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2, num_classes=6).eval()
     classifier, inputs = at.Classifier(module, size=32), rand(3, 3, 32, 32)
