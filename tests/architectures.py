@@ -131,6 +131,7 @@ def torchvision_models() -> Iterator[Architecture]:
             return made
 
         size = 224 if vit or name.startswith(("maxvit", "googlenet", "inception")) else 128
+        size = 299 if name == "inception_v3" else size
         yield Architecture("torchvision", name, build, size, "cls" if vit else "", 1)
 
 
@@ -295,7 +296,7 @@ def layer_found(used: at.Classifier, image: Tensor) -> str:
         kept: list[Tensor] = []
         handle = layer.module.register_forward_hook(lambda _m, _a, output: kept.append(output))
         try:
-            score = used.logits(x)[0, 0]
+            score = used.logits(x)[0].sum()  # a single class may be dead behind a ReLU
         finally:
             handle.remove()
         if x.requires_grad:
