@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -32,3 +33,9 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return repr(value)
     return type(value).__name__
+
+
+def such_as(names: Iterable[str]) -> str:
+    """The end of a sentence that names examples; empty where there are none."""
+    examples = ", ".join(dict.fromkeys(name for name in names if name))
+    return f", such as {examples}" if examples else ""

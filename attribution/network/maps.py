@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from attribution.errors import NotApplicable, UserError, describe
+from attribution.errors import NotApplicable, UserError, describe, such_as
 from attribution.hooks import (
     counted_calls,
     edited_outputs,
@@ -188,8 +188,8 @@ def _found(task: Task) -> FeatureLayer:
     maps = _usable_maps(task, calls)
     if not maps:
         raise NotApplicable(
-            f"no layer of {task.classifier.name} has a map of the image as output: name one with layer=, "
-            f"such as {', '.join([call.name for call in calls if call.name][-3:])}"
+            f"no layer of {task.classifier.name} has a map of the image as output: name one with layer="
+            f"{such_as([call.name for call in calls if call.name][-3:])}"
         )
     used = [(call, layer) for call, layer in maps if call.output.data_ptr() in reached] or maps  # a dead network has no gradient at all
     counts = Counter(call.module for call in calls)
@@ -207,7 +207,7 @@ def _found(task: Task) -> FeatureLayer:
             return layer
     raise NotApplicable(
         f"{task.classifier.name} has no map of the image through which everything passes: its head reads several, or what passes beside "
-        f"them; name one with layer=, such as {', '.join(dict.fromkeys(call.name for call, _ in used[-6:]))}"
+        f"them; name one with layer={such_as(call.name for call, _ in used[-6:])}"
     )
 
 

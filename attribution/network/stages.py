@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from attribution.errors import NotApplicable, UserError
+from attribution.errors import NotApplicable, UserError, such_as
 from attribution.model.classifier import Classifier
 from attribution.network.maps import FeatureLayer, find_feature_layer
 from attribution.network.segments import Activation, Probe, Segment, module_of, trace
@@ -45,7 +45,7 @@ def find_layer(classifier: Classifier, layer: str) -> FeatureLayer | None:
         if not _passes_everything(probe, found):
             raise NotApplicable(
                 f"layer {found.name!r} of {classifier.name} is bypassed: with its output replaced, the logits still depend on the image; "
-                f"choose the output of a whole block, such as {', '.join(each.name for each in stages(classifier)[-3:])}"
+                f"choose the output of a whole block{such_as(each.name for each in stages(classifier)[-3:])}"
             )
         return found
     found_stages = stages(classifier)
