@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
 import attribution as at
@@ -404,15 +404,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", "Reasons:", "", *(f"{number}. {reason}" for reason, number in reasons.items()), ""])
 
 
-if __name__ == "__main__":
+def main(file: Path, names: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Measure all models, or those with one of some words in their names, and write the page."""
     torch.set_num_threads(2)
-    wanted = [each for each in all_architectures() if len(sys.argv) < 3 or any(part in each.name for part in sys.argv[2:])]
     rows = []
-    for each in wanted:
-        try:
-            rows.append(row_of(each))
-        except Exception as error:
-            print("FAILED", each.source, each.name, type(error).__name__, str(error)[:200], flush=True)
+    for each in all_architectures():
+        if names and not any(word in each.name for word in names):
             continue
-        print(each.source, each.name, {key: value[:90] for key, value in rows[-1].cells.items()}, flush=True)
-        Path(sys.argv[1]).write_text(HEADING + table(rows), encoding="utf-8")
+        rows.append(row_of(each))
+        print(each.source, each.name, {key: value[:60] for key, value in rows[-1].cells.items()}, flush=True)
+        file.write_text(HEADING + table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from attribution.errors import UserError
 from attribution.hooks import record_outputs
-from attribution.model.forwarding import Relay
+from attribution.model.forwarding import ModuleForward, Relay
 from attribution.model.head import pooled_features
 from attribution.model.outputs import Outputs
 
@@ -73,6 +74,12 @@ class PrototypeForward(Relay):
                 "of the same D, those of the projection that the model itself computes"
             )
         return not fits
+
+    def on(self, runner: ModuleForward) -> Self:
+        made = super().on(runner)
+        if "takes_output" in vars(self):  # what is known stays known: the other runner may run a part of the network
+            vars(made)["takes_output"] = self.takes_output
+        return made
 
     def find_out(self, want_features: bool) -> None:
         self.base.find_out(not self.takes_output)

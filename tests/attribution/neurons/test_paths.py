@@ -223,7 +223,7 @@ def test_a_single_neuron_is_integrated_gradients(layer: int) -> None:
 def only(toy: ToyTransformer, layer: int) -> Any:
     """One layer of the toy, at the class token."""
     found = find_neurons(toy_classifier(toy))
-    return type(found)(found.names[layer : layer + 1], found.modules[layer : layer + 1], found.width, 0, 1, found.tokens, found.grid)
+    return type(found)(found.names[layer : layer + 1], found.modules[layer : layer + 1], found.width, (0,), found.tokens, found.grid)
 
 
 def test_the_first_layer_of_the_search_is_complete() -> None:
