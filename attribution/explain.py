@@ -100,7 +100,7 @@ def explain(
         options = _search_options(plan, objective, evaluations, search_options)
         order = _ordered(plan.search, objective, {**plan.search.taken(seed=seed, progress=progress), **options})
         insertion, deletion = _trajectories(masked, order, wanted)
-    settings = _recorded(plan, cut, options, fill, {"target": target, "preset": preset, "seed": seed, "max_side": max_side})
+    settings = _recorded(plan, cut, classifier, options, fill, {"target": target, "preset": preset, "seed": seed, "max_side": max_side})
     return Explanation(
         image=loaded,
         target=wanted,
@@ -300,11 +300,13 @@ def _trajectories(masked: Sequence[tuple[Classifier, RegionInputs]], order: Tens
     return insertion, deletion
 
 
-def _recorded(plan: _Plan, cut: Regions, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(
+    plan: _Plan, cut: Regions, classifier: Classifier, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The settings that the provenance holds."""
-    note = {"note": cut.note} if cut.note else {}
+    notes = {**({"note": cut.note} if cut.note else {}), **_cropped(cut, classifier)}
     return {
-        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **note, **plain_settings(plan.region_options)},
+        "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **notes, **plain_settings(plan.region_options)},
         "search": plan.search_name,
         "search_options": plain_settings(options),
         "weights": vars(plan.weights),
@@ -312,3 +314,12 @@ def _recorded(plan: _Plan, cut: Regions, options: Mapping[str, Any], fill: Fill,
         "fill": fill if isinstance(fill, str) else plain_settings({"fill": fill})["fill"],
         **given,
     }
+
+
+def _cropped(cut: Regions, classifier: Classifier) -> dict[str, Any]:
+    """The part of the image that the model sees, and the number of regions outside it; nothing if it sees the whole image."""
+    height, width = cut.labels.shape
+    top, left, bottom, right = seen = classifier.preprocessing.seen(height, width)
+    if seen == (0, 0, height, width):
+        return {}
+    return {"crop": list(seen), "unseen": cut.count - len(cut.labels[top:bottom, left:right].unique())}

@@ -273,6 +273,11 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
                     f"{explanation.provenance['seconds']:.1f}",
                 ]
             )
+            if unseen := explanation.provenance["settings"]["regions"].get("unseen"):
+                notes.append(
+                    f"note: {model} crops the photo, and {unseen} of {explanation.regions.count} regions lie outside: it never sees them, and "
+                    f"their place in the order means nothing ({file})"
+                )
             if note := explanation.provenance["settings"]["regions"].get("note"):
                 notes.append(f"note: {note} ({file})")
             if explanation.fill_is_informative:

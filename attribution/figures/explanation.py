@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
 from scipy.ndimage import distance_transform_edt
 
 from attribution.errors import UserError
@@ -81,6 +82,10 @@ def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
 def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     """Draw the image, with the class and its probability as title."""
     ax.imshow(shown_pixels(explanation.image))
+    if crop := explanation.provenance.get("settings", {}).get("regions", {}).get("crop"):
+        top, left, bottom, right = crop
+        ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="white", linestyle="--"))
+        ax.text(left, top, " the model's crop", color="white", fontsize=8, va="top")
     model = one_line(explanation.provenance.get("model", ""))
     title = f"{model}: {class_text(explanation.target_name, explanation.target)}, p = {explanation.confidence:.2f}".removeprefix(": ")
     if explanation.target not in explanation.predicted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,6 +115,14 @@ class Preprocessing:
         resized = self._resized_size(height, width)
         left, _, top, _ = self._padding(*resized)
         return (resized[0] / height, top), (resized[1] / width, left)
+
+    def seen(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The part of an image that the input shows after the crop, in pixels of the image: (top, left, bottom, right)."""
+        spans = []
+        for (scale, start), side, length in zip(self.placement(height, width), self.size, (height, width), strict=True):
+            spans.append((max(0, math.floor(-start / scale)), min(length, math.ceil((side - start) / scale))))
+        (top, bottom), (left, right) = spans
+        return top, left, bottom, right
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         wanted_height, wanted_width = self.resized or self.size
