@@ -275,8 +275,8 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
             )
             if unseen := explanation.provenance["settings"]["regions"].get("unseen"):
                 notes.append(
-                    f"note: {model} crops the photo, and {unseen} of {explanation.regions.count} regions lie outside: it never sees them, and "
-                    f"their place in the order means nothing ({file})"
+                    f"note: {model} crops the photo, and never sees {unseen} of {explanation.regions.count} regions: their place in the "
+                    f"order means nothing ({file})"
                 )
             if note := explanation.provenance["settings"]["regions"].get("note"):
                 notes.append(f"note: {note} ({file})")
