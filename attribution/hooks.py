@@ -117,7 +117,8 @@ def _switched_off(things: Iterable[Any], switch: str) -> Iterator[None]:
 @_exclusively
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Run the block with every submodule in evaluation mode, then give each its own mode back."""
-    with _switched_off(module.modules(), "training"):
+    every = list(module.modules())
+    with _switched_off(every, "training"), _switched_off(every, "grad_checkpointing"):  # timm's recomputes blocks past hooks
         yield
 
 

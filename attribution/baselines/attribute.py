@@ -88,8 +88,12 @@ def attribute(
         loaded = limit_size(original, max_side)
         filled = classifier_fill(loaded, fill, classifier, (original.shape[1], original.shape[2]))
         inputs = classifier.inputs(loaded)
-        probabilities = classifier.probabilities(inputs)[0].cpu()
+        logits = classifier.logits(inputs)
+        probabilities = classifier.outputs.probabilities(logits)[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
+        if logits[0, wanted].isneginf():
+            masked = classifier.class_names[wanted]
+            raise UserError(f"{classifier.name} never predicts {masked!r}, its logit is -inf: expected a class that is not masked")
         baseline = classifier.preprocessing(filled[None].to(inputs))
         task = Task(classifier, loaded, filled, wanted, inputs, baseline, seed)
         try:

@@ -29,6 +29,7 @@ from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_laye
 from attribution.task import Channels, Output, Task, over_channels
 
 _BLOCK = 16  # noisy copies drawn at once; torch's generator makes normal numbers in groups of 16
+_INCOMPLETE = 0.05  # share of a map's values by which its sum may miss the change of the score
 _OPERATIONS: dict[type[nn.Module], str] = {  # the nonlinearities for which Captum's DeepLift has a rule, and their operations
     nn.ReLU: "relu",
     nn.ELU: "elu",
@@ -154,7 +155,21 @@ def deep_lift(task: Task, *, channels: Channels = "sum", output: Output = "logit
     _refuse_unknown_activations(task, "deep_lift", tuple(_OPERATIONS))
     with _separated(task), task.rows_together(2):
         found = captum.attr.DeepLift(task.scores(output)).attribute(task.leaf(), baselines=task.baseline, target=task.target)
+    _check_complete("deep_lift", task, found[0].detach(), output)
     return over_channels(found[0].detach(), channels)
+
+
+def _check_complete(name: str, task: Task, found: Tensor, output: Output) -> None:
+    """Refuse a map whose sum is not the change of the score from the fill to the image: an operation without a rule was met."""
+    with torch.no_grad():
+        logits = task.classifier.logits(torch.cat([task.inputs, task.baseline]))
+    scores = (task.classifier.outputs.probabilities(logits) if output == "probability" else logits)[:, task.target].double()
+    change, total = float(scores[0] - scores[1]), float(found.double().sum())
+    if abs(total - change) > _INCOMPLETE * max(abs(change), float(found.abs().double().sum())) + 1e-3:
+        raise NotApplicable(
+            f"{name} does not apply to {task.classifier.name}: its map sums to {total:.4g}, but the score changes by {change:.4g} from the "
+            "fill to the image, so that an operation without a rule is among its layers; use integrated_gradients or occlusion"
+        )
 
 
 def guided_backprop(task: Task, *, channels: Channels = "sum", abs: bool = True, output: Output = "logit") -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +20,7 @@ from attribution.errors import NotApplicable, UserError, describe
 from attribution.hooks import evaluation_mode, exclusive, hooks_of, is_rebuilt, record_inputs, uncompiled
 from attribution.model.digest import weights_digest
 from attribution.model.head import features_of, find_heads
-from attribution.model.outputs import OutputChoice, Outputs, last_operation, read_scores
+from attribution.model.outputs import OutputChoice, Outputs, made_by, read_scores
 from attribution.model.preprocessing import Preprocessing
 
 T = TypeVar("T")
@@ -201,8 +202,7 @@ class ModuleForward:
     @property
     def outputs(self) -> Outputs:
         if self._outputs is None:
-            scores, operation = self._first_scores()
-            self._outputs = Outputs.of(scores, self.scores, operation, self.classes, self.name)
+            self._outputs = Outputs.of(*self._first_scores(), self.classes, self.name)
         return self._outputs
 
     @property
@@ -310,8 +310,8 @@ class ModuleForward:
             )
         return scores, scores.new_zeros(len(scores), 0) if calls is None else features_of(calls, self.name)
 
-    def _first_scores(self) -> tuple[Tensor, str | None]:
-        """Scores of the gray inputs, and the last operation that made them, if known.
+    def _first_scores(self) -> tuple[Tensor, str, frozenset[str] | None]:
+        """Scores of the gray inputs, what the settings say that they are, and the operations that made them, if known.
 
         A module that takes one of the inputs, but not both at once, gets one at a time from now on.
         """
@@ -331,11 +331,11 @@ class ModuleForward:
                     "and std have one number for each) and forward_kwargs"
                 ) from error
             self.one_at_a_time = True
-        return torch.cat(parts).detach(), last_operation(parts[0])
+        return torch.cat(parts).detach(), self.scores, made_by(parts[0])
 
     def _looked_into(self, inputs: Tensor) -> Tensor:
-        """Scores with their gradient where "auto" has to find out what they are and the module has one."""
-        if self.scores == "auto":
+        """Scores with their gradient where it helps to find out what they are and the module has one."""
+        if self.scores in ("auto", "sigmoid"):
             with suppress(Exception), torch.enable_grad():  # a module without gradients fails in many ways
                 return self._scores(inputs.detach().requires_grad_(), plainly=True)
         return self._plainly(inputs.detach())
@@ -360,7 +360,10 @@ class ModuleForward:
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         given = inputs.to(self.device, self.dtype, copy=True, memory_format=layout)
         if not isinstance(self.module, nn.Module):
-            return self.module(given, **self.forward_kwargs)
+            with ExitStack() as evaluated:
+                for inner in modules_inside(self.module):
+                    evaluated.enter_context(evaluation_mode(inner))
+                return self.module(given, **self.forward_kwargs)
         with evaluation_mode(self.module):
             if plainly or self.is_watched or is_rebuilt():  # compiled code passes by hooks and replaced modules
                 with uncompiled(self.module):
@@ -374,6 +377,15 @@ class ModuleForward:
         if self._compiled_module is None or self._compiled_module[0] is not module:
             self._compiled_module = (module, torch.compile(module, dynamic=True))
         return self._compiled_module[1]
+
+
+def modules_inside(function: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a function visibly runs: the owner of a bound method, and those that a Python function refers to by name."""
+    known: list[Any] = [getattr(function, "__self__", None)]
+    with suppress(TypeError, ValueError):  # not written in Python, or cells that are still empty
+        names = inspect.getclosurevars(getattr(function, "__func__", function))
+        known += [*names.nonlocals.values(), *names.globals.values()]
+    return [each for each in known if isinstance(each, nn.Module)]
 
 
 def no_gradient(name: str) -> NotApplicable:

@@ -126,7 +126,7 @@ def _is_torchscript(path: Path) -> bool:
 def read_class_names(path: Path) -> list[str]:
     """Read class names from a text file, one name a line. Blank lines at the end are ignored."""
     try:
-        names = path.read_text(encoding="utf-8").rstrip().splitlines()
+        names = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
     if not names:
@@ -338,13 +338,20 @@ def _state_dicts(loaded: Any) -> dict[str, dict[str, Tensor]]:
     if not isinstance(loaded, Mapping):
         return {}
     found = {}
-    for name in _WRAPPERS:
+    others = [name for name, value in loaded.items() if name not in _WRAPPERS and _has_weights(value)]
+    for name in (*_WRAPPERS, *others):
         for inner, state in _state_dicts(loaded.get(name)).items():
             found[f"{name}.{inner}" if inner else name] = state
     if found:
         return found
     own = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     return {"": own} if own else {}
+
+
+def _has_weights(value: Any) -> bool:
+    """Whether a value is a mapping of weights by name, under whatever key: several sets of weights must not be mixed up."""
+    named = [str(name) for name, each in value.items() if isinstance(each, Tensor)] if isinstance(value, Mapping) else []
+    return any(name.endswith(("weight", "bias")) for name in named)
 
 
 def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Checkpoint | None, name: str) -> nn.Module:

@@ -23,9 +23,12 @@ OutputChoice = str | int | Callable[[Any], Any]
 
 _SUM = 0.02  # probabilities in half precision, or rounded to few digits, sum to 1 within this
 _UNCHANGED = re.compile(
-    r"(Clone|Alias|(Unsafe|As)?View|Reshape\w*|Unsqueeze|Squeeze|Slice|Select|Index|ToCopy|T|Transpose|Transpose|Permute|Expand)$"
+    r"(Clone|Alias|(Unsafe|As)?View|Reshape\w*|(Un)?[Ss]queeze|Slice|Select|Index|ToCopy|T|Transpose|Permute|Expand|Cat|Stack|Split|Unbind)$"
 )
-_LINEAR = re.compile(r"(Addmm|Mm|Bmm|Convolution|Linear\w*|MkldnnLinear)$")
+_LINEAR = re.compile(r"(Addmm|Mm|Bmm|Baddbmm|Convolution|Linear\w*|MkldnnLinear)$")
+_SQUASHING = re.compile(r"((Log)?Sigmoid\w*|Hardsigmoid|Softmax|SafeSoftmax|Tanh|Exp)$")  # what makes probabilities of logits
+_CHANGED = "changed"
+_MOST_NODES = 200  # of a graph that is walked
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Outputs:
         return self.kind in ("sigmoid", "label_probabilities")
 
     @classmethod
-    def of(cls, scores: Tensor, kind: str, operation: str | None, classes: int | None, name: str) -> Outputs:
+    def of(cls, scores: Tensor, kind: str, made_by: frozenset[str] | None, classes: int | None, name: str) -> Outputs:
         """Determine the meaning from a first batch of scores.
 
         Args:
@@ -71,7 +74,7 @@ class Outputs:
             kind: one of ``SCORES``. "auto" takes what a sigmoid made for probabilities of labels, rows that are not negative
                 and sum to 1 for probabilities of classes, a single score for the logit of a label, and all others for
                 logits of classes.
-            operation: the last one that changed the scores (see ``last_operation``), if known.
+            made_by: the operations that made the scores (see ``made_by``), if known.
             classes: number of class names, if known.
             name: of the classifier, for messages.
 
@@ -81,9 +84,14 @@ class Outputs:
         count = scores.shape[1]
         found = cls(count, "softmax" if kind == "logits" else cast(Meaning, kind))
         if kind == "auto":
-            found = cls(count, _meaning(scores, operation, name))
+            found = cls(count, _meaning(scores, made_by, name))
         elif kind == "probabilities" and (count == 1 or not _sum_to_one(scores, _SUM)):
             found = cls(count, "label_probabilities")
+        elif kind == "sigmoid" and made_by == {"Sigmoid"}:
+            raise UserError(
+                f"scores is 'sigmoid', for logits, but {name} ends in a sigmoid and returns probabilities: give 'label_probabilities', or "
+                "nothing"
+            )
         if count == 1 and not found._elementwise:
             raise UserError(
                 f"{name} returns one score for an image, and the softmax of one score is always 1: give scores='sigmoid' if it is a "
@@ -156,7 +164,7 @@ def read_scores(
         elif chosen is None and not isinstance(scores, Tensor | np.ndarray):
             hint = "; name the part with output= (a key, an index or a function)"
         raise UserError(f"{name} returned {received} for {count} images: expected scores [{count}, classes]{hint}")
-    return scores.float().to(device)
+    return scores.to(device, torch.float32, copy=True)  # a module may write the scores of the next images into the same tensor
 
 
 def _only_scores(output: Any, count: int, classes: int | None, name: str) -> Any:
@@ -193,12 +201,13 @@ def _chosen_part(output: Any, chosen: OutputChoice, name: str) -> Any:
         raise UserError(f"{name} returned {_describe_output(output)}: it has no output {chosen!r}") from None
 
 
-def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
-    """What scores [n, count] are, by their values and by the last operation that changed them, if known."""
+def _meaning(values: Tensor, operations: frozenset[str] | None, name: str) -> Meaning:
+    """What scores [n, count] are, by their values and by the operations that made them, if known."""
     count, shares = values.shape[1], bool(((values >= 0) & (values <= 1)).all())
-    if operation == "Sigmoid" and shares:
+    squashed = operations is not None and any(map(_SQUASHING.match, operations)) and not any(map(_LINEAR.match, operations))
+    if operations == {"Sigmoid"} and shares:
         return "label_probabilities"
-    if count > 1 and shares and _sum_to_one(values, 1e-4):
+    if count > 1 and shares and _sum_to_one(values, _SUM if squashed else 1e-4):
         return "probabilities"
     unknown = f"{name} returns scores from {values.min():.3g} to {values.max():.3g} for plain images, which may be "
     if count > 1 and bool(((values.norm(dim=1) - 1).abs() < 1e-3).all()):
@@ -206,9 +215,10 @@ def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
             f"{unknown}an embedding, because every row has length 1: use with_prototypes for class embeddings, name the scores with "
             "output=, or give scores='softmax' if they are logits"
         )
-    is_linear = operation is not None and _LINEAR.match(operation) is not None
-    looks_alike = shares if count == 1 else operation is None and bool(((values > 0) & (values < 1)).all())
-    if looks_alike and not is_linear:
+    strictly = bool(((values > 0) & (values < 1)).all())
+    is_linear = operations is not None and any(map(_LINEAR.match, operations))
+    of_softmax = squashed and "Softmax" in (operations or ())
+    if of_softmax or (squashed and shares) or (count == 1 and shares and not is_linear) or (operations is None and strictly):
         single = "scores='sigmoid'" if count == 1 else "scores='softmax' or 'sigmoid'"
         raise UserError(
             f"{unknown}probabilities or logits: give {single} if they are logits, or scores='label_probabilities' if each is the "
@@ -217,15 +227,28 @@ def _meaning(values: Tensor, operation: str | None, name: str) -> Meaning:
     return "sigmoid" if count == 1 else "softmax"
 
 
-def last_operation(scores: Tensor) -> str | None:
-    """The last operation that changed the values of scores with a gradient, as autograd calls it: "Sigmoid", "Addmm" and so on."""
-    node = scores.grad_fn
-    while node is not None:
+def made_by(scores: Tensor) -> frozenset[str] | None:
+    """The operations that made scores, back to the last linear layers or the functions that make probabilities of logits.
+
+    Returns:
+        Their names as autograd calls them, such as "Addmm" or "Sigmoid", and "changed" where others follow them. None without gradients.
+    """
+    if scores.grad_fn is None:
+        return None
+    found: set[str] = set()
+    seen, waiting = {scores.grad_fn}, [scores.grad_fn]
+    while waiting and len(seen) < _MOST_NODES:
+        node = waiting.pop()
         operation = re.sub(r"Backward\d*$", "", node.name())
-        if not _UNCHANGED.match(operation):
-            return operation
-        node = node.next_functions[0][0] if node.next_functions else None
-    return None
+        if _LINEAR.match(operation) or _SQUASHING.match(operation):
+            found.add(operation)
+            continue
+        if not _UNCHANGED.match(operation) and "Accumulate" not in operation:
+            found.add(_CHANGED)
+        further = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= further
+        waiting.extend(further)
+    return frozenset(found)
 
 
 def _sum_to_one(values: Tensor, within: float) -> bool:

@@ -240,7 +240,7 @@ def _probed(task: Task) -> tuple[list[_Call], set[int], bool]:
             return
 
         def note(gradient: Tensor, at: int = call.output.data_ptr()) -> None:
-            if layer.to_map(gradient).any():
+            if gradient is not None and layer.to_map(gradient).any():
                 reached.add(at)
 
         call.output.register_hook(note)

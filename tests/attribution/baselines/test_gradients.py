@@ -326,3 +326,19 @@ def test_a_reused_relu_needs_separation() -> None:
     ends = used.logits(torch.stack([image, torch.zeros_like(image)]))[:, 2]
     assert float(found.sum()) == pytest.approx(float(ends[0] - ends[1]), rel=1e-3)
     assert module[1] is module[3] is relu and relu.inplace
+
+
+@pytest.mark.parametrize("operation", [lambda t: t.clamp(min=0), lambda t: t**2, lambda t: torch.maximum(t, t.new_zeros(()))])
+def test_deep_lift_is_refused_where_its_map_does_not_add_up(operation: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(operation(self.second(operation(3 * self.first(x)))).mean((2, 3)))
+
+    torch.manual_seed(1)
+    used = at.Classifier(Net().eval(), size=12, scores="softmax")
+    with pytest.raises(at.NotApplicable, match=r"its map sums to .*, but the score changes by"):
+        at.attribute(torch.rand(3, 12, 12), used, "deep_lift", 1)

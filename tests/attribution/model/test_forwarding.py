@@ -12,6 +12,7 @@ from typing import Any
 import captum.attr
 import numpy as np
 import pytest
+import timm
 import torch
 from networks import apart, photo, vgg
 from PIL import Image
@@ -465,3 +466,27 @@ def test_a_setting_of_one_thread_is_not_seen_by_another() -> None:
         thread.join()
         assert used.batch_size == 5
     assert used.batch_size == 64 and seen == [3] and used.precision == "float32"
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m.forward, lambda m: lambda x: m(x), lambda m: nn.Sequential(m).forward])
+def test_modules_inside_a_function_are_evaluated_and_stay_as_they_were(wrap: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    inputs = rand(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = module.eval()(inputs)
+    module.train()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    used = at.Classifier(wrap(module), size=8, scores="softmax")
+    assert torch.allclose(used.logits(inputs), expected, atol=1e-6)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert module.training and module[2].training
+
+
+def test_blocks_that_are_computed_again_for_their_gradients_are_seen(small_cat: Tensor) -> None:
+    module = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, depth=2).eval()
+    wanted = {m: at.attribute(small_cat, at.Classifier(module, size=32), m, 1).pixel_map for m in ("grad_cam", "attn_lrp")}
+    module.set_grad_checkpointing(True)
+    for method, expected in wanted.items():
+        assert torch.allclose(at.attribute(small_cat, at.Classifier(module, size=32), method, 1).pixel_map, expected, atol=1e-6)
+    assert module.grad_checkpointing

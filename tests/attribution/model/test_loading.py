@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import attribution as at
 from attribution.model import zoo
-from attribution.model.loading import read_state_dict
+from attribution.model.loading import read_class_names, read_state_dict
 
 SMALL = "timm:resnet10t"
 
@@ -438,3 +438,20 @@ def test_torchscript_files_and_bare_names_point_to_the_way_that_works(tmp_path: 
         at.load_classifier(saved(tmp_path / "plain.pth", {}))
     with pytest.raises(at.UserError, match=r"; did you mean timm:resnet18 or torchvision:resnet18\?$"):
         at.load_classifier("resnet18")
+
+
+@pytest.mark.parametrize("second", ["best_state_dict", "swa_state_dict", "anything"])
+def test_two_sets_of_weights_under_any_keys_are_told_apart(tmp_path: Path, second: str) -> None:
+    state = {"fc.weight": torch.zeros(2, 2)}
+    torch.save(
+        {"state_dict": state, second: {"fc.weight": torch.ones(2, 2)}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+        tmp_path / "a.pth",
+    )
+    with pytest.raises(at.UserError, match=f"holds several state dicts, state_dict, {second}"):
+        read_state_dict(tmp_path / "a.pth")
+    assert torch.equal(read_state_dict(tmp_path / "a.pth", second)["fc.weight"], torch.ones(2, 2))
+
+
+def test_class_names_with_a_byte_order_mark_and_unusual_spaces(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("cat\u2028fish\r\ndog\r\n".encode("utf-8-sig"))
+    assert read_class_names(tmp_path / "names.txt") == ["cat\u2028fish", "dog"]

@@ -260,3 +260,94 @@ def test_meaning_and_part_are_kept_in_a_saved_file(tmp_path: Path, image: Tensor
     assert np.allclose(again.probabilities(inputs), classifier.logits(inputs).sigmoid(), atol=1e-6)
     assert at.load_classifier(tmp_path / "labels.safetensors", scores="softmax").outputs.kind == "softmax"
     assert again.identity != at.load_classifier(tmp_path / "labels.safetensors", scores="softmax").identity
+
+
+AFTER: dict[str, Any] = {
+    "clamp": lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6),
+    "mean of two": lambda z: (z.sigmoid() + (z / 2).sigmoid()) / 2,
+    "hardsigmoid": nn.functional.hardsigmoid,
+    "tanh": lambda z: (z.tanh() + 1) / 2,
+    "by hand": lambda z: 1 / (1 + (-z).exp()),
+    "softmax without a class": lambda z: z.softmax(1)[:, :2],
+    "percentages": lambda z: 100 * z.softmax(1),
+}
+
+
+@pytest.mark.parametrize("kind", AFTER)
+def test_probabilities_that_were_changed_are_not_taken_for_logits(image: Tensor, kind: str) -> None:
+    module = net(3)
+    with pytest.raises(at.UserError, match="may be probabilities or logits"):
+        at.Classifier(lambda x: AFTER[kind](module(x)), size=SIDE).probabilities(image[None])
+
+
+def joined(z: Tensor) -> Tensor:
+    return torch.cat([z[:, :1].sigmoid(), z[:, 1:].sigmoid()], dim=1)
+
+
+def stacked(z: Tensor) -> Tensor:
+    return torch.stack([z[:, index].sigmoid() for index in range(3)], dim=1)
+
+
+@pytest.mark.parametrize("join", [joined, stacked])
+def test_sigmoids_of_several_heads_are_labels(image: Tensor, join: Any) -> None:
+    module = net(3)
+    found = at.Classifier(lambda x: join(module(x)), size=SIDE).probabilities(image[None])
+    assert torch.allclose(found, module(image[None]).detach().sigmoid(), atol=1e-6)
+
+
+def test_a_softmax_in_bfloat16_is_probabilities(image: Tensor) -> None:
+    module = nn.Sequential(net(40), nn.Softmax(1)).bfloat16().eval()
+    with torch.no_grad():
+        expected = module(image[None].bfloat16()).float()
+    assert torch.allclose(at.Classifier(module, size=SIDE).probabilities(image[None]), expected, atol=1e-6)
+
+
+def test_sigmoid_of_probabilities_is_refused(image: Tensor) -> None:
+    with pytest.raises(at.UserError, match="ends in a sigmoid and returns probabilities: give 'label_probabilities'"):
+        at.Classifier(net(3, nn.Sigmoid()), size=SIDE, scores="sigmoid").probabilities(image[None])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.own, self.other = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU())
+        self.head, self.aux = nn.Linear(16, 3), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shared = self.body(x)
+        return self.head(self.own(shared).mean((2, 3))), self.aux(self.other(shared).mean((2, 3)))
+
+
+def test_features_and_layers_are_those_of_the_output_chosen(image: Tensor) -> None:
+    torch.manual_seed(5)
+    module = TwoHeads().eval()
+    classifier = at.Classifier(module, size=SIDE, output=0)
+    with torch.no_grad():
+        expected = module.own(module.body(image[None])).mean((2, 3))
+    assert torch.allclose(classifier.features(image[None]), expected, atol=1e-6)
+    explanation = at.attribute(image, classifier, "grad_cam", 1)
+    assert explanation.provenance["layer"].startswith("own")
+
+
+def test_scores_in_a_tensor_that_is_used_again_are_kept(image: Tensor) -> None:
+    module, kept = net(3), torch.zeros(64, 3)
+
+    def engine(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            kept[: len(x)] = module(x)
+        return kept[: len(x)]
+
+    rows = torch.rand(11, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.allclose(at.Classifier(engine, size=SIDE, batch_size=4, scores="softmax").logits(rows), module(rows), atol=1e-6)
+
+
+class Masked(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + torch.tensor([0.0, -torch.inf, 0.0])
+
+
+def test_a_masked_class_is_not_attributed(image: Tensor) -> None:
+    with pytest.raises(at.UserError, match="never predicts 'class 1', its logit is -inf"):
+        at.attribute(image, at.Classifier(nn.Sequential(net(3), Masked()), size=SIDE), "occlusion", 1)
