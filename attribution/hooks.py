@@ -92,25 +92,25 @@ def _exclusively(block: Callable[Concatenate[nn.Module, P], Iterator[T]]) -> Cal
 
 
 _switching = threading.Lock()
-_switched: dict[int, int] = {}  # identity of what is switched off at the moment -> how many blocks need it off
+_switched: dict[tuple[int, str], int] = {}  # identity and switch of what is off at the moment -> how many blocks need it off
 
 
 @contextmanager
 def _switched_off(things: Iterable[Any], switch: str) -> Iterator[None]:
     """Run the block with a switch of several objects off. Those that were on come back on when no block of any thread needs them off."""
     with _switching:
-        off = [each for each in things if id(each) in _switched or getattr(each, switch, False)]  # frozen TorchScript has no mode
+        off = [each for each in things if (id(each), switch) in _switched or getattr(each, switch, False)]  # frozen TorchScript has no mode
         for each in off:
-            _switched[id(each)] = _switched.get(id(each), 0) + 1
+            _switched[id(each), switch] = _switched.get((id(each), switch), 0) + 1
             setattr(each, switch, False)
     try:
         yield
     finally:
         with _switching:
             for each in off:
-                _switched[id(each)] -= 1
-                if not _switched[id(each)]:
-                    del _switched[id(each)]
+                _switched[id(each), switch] -= 1
+                if not _switched[id(each), switch]:
+                    del _switched[id(each), switch]
                     setattr(each, switch, True)
 
 
