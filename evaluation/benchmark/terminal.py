@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -56,10 +57,10 @@ def print_names(console: Console) -> None:
     for name, method in METHODS.items():
         presets = [preset for preset, settings in METHOD_PRESETS.items() if name in settings]
         extra = f" (presets {', '.join(presets)})" if presets else ""
-        console.print(f"  {name} [dim]{method.family}[/dim]: {method.summary.split('(')[0].strip().rstrip('.')}{extra}")
+        console.print(f"  {name} [dim]{method.family}[/dim]: {escape(method.summary.rstrip('.'))}{extra}")
     console.print("[bold]metrics[/bold]")
     for name, metric in METRICS.items():
-        console.print(f"  {name} [dim]{metric.direction} is better[/dim]: {metric.summary}")
+        console.print(f"  {name} [dim]{metric.direction} is better[/dim]: {escape(metric.summary)}")
     console.print("[bold]protocols[/bold]")
     for name, protocol in PROTOCOLS.items():
         console.print(f"  {name}: {protocol.label()}", markup=False)

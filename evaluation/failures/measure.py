@@ -139,7 +139,7 @@ class _Images:
         if self.dataset.label_sets is not None and not self.classifier.outputs.independent:
             raise UserError(
                 f"{self.dataset.name} has several labels for an image, and {self.classifier.name} has classes of which one is right: "
-                "give a column 'label', or scores='sigmoid' if each class is a label of its own"
+                "give a column 'label', or scores='sigmoid' (--scores sigmoid) if each class is a label of its own"
             )
 
     def questions(self, index: int, predicted: int | Sequence[int]) -> list[Question]:
