@@ -85,7 +85,7 @@ def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     if crop := explanation.provenance.get("settings", {}).get("regions", {}).get("crop"):
         top, left, bottom, right = crop
         ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="white", linestyle="--"))
-        ax.text(left, top, " the model's crop", color="white", fontsize=8, va="top")
+        ax.text(left, top, "the model's crop", color="white", fontsize=8, va="top", bbox={"color": "black", "alpha": 0.6, "pad": 1})
     model = one_line(explanation.provenance.get("model", ""))
     title = f"{model}: {class_text(explanation.target_name, explanation.target)}, p = {explanation.confidence:.2f}".removeprefix(": ")
     if explanation.target not in explanation.predicted:
