@@ -43,7 +43,9 @@ def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Ten
             if given:  # of several heads the one whose scores are explained
                 return given[-1:]
             last = list(dict(calls).items())[-2:]
-            averaged = len(last) == 2 and all(output.shape == scores.shape for _, output in last)
+            widths = {value.shape for module, _ in last for value in module.parameters() if value.ndim > 1}
+            alike = len(widths) == 1  # branches of several widths have no mean feature
+            averaged = len(last) == 2 and alike and all(output.shape == scores.shape for _, output in last)
             if averaged and torch.allclose((last[0][1] + last[1][1]) / 2, scores.to(last[0][1]), atol=1e-5):
                 return [module for module, _ in last]
             return [calls[-1][0]]
