@@ -91,7 +91,7 @@ def score_tolerance(layer: str, method: str, checked: bool) -> float:
     in float64 agrees with what is found here.
     """
     if method == "GradCamPlusPlus" and layer == "Input":
-        return 5e-3 if checked else 1e-2
+        return 5e-3 if checked else 2e-2  # of grid 11: float64 lies 6e-3 from float32 here, and the reference 1.0e-2 and 1.6e-2 from these
     if not checked:
         return 1e-3
     return 5e-5 if method.startswith("Occlusion") else 1e-4 if method == "IntGrad" else 1e-5
