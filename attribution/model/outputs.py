@@ -131,9 +131,8 @@ class Outputs:
         found = self.probabilities(logits)
         if self.independent:
             found = torch.stack([found, 1 - found], dim=2)
-        inner = found.shape[-1] if found.ndim == 3 else self.classes
-        certain = 1 + (found * (found + 1e-7).log()).sum(dim=-1) / float(np.log(inner))
-        return certain.mean(dim=1) if certain.ndim == 2 else certain
+        certain = 1 + (found * (found + 1e-7).log()).sum(dim=-1) / float(np.log(found.shape[-1]))
+        return certain.mean(dim=1) if self.independent else certain
 
 
 def read_scores(
