@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from attribution.model.preprocessing import Preprocessing
 
 T = TypeVar("T")
 PRECISIONS = ("float32", "bfloat16", "float16")
+_EQUAL = 1e-3  # share of the largest score by which the scores of an image may differ from batch to batch, by rounding
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
 
@@ -202,7 +204,10 @@ class ModuleForward:
     @property
     def outputs(self) -> Outputs:
         if self._outputs is None:
-            self._outputs = Outputs.of(*self._first_scores(), self.classes, self.name)
+            first = self._first_scores()
+            found = Outputs.of(*first, self.classes, self.name)
+            self._check_repeatable(first[0])
+            self._outputs = found
         return self._outputs
 
     @property
@@ -333,6 +338,34 @@ class ModuleForward:
             self.one_at_a_time = True
         return torch.cat(parts).detach(), self.scores, made_by(parts[0])
 
+    def _check_repeatable(self, first: Tensor) -> None:
+        """Refuse scores that are random. Forward one image at a time where they depend on the other images of a batch.
+
+        Args:
+            first: [2, count], scores of the gray inputs.
+        """
+        inputs = self.preprocessing.gray_inputs(self.device)
+        within = (0.05 if self.dtype in (torch.float16, torch.bfloat16) else _EQUAL) * float(first.abs().max())
+        try:
+            repeated = torch.cat([self._plainly(row[None]) for row in inputs.flip(0)]).flip(0)
+        except Exception:  # it takes no single image
+            return
+        if _differ(repeated, first, within) == 0:
+            return
+        again = torch.cat([self._plainly(row[None]) for row in inputs])
+        if (gap := _differ(again, repeated, within)) > 0:
+            raise UserError(
+                f"{self.name} returned scores that differ by {gap:.3g} for the same image, up to {float(first.abs().max()):.3g} in size: it "
+                "draws random numbers in evaluation mode (such as F.dropout without training=self.training); give a model, or a function "
+                "of it, that returns the same scores at every call"
+            )
+        self.one_at_a_time = True
+        warnings.warn(
+            f"the scores of {self.name} depend on the other images of a batch, as with batch normalisation without running statistics "
+            "or dynamic quantisation: each image is forwarded alone",
+            stacklevel=2,
+        )
+
     def _looked_into(self, inputs: Tensor) -> Tensor:
         """Scores with their gradient where it helps to find out what they are and the module has one."""
         if self.scores in ("auto", "sigmoid"):
@@ -377,6 +410,14 @@ class ModuleForward:
         if self._compiled_module is None or self._compiled_module[0] is not module:
             self._compiled_module = (module, torch.compile(module, dynamic=True))
         return self._compiled_module[1]
+
+
+def _differ(some: Tensor, others: Tensor, within: float) -> float:
+    """The largest difference of finite scores, 0 where it is within what rounding explains."""
+    gaps = (some - others).abs()
+    gaps = gaps[gaps.isfinite()]
+    largest = float(gaps.max()) if len(gaps) else 0.0
+    return largest if largest > within else 0.0
 
 
 def modules_inside(function: Callable[..., Any]) -> list[nn.Module]:

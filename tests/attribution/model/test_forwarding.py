@@ -128,13 +128,45 @@ def test_a_module_that_writes_into_its_input(method: str) -> None:
 def test_a_function_that_writes_into_its_input_only_sometimes() -> None:
     def scores(x: Any) -> Any:
         array = x.numpy()
-        if array.max() > 0.9:  # which the gray image of the first pass is not
-            array -= 0.5
+        array[array.mean(axis=(1, 2, 3)) > 0.55] -= 0.5  # which no image of the first pass is
         return array.mean(axis=(2, 3))
 
-    used, inputs = at.Classifier(scores, size=8, scores="softmax"), rand(3, 3, 8, 8)
+    used, inputs = at.Classifier(scores, size=8, scores="softmax"), rand(3, 3, 8, 8) + 0.1
     kept = inputs.clone()
     assert torch.equal(used.logits(inputs), used.logits(inputs)) and torch.equal(inputs, kept)
+
+
+class Centred(nn.Module):
+    """Normalises by the statistics of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(dim=(0, 2, 3), keepdim=True)) / (x.std(dim=(0, 2, 3), keepdim=True) + 0.1)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4, track_running_stats=False), Centred()], ids=["batch_norm", "by_hand"])
+def test_scores_that_depend_on_the_rest_of_the_batch(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(36, 5)).eval()
+    used, inputs = at.Classifier(module, size=16, scores="logits", batch_size=4), rand(6, 3, 16, 16)
+    with pytest.warns(UserWarning, match="depend on the other images of a batch"):
+        found = used.logits(inputs)
+    with torch.no_grad():
+        alone = torch.cat([module(row[None]) for row in inputs])
+        assert not torch.allclose(module(inputs), alone, atol=1e-2)
+    assert torch.equal(found, alone)
+    map_ = at.attribute(photo(16), used, "occlusion", 1).pixel_map
+    assert torch.equal(map_, at.attribute(photo(16), at.Classifier(module, size=16, batch_size=1), "occlusion", 1).pixel_map)
+
+
+class Dropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.3)
+
+
+def test_scores_that_depend_on_chance() -> None:
+    module = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), Dropped(), nn.Linear(48, 5))
+    with pytest.raises(at.UserError, match="Sequential returned scores that differ by .* draws random numbers in evaluation mode"):
+        at.explain(photo(16), at.Classifier(module, size=16, scores="logits"))
 
 
 def test_features_are_those_before_a_head_that_works_in_place() -> None:
@@ -299,7 +331,10 @@ def test_the_digest_of_a_frozen_module_is_that_of_its_constants() -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning", "ignore:.*autograd kernel was not:UserWarning"
+    "ignore::DeprecationWarning",
+    "ignore:torch.quantize_per_tensor:UserWarning",
+    "ignore:.*autograd kernel was not:UserWarning",
+    "ignore:the scores of Sequential depend on the other images:UserWarning",  # quantised by the largest value of a batch
 )
 def test_a_module_that_stops_gradients() -> None:
     net = vgg()
