@@ -25,7 +25,7 @@ from attribution.errors import NotApplicable, UserError
 from attribution.fills import make_fill
 from attribution.hooks import evaluation_mode, one_module_a_call
 from attribution.model.forwarding import even_chunks
-from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, module_calls, operations
+from attribution.network.maps import STRUCTURAL, FeatureLayer, find_feature_layer, functions_between, module_calls, operations
 from attribution.task import Channels, Output, Task, over_channels
 
 _BLOCK = 16  # noisy copies drawn at once; torch's generator makes normal numbers in groups of 16
@@ -197,14 +197,21 @@ def lrp(task: Task, *, gamma: float = 0.25, epsilon: float = 1e-9, channels: Cha
         channels, output: see the docstring of this module.
 
     Raises:
-        NotApplicable: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks), or residual sums: Captum
-            passes the relevance of a sum to both branches in full, so that it doubles with every block.
+        NotApplicable: layers for which Captum has no rule (transformers, ConvNeXt, GELU and SiLU networks); functions of torch between
+            its modules that change values, which Captum passes by the plain gradient; or residual sums: Captum passes the relevance of
+            a sum to both branches in full, so that it doubles with every block.
     """
     sums = _refuse_unknown_activations(task, "lrp", (nn.ReLU, nn.Tanh, nn.MaxPool2d))["residual sum"]
     if sums:
         raise NotApplicable(
             f"lrp does not apply to {task.classifier.name}: relevance would double at each of its {sums} residual sums; "
             "use integrated_gradients, deep_lift or grad_cam"
+        )
+    between = functions_between(task)
+    if between:
+        raise NotApplicable(
+            f"lrp does not apply to {task.classifier.name}: it has rules for modules, and none for its functions "
+            f"{', '.join(sorted(between)[:4])}; make modules of them (such as nn.AdaptiveAvgPool2d), or use integrated_gradients"
         )
     check_number("gamma", gamma, 0)
     if not is_number(epsilon) or epsilon <= 0:

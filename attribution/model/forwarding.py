@@ -355,7 +355,7 @@ class ModuleForward:
         again = torch.cat([self._plainly(row[None]) for row in inputs])
         if (gap := _differ(again, repeated, within)) > 0:
             raise UserError(
-                f"{self.name} returned scores that differ by {gap:.3g} for the same image, up to {float(first.abs().max()):.3g} in size: it "
+                f"{self.name} returned scores that differ by {gap:.3g} for the same image, of a size of {first.abs().max():.3g}: it "
                 "draws random numbers in evaluation mode (such as F.dropout without training=self.training); give a model, or a function "
                 "of it, that returns the same scores at every call"
             )

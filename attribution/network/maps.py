@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -51,6 +52,10 @@ _NONLINEAR = (
     "tanh",
     "celu",
     "prelu_kernel",
+)
+_MOVES = frozenset(
+    """view view_as reshape flatten unflatten permute transpose swapaxes squeeze unsqueeze movedim contiguous clone to float type_as chunk
+    split tensor_split unbind cat concat stack __getitem__ select narrow index_select flip roll pad requires_grad_ __get__""".split()  # noqa: SIM905
 )
 STRUCTURAL = ("residual sum", "product", "max_pool2d_with_indices")  # kinds that ``operations`` counts beside activations
 _ATTENTION = ("scaled_dot_product", "softmax", "native_layer_norm", "native_multi_head_attention")
@@ -332,6 +337,46 @@ def _count_operations(task: Task) -> Counter[str]:
     with torch.no_grad(), Count():
         task.run()
     return counts
+
+
+def functions_between(task: Task) -> Counter[str]:
+    """How often each function of torch changes values that depend on the image, outside of the modules without parts.
+
+    Functions that only move values to other places do not count.
+    """
+    counts: Counter[str] = Counter()
+    inside = [0]
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            parts = output if isinstance(output, tuple | list) else (output,)
+            depends = any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+            if not inside[0] and depends and func.__name__ not in _MOVES and not _same_values(args, output):
+                counts[func.__name__] += 1
+            return output
+
+    def enter(*_: Any) -> None:
+        inside[0] += 1
+
+    def leave(*_: Any) -> None:
+        inside[0] -= 1
+
+    leaves = [module for module in task.module.modules() if not list(module.children())]
+    handles = [each.register_forward_pre_hook(enter) for each in leaves] + [each.register_forward_hook(leave) for each in leaves]
+    with torch.enable_grad(), frozen_parameters(task.module), removed_after(handles):
+        inputs = task.leaf()
+        with Count():
+            task.scores("logit")(inputs)
+    return counts
+
+
+def _same_values(args: Any, output: Any) -> bool:
+    """Whether a function returned the values of its first argument, in their order."""
+    given = args[0] if args else None
+    if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.numel() != output.numel():
+        return False
+    return torch.equal(given.flatten(), output.flatten())
 
 
 def module_calls(task: Task, kinds: tuple[type[nn.Module], ...]) -> Counter[nn.Module]:

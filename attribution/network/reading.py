@@ -7,6 +7,7 @@ token of the last block counts in what the head reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from attribution.hooks import frozen_parameters, removed_after
 from attribution.network.attention import Attention, AttentionRules, open_attention
 from attribution.network.maps import in_place, probe_inputs, random_signs, read_out, token_grid
 from attribution.task import Task
+
+_SAME_SHARES = 0.25  # total variation between the shares of tokens in a feature and in all; 0 for a mean, .4 and more with a maximum in it
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def _read(task: Task) -> Reading | str:
     tokens, last_pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
     blocks = len(calls) - last_pools
     signed = (values * random_signs(values)).sum()
+    if any(not _follows(later, earlier) for earlier, later in pairwise(calls[:blocks])):
+        return "attentions run side by side in its blocks"
     (through,) = torch.autograd.grad(signed, calls[-1].weights, retain_graph=True, allow_unused=True)
     pools = last_pools and through is not None  # Hugging Face's SigLIP also computes a pooling that its classifier does not read
     found = token_grid(task, tokens)
@@ -98,8 +103,10 @@ def _read(task: Task) -> Reading | str:
     last = last or [calls[blocks - 1].context.flatten(0, -3).transpose(0, 1).flatten(1)[None]]
     (gradient,) = torch.autograd.grad(signed, last[-1], allow_unused=True)
     norms = torch.zeros(tokens) if gradient is None else gradient[0].norm(dim=1).cpu()
-    if not norms.any():
+    if gradient is None or not norms.any():
         return "its head has no gradient at the tokens of its last block"
+    if not pools and _picks(gradient[0]):
+        return "its head picks tokens by their values (a maximum), so that other tokens count in each image"
     reading = Reading(blocks, tokens, found[0], norms / norms.sum(), pools)
     return _misplaced(task, reading) or reading
 
@@ -119,6 +126,22 @@ def _misfit(calls: list[Attention]) -> str:
     if any((call.weights.sum(dim=-1) - 1).abs().max() > 1e-3 for call in calls):
         return "its attention weights do not sum to 1"
     return ""
+
+
+def _follows(later: Attention, earlier: Attention) -> bool:
+    """Whether an attention depends on what another one computed."""
+    signed = (later.context * random_signs(later.context)).sum()
+    (gradient,) = torch.autograd.grad(signed, earlier.context, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _picks(gradient: Tensor) -> bool:
+    """Whether features [C] are read from tokens of their own, by the gradient [N, C] of what is read.
+
+    The mean of tokens, or one of them, is read in the same shares for every feature; a maximum is not.
+    """
+    shares = gradient.abs() / gradient.abs().sum(dim=0).clamp(min=1e-30)
+    return bool((shares - shares.mean(dim=1, keepdim=True)).abs().sum(dim=0).mean() / 2 > _SAME_SHARES)
 
 
 def _misplaced(task: Task, reading: Reading) -> str:

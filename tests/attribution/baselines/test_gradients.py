@@ -199,6 +199,28 @@ def test_lrp(gamma: float, inplace: bool) -> None:
     assert apart(attribute(image, used, "lrp", 1, gamma=gamma).pixel_map, direct.sum(0)) < 1e-4
 
 
+class Pooled(nn.Module):
+    """Its functions move values to other places, or are means of a single value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.wide, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 14), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.relu(self.conv(x)).transpose(2, 3))
+        return self.head(torch.cat(y.mean(dim=(2, 3)).split(2, dim=1), dim=1))
+
+
+def test_lrp_beside_functions_that_change_no_value() -> None:
+    torch.manual_seed(0)
+    module = Pooled().eval()
+    wide = copy.deepcopy(module.wide)
+    wide.weight = nn.Parameter(wide.weight.transpose(2, 3).contiguous())
+    as_modules = nn.Sequential(module.conv, module.relu, wide, nn.Flatten(), module.head)
+    found, expected = (attribute(photo(16), classifier(each), "lrp", 1, gamma=0.0).pixel_map for each in (module, as_modules))
+    assert expected.abs().max() > 0 and apart(found, expected) < 1e-5
+
+
 def test_lrp_conserves_the_logit_without_biases() -> None:
     module = vgg()
     for layer in module:
@@ -258,6 +280,8 @@ class Gated(nn.Module):
         ("guided_backprop deconvolution guided_grad_cam lrp", Functional(nn.LeakyReLU()), "1 x leaky_relu"),
         ("guided_backprop deconvolution guided_grad_cam", nn.Sequential(nn.Conv2d(3, 4, 4), nn.Flatten(), nn.Linear(676, 3)), "no ReLU"),
         ("lrp", nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)), "GroupNorm"),
+        ("lrp", Functional(lambda x: x.clamp(-1, 1)), "none for its functions clamp, mean;"),
+        ("lrp", Functional(lambda x: torch.maximum(x, x.flip(3)).square()), "none for its functions maximum, mean, square;"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -342,3 +366,16 @@ def test_deep_lift_is_refused_where_its_map_does_not_add_up(operation: Any) -> N
     used = at.Classifier(Net().eval(), size=12, scores="softmax")
     with pytest.raises(at.NotApplicable, match=r"its map sums to .*, but the score changes by"):
         at.attribute(torch.rand(3, 12, 12), used, "deep_lift", 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("smooth_grad", {"nt_samples": 70}), ("gradient_shap", {"n_samples": 70}), ("integrated_gradients", {"n_steps": 70})],
+)
+def test_batch_size_bounds_the_rows_of_a_pass(method: str, options: dict[str, int]) -> None:
+    """The rows of a pass under gradients decide how much memory it takes."""
+    module, rows = vgg(), []
+    module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    used = classifier(module, batch_size=4)
+    attribute(photo(16), used, method, 1, **options)
+    assert sum(rows) >= 70 and max(rows) <= 4

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from networks import apart, classifier, make_task, photo, scaled, tiny_vit, vgg
 from timm.layers import RmsNorm, SwiGLU
 from timm.layers.activations import QuickGELU
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
 import attribution as at
@@ -262,6 +263,22 @@ class MeetingElsewhere(nn.Module):
 def test_tokens_that_meet_outside_of_attention_are_refused(method: str) -> None:
     with pytest.raises(at.NotApplicable, match=f"{method} does not apply to .*tokens also meet outside of its attention"):
         attribute(photo(16), classifier(MeetingElsewhere().eval()), method)
+
+
+@pytest.mark.parametrize(
+    ("build", "cause"),
+    [
+        (lambda: tiny_vit(global_pool="max"), "its head picks tokens by their values"),
+        (lambda: tiny_vit(global_pool="avgmax"), "its head picks tokens by their values"),
+        (lambda: OwnPooling(lambda t: t.amax(1)), "its head picks tokens by their values"),
+        (lambda: tiny_vit(block_fn=ParallelThingsBlock), "attentions run side by side in its blocks"),
+    ],
+    ids=["max", "avgmax", "own", "parallel"],
+)
+@pytest.mark.parametrize("method", TRANSFORMER)
+def test_readings_that_are_no_row_of_a_product(method: str, build: Any, cause: str) -> None:
+    with pytest.raises(at.NotApplicable, match=f"{method} does not apply to .*: {cause}"):
+        attribute(photo(16), classifier(build()), method)
 
 
 @pytest.mark.parametrize("method", TRANSFORMER)

@@ -165,7 +165,7 @@ class Dropped(nn.Module):
 
 def test_scores_that_depend_on_chance() -> None:
     module = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), Dropped(), nn.Linear(48, 5))
-    with pytest.raises(at.UserError, match="Sequential returned scores that differ by .* draws random numbers in evaluation mode"):
+    with pytest.raises(at.UserError, match=r"Sequential returned scores that differ by .* draws random numbers in evaluation mode"):
         at.explain(photo(16), at.Classifier(module, size=16, scores="logits"))
 
 
