@@ -270,7 +270,7 @@ class ModuleForward:
         return made
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
-        with exclusive(self.module) if isinstance(self.module, nn.Module) else nullcontext():
+        with exclusive(*([self.module] if isinstance(self.module, nn.Module) else modules_inside(self.module))):
             self.find_out(want_features)
             with_gradients = torch.is_grad_enabled() and inputs.requires_grad
 
