@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
+from attribution.doctor import Examination, Finding, examine
 from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, NotMisclassified, UserError
 from attribution.explain import explain, polish
@@ -39,8 +40,10 @@ __all__ = [
     "REGIONS",
     "SEARCHES",
     "Classifier",
+    "Examination",
     "Explanation",
     "FailureExplanation",
+    "Finding",
     "MaskedInputs",
     "MeanObjective",
     "NeuronPath",
@@ -57,6 +60,7 @@ __all__ = [
     "attribute",
     "demo_image_path",
     "edited_probability",
+    "examine",
     "explain",
     "explain_failure",
     "explain_many",

@@ -24,7 +24,7 @@ FLOORS = [
     ["attribution.search", "attribution.dropping"],
     ["attribution.presets", "attribution.tuning"],
     ["attribution.baselines", "attribution.explain"],
-    ["attribution.failure", "attribution.many", "attribution.neurons"],
+    ["attribution.failure", "attribution.many", "attribution.neurons", "attribution.doctor"],
     ["attribution"],
     ["evaluation.statistics", "evaluation.metrics"],
     ["evaluation.data"],

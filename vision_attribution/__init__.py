@@ -15,7 +15,7 @@ from attribution import __version__
 from attribution.errors import UserError
 from evaluation.benchmark.terminal import print_names
 from evaluation.studies import STUDIES
-from vision_attribution import explain, neurons
+from vision_attribution import doctor, explain, neurons
 from vision_attribution.one_failure import ONLY, one_failure
 from vision_attribution.studies import Instead, console, extra, study_command
 
@@ -56,6 +56,7 @@ BESIDE: dict[str, tuple[Sequence[inspect.Parameter], Instead]] = {
 }
 
 app.command()(explain.explain)
+app.command()(doctor.doctor)
 for study in STUDIES.values():
     app.command()(study_command(study, *BESIDE.get(study.name, ())))
 

@@ -1,0 +1,79 @@
+"""The command ``attribution doctor``: what a person should know of a classifier before trusting any explanation of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from attribution.doctor import Examination, examine
+from attribution.model.loading import load_classifier, read_class_names
+from attribution.model.outputs import SCORES_HELP
+from evaluation.data.recipes import PHOTOS, open_dataset
+from evaluation.study.page import write_text
+from vision_attribution.inputs import find_images
+from vision_attribution.studies import console
+
+
+def doctor(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Photos of the kind that the model is for, at least 4. None: photos that installed packages bring along.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="As for explain.")] = "zoo:cnn",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm or torchvision model.", show_default=False)] = None,
+    checkpoint_key: Annotated[
+        str | None, typer.Option(help="Where the weights are in a checkpoint that holds several.", show_default=False)
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
+    scores: Annotated[str | None, typer.Option(help=SCORES_HELP, show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for what was found.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if there is a warning.")] = False,
+) -> None:
+    """Examine a model before you trust an explanation of it.
+
+    It says which preprocessing, scores, layers and tokens were found; whether photos look more familiar to the model when they are
+    preprocessed in another way; whether a softmax is taken twice, classes are dead or a fill is a class of its own; which methods apply,
+    and why others do not; and how fast the model is here. Lines to look into are marked.
+
+    Examples:
+
+    - `attribution doctor`
+
+    - `attribution doctor photos/ --model timm:resnet50 --checkpoint mine.pt --classes names.txt --strict`
+    """
+    names = None if classes is None else read_class_names(classes)
+    given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "scores": scores}
+    classifier = load_classifier(model, device=device, **given)
+    found = examine(list(find_images(images, Path("."))) if images else _photos(), classifier)
+    _show(found)
+    if out is not None:
+        write_text(out, json.dumps(found.plain(), indent=2) + "\n")
+    if strict and found.warnings:
+        raise typer.Exit(1)
+
+
+def _photos() -> list[Path]:
+    photos = open_dataset(PHOTOS)
+    return [Path(photos.read(index)) for index in range(len(photos))]
+
+
+def _show(found: Examination) -> None:
+    """Print the findings by part; those to look into are marked."""
+    screen, part = console(), ""
+    for finding in found.findings:
+        if finding.part != part:
+            part = finding.part
+            screen.print(Text(f"\n{part}", style="bold"))
+        mark = "! " if finding.warning else "  "
+        screen.print(Text(f"{mark}{finding.what}: {finding.value}", style="yellow" if finding.warning else ""))
+    count = len(found.warnings)
+    total = "nothing to look into" if not count else f"{count} {'line' if count == 1 else 'lines'} to look into, marked with !"
+    screen.print(Text(f"\n{found.model}: {total} ({found.seconds:.0f} s)", style="bold"))
