@@ -305,7 +305,7 @@ def _inside(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
     except UserError as error:
         found.append(Finding("inside", "layer of class activation maps", str(error)))
     try:
-        reading = read_tokens(task, "attention")
+        reading = read_tokens(task, "attention", as_product=False)
         which = "patches" if reading.reads_patches else "class tokens"
         text = f"{reading.tokens} in {reading.blocks} blocks, {reading.prefix} before the patches; the head reads {which}"
         found.append(Finding("inside", "tokens", text))

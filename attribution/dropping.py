@@ -251,7 +251,7 @@ def _known(classifier: Classifier) -> _Transformer:
     blank = torch.zeros(1, *classifier.preprocessing.shape, device=classifier.device)
     task = Task(classifier, blank[0], blank[0], 0, blank, blank)
     with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(classifier.module), classifier.in_float32():
-        reading = read_tokens(task, "fill 'drop'")
+        reading = read_tokens(task, "fill 'drop'", as_product=False)
         if reading.reads_patches:
             raise _refused(classifier, "its head reads the patches, and without patches nothing is left to read")
         inputs = probe_inputs(task)

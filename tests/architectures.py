@@ -43,7 +43,8 @@ _QUICK_TIMM = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model: how to build it, its input size, and the tokens that its head reads ("cls", "dist", "avg", "cls+avg", "pool" or "")."""
+    """One model: how to build it, its input size, and the tokens that its head reads ("cls", "dist", "avg", "cls+avg", "pool"
+    or ""; "parallel" for attentions side by side, of which no product is read)."""
 
     source: str
     name: str
@@ -100,7 +101,7 @@ def timm_models() -> Iterator[Architecture]:
         "vit_base_patch16_siglip_gap_224": "avg",
         "vit_base_patch16_siglip_224": "pool", "beit_base_patch16_224": "avg", "beitv2_base_patch16_224": "avg",
         "eva02_tiny_patch14_224": "avg", "vit_relpos_small_patch16_224": "avg", "vit_srelpos_small_patch16_224": "avg",
-        "naflexvit_base_patch16_gap": "avg", "flexivit_small": "cls", "vit_small_patch16_18x2_224": "cls",
+        "naflexvit_base_patch16_gap": "avg", "flexivit_small": "cls", "vit_small_patch16_18x2_224": "parallel",
     }  # fmt: skip
     for name, reads in vits.items():
         size = 112 if "patch14" in name else 96
@@ -331,7 +332,7 @@ def layer_found(used: at.Classifier, image: Tensor) -> str:
 def attended(used: at.Classifier, architecture: Architecture, image: Tensor, method: str) -> str:
     """Equality with the second derivation; a model with windows, stages or class attention alone has none and is refused."""
     found = at.attribute(image, used, method, 1, **({"gamma_conv": 0.0, "gamma_linear": 0.0} if method == "attn_lrp" else {})).pixel_map
-    if not architecture.reads:
+    if not architecture.reads or (architecture.reads == "parallel" and method != "attn_lrp"):
         return "WRONG: not refused"
     inputs, patches = used.inputs(image), len(found.flatten())
     if method == "attn_lrp":

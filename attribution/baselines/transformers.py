@@ -125,7 +125,7 @@ def attn_lrp(task: Task, *, gamma_conv: float = 0.25, gamma_linear: float = 0.05
     """
     check_number("gamma_conv", gamma_conv, 0)
     check_number("gamma_linear", gamma_linear, 0)
-    read_tokens(task, "attn_lrp")
+    read_tokens(task, "attn_lrp", as_product=False)
     elementwise = {m: partial(rules.ratio_slope, function=partial(type(m).forward, m)) for m in elementwise_modules(task)}
     unknown: set[str] = set()
 

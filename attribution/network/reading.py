@@ -34,6 +34,7 @@ class Reading:
             the tokens whose mean it takes.
         pools: whether the head pools the tokens by one more attention, of a query of its own. The shares then are those of all tokens
             alike, and say nothing.
+        no_product: why what the head reads of each patch is no product of the attentions in their order; "" if it is.
     """
 
     blocks: int
@@ -41,6 +42,7 @@ class Reading:
     grid: tuple[int, int]
     shares: Tensor
     pools: bool
+    no_product: str
 
     @property
     def prefix(self) -> int:
@@ -63,16 +65,23 @@ class Reading:
         return (shares @ joint)[self.prefix :].unflatten(0, self.grid)
 
 
-def read_tokens(task: Task, method: str) -> Reading:
+def read_tokens(task: Task, method: str, as_product: bool = True) -> Reading:
     """How the tokens of the task's network meet and are read.
 
+    Args:
+        task: what is explained.
+        method: its name, for messages.
+        as_product: whether the method takes what the head reads for a product of the attentions in their order.
+
     Raises:
-        NotApplicable: no global attention between all tokens in every block, with the reason.
+        NotApplicable: no global attention between all tokens in every block, or no such product, with the reason.
     """
     if "tokens" not in task.structure:
         with torch.enable_grad(), frozen_parameters(task.module):
             task.structure["tokens"] = _read(task)
     found: Reading | str = task.structure["tokens"]
+    if isinstance(found, Reading) and as_product and found.no_product:
+        found = found.no_product
     if isinstance(found, str):
         raise NotApplicable(
             f"{method} does not apply to {task.classifier.name}: {found}; expected a vision transformer in which all tokens meet by "
@@ -92,8 +101,6 @@ def _read(task: Task) -> Reading | str:
     tokens, last_pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
     blocks = len(calls) - last_pools
     signed = (values * random_signs(values)).sum()
-    if any(not _follows(later, earlier) for earlier, later in pairwise(calls[:blocks])):
-        return "attentions run side by side in its blocks"
     (through,) = torch.autograd.grad(signed, calls[-1].weights, retain_graph=True, allow_unused=True)
     pools = last_pools and through is not None  # Hugging Face's SigLIP also computes a pooling that its classifier does not read
     found = token_grid(task, tokens)
@@ -105,9 +112,12 @@ def _read(task: Task) -> Reading | str:
     norms = torch.zeros(tokens) if gradient is None else gradient[0].norm(dim=1).cpu()
     if gradient is None or not norms.any():
         return "its head has no gradient at the tokens of its last block"
+    no_product = ""
     if not pools and _picks(gradient[0]):
-        return "its head picks tokens by their values (a maximum), so that other tokens count in each image"
-    reading = Reading(blocks, tokens, found[0], norms / norms.sum(), pools)
+        no_product = "its head picks tokens by their values (a maximum), so that other tokens count in each image"
+    elif not all(_follows(later, earlier) for earlier, later in pairwise(calls[:blocks])):
+        no_product = "attentions run side by side in its blocks"
+    reading = Reading(blocks, tokens, found[0], norms / norms.sum(), pools, no_product)
     return _misplaced(task, reading) or reading
 
 

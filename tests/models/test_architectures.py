@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import (
+    METHODS,
     Architecture,
     all_architectures,
     attempt,
@@ -31,7 +32,9 @@ def check(architecture: Architecture) -> None:
             f"{name} of {architecture.name}: {cell}"
         )
     assert row.cells["explain"] == "right"
-    if architecture.reads:
+    if architecture.reads == "parallel":
+        assert [row.cells[name].partition(":")[0] for name in METHODS] == ["refused", "refused", "refused", "right"], row.cells
+    elif architecture.reads:
         assert row.cells["attention_rollout"] == row.cells["transformer_attribution"] == "right", row.cells
         assert row.cells["CAM layer"].startswith("right") and row.cells["neurons"].startswith("right"), row.cells
         assert (row.cells["grad_eclip"] == "right") == (architecture.reads in ("cls", "dist")), row.cells["grad_eclip"]

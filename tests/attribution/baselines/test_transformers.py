@@ -277,6 +277,10 @@ def test_tokens_that_meet_outside_of_attention_are_refused(method: str) -> None:
 )
 @pytest.mark.parametrize("method", TRANSFORMER)
 def test_readings_that_are_no_row_of_a_product(method: str, build: Any, cause: str) -> None:
+    if method == "attn_lrp" and "side by side" in cause:  # its rules hold for any graph
+        assert attribute(photo(16), classifier(build()), method).pixel_map.abs().max() > 0
+        return
+    cause = "it has no rule for a?max" if method == "attn_lrp" else cause
     with pytest.raises(at.NotApplicable, match=f"{method} does not apply to .*: {cause}"):
         attribute(photo(16), classifier(build()), method)
 
