@@ -88,12 +88,18 @@ def image_files(folder: str | Path) -> list[Path]:
 
 def demo_image_path() -> Path:
     """The path of the default photo, Chelsea the cat, inside the installed scikit-image; nothing is downloaded."""
+    return demo_image_paths()[0]
+
+
+def demo_image_paths() -> list[Path]:
+    """The paths of the demo's photos, a cat and a cup of coffee with a spoon, inside the installed scikit-image."""
     import skimage
 
-    path = Path(skimage.__file__).parent / "data" / "chelsea.png"
-    if not path.is_file():
-        raise UserError(f"the demo photo is missing from scikit-image ({path.name}): reinstall scikit-image, or give an image")
-    return path
+    paths = [Path(skimage.__file__).parent / "data" / name for name in ("chelsea.png", "coffee.png")]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"the demo photo is missing from scikit-image ({path.name}): reinstall scikit-image, or give an image")
+    return paths
 
 
 def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:

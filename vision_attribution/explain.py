@@ -22,11 +22,12 @@ from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
 from attribution.files import slug
 from attribution.fills import DEFAULT_FILL, FILLS
-from attribution.image import demo_image_path
+from attribution.image import demo_image_paths
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 from attribution.model.loading import load_classifier, read_class_names
 from attribution.model.outputs import SCORES_HELP
+from attribution.model.zoo import DEFAULT_MODEL
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
 from attribution.regions import REGIONS
@@ -38,26 +39,31 @@ from vision_attribution.inputs import digest_of_file, each_image, find_images, s
 from vision_attribution.progress import Bar
 from vision_attribution.studies import console
 
-DEMO_MODELS = ("zoo:cnn", "zoo:vit")
-DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to neither model
+DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to no zoo model
+DEMO_SEARCH, DEMO_EVALUATIONS, DEMO_REGIONS = "budget", 300, 36  # seconds for a photo instead of a minute
 SHARES = (0.5, 0.8, 0.95)
 _option = partial(typer.Option, show_default=False)  # of an option whose help says what happens without it
 
 
 def explain(
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files and folders of images. None: the demo, a photo of a cat.", show_default=False)
+        list[Path] | None, typer.Argument(help="Image files and folders of images. None: the demo, two photos.", show_default=False)
     ] = None,
     model: Annotated[
         list[str] | None,
         _option(
             "--model",
             "-m",
-            help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
-            "Default: both zoo models for the demo, zoo:cnn otherwise.",
+            help="zoo:imagenet, zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
+            f"Default: {DEFAULT_MODEL}.",
         ),
     ] = None,
-    target: Annotated[str | None, _option("--target", "-t", help="Class name or index to explain. Default: the predicted class.")] = None,
+    target: Annotated[
+        str | None,
+        _option(
+            "--target", "-t", help="Class to explain: its name, a part that no other name has, or its index. Default: the predicted class."
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None, _option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).")
     ] = None,
@@ -67,11 +73,19 @@ def explain(
     classes: Annotated[Path | None, _option(help="Text file with one class name a line.")] = None,
     scores: Annotated[str | None, _option(help=SCORES_HELP)] = None,
     regions: Annotated[str | None, _option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.")] = None,
-    region_count: Annotated[int | None, _option(min=2, help="About how many regions. Default: the published 49 or 50.")] = None,
+    region_count: Annotated[
+        int | None, _option(min=2, help=f"About how many regions. Default: the published 49 or 50; {DEMO_REGIONS} for the demo.")
+    ] = None,
     heatmap: Annotated[Path | None, _option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.")] = None,
-    search: Annotated[str | None, _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: bidirectional.")] = None,
+    search: Annotated[
+        str | None,
+        _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: {PRESETS['default'].search}; {DEMO_SEARCH} for the demo."),
+    ] = None,
     pending: Annotated[int | None, _option(min=1, help="p of the bidirectional search. Default: 8.")] = None,
-    evaluations: Annotated[int | None, _option(min=1, help="Images that search budget may forward. Default: 16 for each region.")] = None,
+    evaluations: Annotated[
+        int | None,
+        _option(min=1, help=f"Images that search budget may forward. Default: 16 for each region; {DEMO_EVALUATIONS} for the demo."),
+    ] = None,
     weights: Annotated[
         str | None, _option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.")
     ] = None,
@@ -110,6 +124,9 @@ def explain(
 
     - `attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur`
     """
+    if not images and search is preset is pending is None:
+        search, evaluations = DEMO_SEARCH, evaluations or DEMO_EVALUATIONS
+        region_count = region_count or DEMO_REGIONS
     options: dict[str, Any] = {
         "regions": regions,
         "search": search,
@@ -129,11 +146,10 @@ def explain(
         if value is not None:
             check_choice(name, value, known)
     check_choice("precision", precision, (*PRECISIONS, "auto"))
-    found = [demo_image_path()] if not images else list(find_images(images, out))
-    specs = tuple(model) if model else (DEMO_MODELS if not images else DEMO_MODELS[:1])
+    found = list(find_images(images, out)) if images else demo_image_paths()
     names = None if classes is None else read_class_names(classes)
     given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "scores": scores}
-    classifiers = [load_classifier(spec, device=device, batch_size=batch_size, **given) for spec in specs]
+    classifiers = [load_classifier(spec, device=device, batch_size=batch_size, **given) for spec in model or [DEFAULT_MODEL]]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")

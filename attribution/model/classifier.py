@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attribution.checks import check_choice, is_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
+from attribution.model.class_names import matching_class, near_names, some_classes
 from attribution.model.forwarding import Forward, ModuleForward, eager_module
 from attribution.model.label import LabelForward
 from attribution.model.outputs import SCORES, OutputChoice, Outputs
@@ -203,22 +204,27 @@ class Classifier:
         return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, tuple(settings))
 
     def target_index(self, target: int | str) -> int:
-        """The class index of a name (exact, or unique regardless of case) or of an index.
+        """The class index of a name, of a part of a single name, or of an index.
+
+        A name may differ in case. "egyptian" stands for "Egyptian cat" where no other name has it (see ``matching_class``).
 
         Raises:
-            UserError: no such class.
+            UserError: no such class, or a text that several names fit.
         """
         if not is_whole(target) and not isinstance(target, str):
             raise UserError(f"target is {describe(target)}: expected a class name, or an index from 0 to {self.num_classes - 1}")
         if isinstance(target, str):
-            exact = [i for i, name in enumerate(self.class_names) if name == target]
-            matches = exact or [i for i, name in enumerate(self.class_names) if name.lower() == target.lower()]
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                raise UserError(f"class name {target!r} stands for classes {matches} of {self.name}: give the index")
+            found = matching_class(target, self.class_names)
+            if isinstance(found, int):
+                return found
+            if found:
+                same = len({self.class_names[each].lower() for each in found}) == 1
+                wanted, candidates = "the index" if same else "more of the name, or the index", some_classes(found, self.class_names)
+                raise UserError(f"class name {target!r} stands for {len(found)} classes of {self.name}: {candidates}; give {wanted}")
             if not target.isdecimal():
-                raise UserError(f"{self.name} has no class {target!r}: expected one of {_some(self.class_names)}")
+                near = near_names(target, self.class_names)
+                hint = f"did you mean {', '.join(near)}?" if near else f"expected one of {_some(self.class_names)}"
+                raise UserError(f"{self.name} has no class {target!r}: {hint}")
             target = int(target)
         if not 0 <= target < self.num_classes:
             raise UserError(f"class index {target} is out of range: {self.name} has classes 0 to {self.num_classes - 1}")

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.model import zoo
+from attribution.model.class_names import carried_names, timm_names, unique
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import first_line, resolve_device
 
@@ -56,7 +58,8 @@ def load_classifier(
     """Load a classifier by name or from a file, with the preprocessing of its own configuration.
 
     Args:
-        model: "zoo:cnn" or "zoo:vit" (embedded), "timm:NAME", "torchvision:NAME", or a file that ``save_classifier`` wrote.
+        model: "zoo:imagenet", "zoo:cnn" or "zoo:vit" (installed with the package), "timm:NAME", "torchvision:NAME", or a file that
+            ``save_classifier`` wrote.
             An ``nn.Module`` is wrapped in a ``Classifier`` with ``settings``; a ``Classifier`` is returned unchanged.
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
         checkpoint: file of weights for a timm or torchvision model, in safetensors or in torch's format. A torch file holds a state
@@ -65,7 +68,9 @@ def load_classifier(
         checkpoint_key: where the state dict is in the file, such as "state_dict_ema" or "ema.module". Needed where it holds several.
         pretrained: without a checkpoint, load the library's published weights (a download at the first use); False gives
             random weights.
-        class_names: names for the classes; the library's own for published weights.
+        class_names: names for the classes. By default those that the checkpoint carries (such as "class_names", "class_to_idx" or
+            "id2label" beside the weights), else those of the library's published weights, where they are as many. A checkpoint without
+            names is assumed to have these classes too, with a warning.
         batch_size: most images forwarded at once.
         scores: what the module returns, see ``Classifier``; what a saved file says, or "auto", by default.
         settings: further arguments of ``Classifier`` that override the model's own configuration, such as size, mean and std.
@@ -91,6 +96,12 @@ def load_classifier(
         where = resolve_device(device)
         built = SOURCES[source](name, None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_key), pretrained)
         names = built.class_names if class_names is None else class_names
+        if class_names is None and built.assumed:
+            warnings.warn(
+                f"{checkpoint} names no classes: its {len(built.class_names or ())} are given the names of the published {spec}; "
+                "give class_names (--classes) where they are others",
+                stacklevel=2,
+            )
         own = {**built.settings, "name": spec, **settings}
         return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
     if Path(spec).suffix == ".safetensors":
@@ -178,20 +189,23 @@ class Checkpoint(NamedTuple):
 
 
 class _Built(NamedTuple):
-    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
+    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known.
+
+    Names are assumed where a checkpoint without names has as many classes as the published weights.
+    """
 
     module: nn.Module
     settings: dict[str, Any]
     class_names: tuple[str, ...] | None
+    assumed: bool = False
 
 
 def _zoo(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
     fresh = name in zoo.ZOO and not pretrained and checkpoint is None
-    module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
+    module = zoo.ZOO[name].build().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
         _load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
-    settings = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
-    return _Built(module, settings, zoo.CLASS_NAMES)
+    return _Built(module, dict(zoo.ZOO[name].settings), zoo.ZOO[name].class_names())
 
 
 def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
@@ -218,11 +232,7 @@ def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
         "resized": tuple(math.floor(s / config["crop_pct"]) for s in side),
         "interpolation": config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic", "nearest") else "bicubic",
     }
-    class_names = None
-    if checkpoint is None and getattr(module, "num_classes", None) == 1000:
-        info = timm.data.ImageNetInfo("imagenet-1k")
-        class_names = _unique(tuple(info.index_to_description(index).split(",")[0] for index in range(1000)))
-    return _Built(module, settings, class_names)
+    return _Built(module, settings, *_names(checkpoint, getattr(module, "num_classes", None), timm_names(module)))
 
 
 def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
@@ -252,8 +262,25 @@ def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> 
         "resized": (int(transform.resize_size[0]), int(transform.resize_size[0])),
         "interpolation": transform.interpolation.value,
     }
-    class_names = _unique(tuple(weights.meta["categories"])) if checkpoint is None else None
-    return _Built(module, settings, class_names)
+    head = _head_weight(module)
+    return _Built(module, settings, *_names(checkpoint, head and len(module.get_parameter(head)), unique(weights.meta["categories"])))
+
+
+def _names(checkpoint: Checkpoint | None, classes: int | None, published: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, bool]:
+    """The class names of a model by name, and whether they are assumed (see ``_Built``)."""
+    if checkpoint is None:
+        return published, False
+    carried = carried_names(_beside_weights(checkpoint.path), classes, str(checkpoint.path))
+    fits = published is not None and len(published) == classes
+    return carried or (published if fits else None), carried is None and fits
+
+
+def _beside_weights(path: Path) -> Any:
+    """All that a checkpoint holds: the mapping of a torch file, or the metadata of a safetensors file."""
+    if path.suffix != ".safetensors":
+        return _read_torch(path)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]) -> Classifier:
@@ -428,16 +455,6 @@ def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module
         raise UserError(
             f"the weights of {name} could not be loaded ({first_line(error)}): connect to the network once, or give --checkpoint FILE"
         ) from None
-
-
-def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Class names made unambiguous: the second "crane" becomes "crane (517)"."""
-    seen: set[str] = set()
-    result = []
-    for index, name in enumerate(names):
-        result.append(f"{name} ({index})" if name in seen else name)
-        seen.add(name)
-    return tuple(result)
 
 
 def _first(keys: list[str]) -> str:

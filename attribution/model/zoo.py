@@ -1,14 +1,18 @@
-"""The embedded default: two CIFAR-10 classifiers whose weights travel with the package.
+"""The classifiers that are there after the installation: one of ImageNet, the default, and two small ones of CIFAR-10.
 
-``cnn`` is ResNet-20 (He et al., CVPR 2016, section 4.2) and ``vit`` a small vision transformer (Dosovitskiy et al.,
-ICLR 2021) distilled from it. Their cards, ``assets/cnn.md`` and ``assets/vit.md``, hold recipe, accuracy and limits.
+``imagenet`` is EfficientNet-Lite0 at 224 pixels, see ``lite``. ``cnn`` is ResNet-20 (He et al., CVPR 2016, section 4.2) and ``vit`` a
+small vision transformer (Dosovitskiy et al., ICLR 2021) distilled from it; both take 32 pixels. Their cards ``assets/imagenet.md``,
+``assets/cnn.md`` and ``assets/vit.md`` hold recipe, accuracy and limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attribution.errors import UserError
+from attribution.model import lite
+from attribution.model.class_names import imagenet_names
 
+DEFAULT_MODEL = "zoo:imagenet"  # of every command that takes a CNN
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 INPUT_SIZE = 32
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -110,20 +117,46 @@ def build_vit() -> nn.Module:
 
 
 def load_zoo_module(name: str) -> nn.Module:
-    """A zoo model with its shipped weights, in evaluation mode, on the CPU.
+    """A zoo model with its weights, in evaluation mode, on the CPU.
 
     Args:
         name: a key of ``ZOO``.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or weights that are missing or not those of the card.
     """
     if name not in ZOO:
         raise UserError(f"unknown zoo model {name!r}: expected one of {', '.join(sorted(ZOO))}")
-    module = ZOO[name]()
-    with as_file(files("attribution") / "assets" / f"{name}.safetensors") as path:
-        module.load_state_dict(load_file(Path(path)))
+    module = ZOO[name].build()
+    module.load_state_dict(ZOO[name].weights())
     return module.eval()
 
 
-ZOO: dict[str, Callable[[], nn.Module]] = {"cnn": build_cnn, "vit": build_vit}
+def _asset(name: str) -> dict[str, Tensor]:
+    with as_file(files("attribution") / "assets" / f"{name}.safetensors") as path:
+        return load_file(Path(path))
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A classifier of the zoo.
+
+    Attributes:
+        build: makes the module with fresh weights.
+        weights: reads its weights by name.
+        settings: its preprocessing, as arguments of ``Classifier``.
+        class_names: makes the names of its classes.
+    """
+
+    build: Callable[[], nn.Module]
+    weights: Callable[[], dict[str, Tensor]]
+    settings: Mapping[str, Any]
+    class_names: Callable[[], tuple[str, ...]]
+
+
+_CIFAR10: dict[str, Any] = {"size": INPUT_SIZE, "mean": MEAN, "std": STD, "interpolation": "bicubic"}
+ZOO: dict[str, ZooModel] = {
+    "imagenet": ZooModel(lite.build_lite, lite.lite_weights, lite.SETTINGS, imagenet_names),
+    "cnn": ZooModel(build_cnn, partial(_asset, "cnn"), _CIFAR10, lambda: CLASS_NAMES),
+    "vit": ZooModel(build_vit, partial(_asset, "vit"), _CIFAR10, lambda: CLASS_NAMES),
+}

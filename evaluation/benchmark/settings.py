@@ -11,6 +11,7 @@ from attribution.errors import UserError
 from attribution.fills import DEFAULT_FILL, DROP, LINEAR, drops, is_named
 from attribution.image import MAX_SIDE
 from attribution.model.classifier import Classifier
+from attribution.model.zoo import DEFAULT_MODEL
 from attribution.network.stages import LAYERS
 from attribution.regions import REGIONS
 from evaluation.benchmark.methods import DEFAULT_METHODS, MethodSpec
@@ -30,7 +31,7 @@ class BenchmarkSettings(StudySettings):
         "path and label (also mask or x0, y0, x1, y1, and group). photos are eight that installed packages bring along.",
     )
     models: tuple[str | Classifier, ...] = setting(
-        ("zoo:cnn",), option="--model", short="-m", help="As for explain; repeat it, or separate names by commas, to compare models."
+        (DEFAULT_MODEL,), option="--model", short="-m", help="As for explain; repeat it, or separate names by commas, to compare models."
     )
     methods: tuple[MethodSpec, ...] = setting(
         tuple(map(MethodSpec.parse, DEFAULT_METHODS)),

@@ -34,7 +34,10 @@ _PHOTO_FILES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set is, and the layouts in which users store it. The fields are those of the TOML file."""
+    """What a data set is, and the layouts in which users store it. The fields are those of the TOML file.
+
+    ``model`` names a classifier of its classes, which studies of it take where they are given none.
+    """
 
     name: str
     title: str
@@ -42,6 +45,7 @@ class Recipe:
     splits: dict[str, int]
     layouts: tuple[dict[str, str], ...]
     image_size: tuple[int, int]
+    model: str
     obtain: str
     citation: str
     licence: str
@@ -115,6 +119,11 @@ def load_recipe(name: str) -> Recipe:
     fields = tomllib.loads(recipes[name].read_text(encoding="utf-8"))
     sequences = {key: tuple(fields[key]) for key in ("classes", "layouts", "image_size")}
     return Recipe(**{**fields, **sequences})
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes."""
+    return sorted(_recipes())
 
 
 def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDataset:

@@ -9,6 +9,7 @@ from typing import Any
 from attribution.errors import UserError
 from attribution.fills import DEFAULT_FILL, FILLS, Fill
 from attribution.model.classifier import Classifier
+from attribution.model.zoo import DEFAULT_MODEL
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
@@ -22,7 +23,7 @@ class FailureSettings(StudySettings):
     """Settings of ``run_failures``; every field is an option of ``attribution debug``. The images must be labelled."""
 
     model: str | Classifier = setting(
-        "zoo:cnn", short="-m", help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
+        DEFAULT_MODEL, short="-m", help="zoo:imagenet, zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
     )
     samples: int | None = setting(None, short="-n", least=1, help="Number of images to look at, drawn by the seed. Default: all.")
     most: int | None = setting(100, least=0, help="Number of misclassified images to explain, in the order drawn; 0 for all.")

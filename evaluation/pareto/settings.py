@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from attribution.errors import UserError
 from attribution.fills import DEFAULT_FILL, DROP, LINEAR
 from attribution.model.classifier import Classifier
+from attribution.model.zoo import DEFAULT_MODEL
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
@@ -32,7 +33,7 @@ class ParetoSettings(StudySettings):
     """Settings of ``run_pareto``; every field is an option of ``attribution pareto``."""
 
     models: tuple[str | Classifier, ...] = setting(
-        ("zoo:cnn", "zoo:vit"), option="--model", short="-m", help="Comma-separated names of models, as for explain."
+        (DEFAULT_MODEL,), option="--model", short="-m", help="Comma-separated names of models, as for explain."
     )
     partitions: tuple[str, ...] = setting(
         ("grid:64",), option="--partition", help="Comma-separated: a way to cut images and about how many regions, such as slico:64."

@@ -12,6 +12,7 @@ import shlex
 import tomllib
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -26,11 +27,12 @@ from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier, read_class_names
 from attribution.model.outputs import SCORES, SCORES_HELP
+from attribution.model.zoo import DEFAULT_MODEL
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
 from attribution.regions import REGIONS, Regions
 from evaluation.data.dataset import ImageDataset
-from evaluation.data.recipes import open_dataset
+from evaluation.data.recipes import load_recipe, open_dataset, recipe_names
 
 T = TypeVar("T", bound="StudySettings")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
@@ -118,7 +120,17 @@ class StudySettings:
         if missing := [name for name in needed if name not in values]:
             wanted = f"{missing[0]} ({option_name(missing[0], known[missing[0]])})"
             raise UserError(f"{source} names no {wanted}: give a recipe name, an image folder, or a list of paths and labels")
-        return cls(**values)
+        return cls(**{**cls._model_of_data(values), **values})
+
+    @classmethod
+    def _model_of_data(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The model of the recipe, where the data are a recipe's, no model was given, and the default is one of other classes."""
+        usual = {each.name: each.default for each in fields(cls) if each.default in (DEFAULT_MODEL, (DEFAULT_MODEL,))}
+        if values.get("root") is None or values.get("data") not in recipe_names() or set(usual) <= set(values):
+            return {}
+        model = load_recipe(values["data"]).model
+        warnings.warn(f"no model was given: {model} is taken, which knows the classes of {values['data']}", stacklevel=4)
+        return {name: (model,) if isinstance(default, tuple) else model for name, default in usual.items()}
 
     @classmethod
     def read(cls: type[T], path: Path, overrides: Mapping[str, Any]) -> T:
