@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from attribution.files import whole_file
 from attribution.model import zoo
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import first_line, resolve_device
+from attribution.model.source import Built, Checkpoint, unique_names
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params", *_AVERAGES)
@@ -167,34 +168,16 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
 
 
-class Checkpoint(NamedTuple):
-    """A file of weights, and the key of the state dict in it; None for the usual ones."""
-
-    path: Path
-    key: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.key is None else f"{self.path} [{self.key}]"
-
-
-class _Built(NamedTuple):
-    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
-
-    module: nn.Module
-    settings: dict[str, Any]
-    class_names: tuple[str, ...] | None
-
-
-def _zoo(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
+def _zoo(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> Built:
     fresh = name in zoo.ZOO and not pretrained and checkpoint is None
     module = zoo.ZOO[name]().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
         _load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
     settings = {"size": zoo.INPUT_SIZE, "mean": zoo.MEAN, "std": zoo.STD, "interpolation": "bicubic"}
-    return _Built(module, settings, zoo.CLASS_NAMES)
+    return Built(module, settings, zoo.CLASS_NAMES)
 
 
-def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
+def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> Built:
     import timm
 
     if not timm.is_model(name):
@@ -221,11 +204,11 @@ def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
     class_names = None
     if checkpoint is None and getattr(module, "num_classes", None) == 1000:
         info = timm.data.ImageNetInfo("imagenet-1k")
-        class_names = _unique(tuple(info.index_to_description(index).split(",")[0] for index in range(1000)))
-    return _Built(module, settings, class_names)
+        class_names = unique_names(tuple(info.index_to_description(index).split(",")[0] for index in range(1000)))
+    return Built(module, settings, class_names)
 
 
-def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
+def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> Built:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -252,8 +235,8 @@ def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> 
         "resized": (int(transform.resize_size[0]), int(transform.resize_size[0])),
         "interpolation": transform.interpolation.value,
     }
-    class_names = _unique(tuple(weights.meta["categories"])) if checkpoint is None else None
-    return _Built(module, settings, class_names)
+    class_names = unique_names(tuple(weights.meta["categories"])) if checkpoint is None else None
+    return Built(module, settings, class_names)
 
 
 def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]) -> Classifier:
@@ -430,21 +413,11 @@ def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module
         ) from None
 
 
-def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Class names made unambiguous: the second "crane" becomes "crane (517)"."""
-    seen: set[str] = set()
-    result = []
-    for index, name in enumerate(names):
-        result.append(f"{name} ({index})" if name in seen else name)
-        seen.add(name)
-    return tuple(result)
-
-
 def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
 
 
-SOURCES: dict[str, Callable[[str, Checkpoint | None, bool], _Built]] = {
+SOURCES: dict[str, Callable[[str, Checkpoint | None, bool], Built]] = {
     "zoo": _zoo,
     "timm": _timm,
     "torchvision": _torchvision,

@@ -1,0 +1,247 @@
+"""Classifiers of the Hugging Face hub, and of folders that ``save_pretrained`` wrote: safetensors only, and no code of theirs is run."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from attribution.errors import UserError
+from attribution.model.forwarding import first_line
+from attribution.model.matching import matching_settings, timm_geometry
+from attribution.model.source import Built, Wanted, optional_package, resized_to, unique_names
+
+T = TypeVar("T")
+_INTERPOLATIONS = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; torch has no Lanczos, see matching
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_CONVERT = "AutoModelForImageClassification.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
+
+
+def hugging_face(place: str, wanted: Wanted) -> Built:
+    """An image classifier of the hub, its cache or a folder, in float32.
+
+    Args:
+        place: id on the hub, or a folder.
+        wanted: options override fields of the configuration.
+
+    Raises:
+        UserError: transformers is not installed; the place cannot be reached; its weights are pickled or have no head; or its
+            preprocessing cannot be expressed.
+    """
+    name = place if Path(place).is_dir() else f"hf:{place}"
+    wanted.only(name, "size", "options")
+    config = configuration(place, name, wanted.options)
+    T = transformers(name)
+    if type(config) not in T.AutoModelForImageClassification._model_mapping:
+        raise UserError(f"{name} is a model of type {config.model_type}, which has no image classifier in transformers: expected one")
+    if config.problem_type == "regression":
+        raise UserError(f"{name} is a regression: expected a classifier")
+    module = weights_of(T.AutoModelForImageClassification, place, name, config, wanted.pretrained)
+    settings = preprocessing_of(place, name)
+    if config.problem_type == "multi_label_classification":
+        settings["scores"] = "sigmoid"
+    return Built(module, sized(settings, module, wanted.size, name), names_of(config))
+
+
+def from_configuration(config: Mapping[str, Any], name: str) -> nn.Module:
+    """An image classifier with random weights, of a configuration that ``plain_configuration`` returned.
+
+    Raises:
+        UserError: transformers is not installed, or the configuration is not one of an image classifier.
+    """
+    T = transformers(name)
+    given = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "transformers_version")}
+    return _or_explain(
+        name, lambda: T.AutoModelForImageClassification.from_config(T.AutoConfig.for_model(config.get("model_type"), **given)).eval()
+    )
+
+
+def plain_configuration(module: nn.Module) -> dict[str, Any]:
+    """The configuration of a module of transformers as JSON can hold it, without what the file system or the hub has to do with it."""
+    import json
+
+    plain = json.loads(module.config.to_json_string(use_diff=True))  # type: ignore[operator, union-attr]
+    return {key: value for key, value in plain.items() if key != "_name_or_path"}
+
+
+def transformers(name: str) -> Any:
+    """The package transformers, or one line that says which extra to install."""
+    return optional_package("transformers", "huggingface", name)
+
+
+def configuration(place: str, name: str, options: Mapping[str, Any]) -> Any:
+    """The configuration of a model, with some fields replaced.
+
+    Raises:
+        UserError: it cannot be read, asks for code of its own, or has no such field.
+    """
+    T = transformers(name)
+    if Path(place).is_dir():
+        _check_folder(Path(place))
+    config = _or_explain(name, lambda: T.AutoConfig.from_pretrained(place, trust_remote_code=False))
+    known = config.to_dict()
+    if unknown := [key for key in options if key not in known and key != "num_labels"]:
+        raise UserError(f"{name} has no option {unknown[0]!r}: expected fields of its configuration, such as {', '.join(list(known)[:8])}")
+    for key, value in options.items():
+        setattr(config, key, value)
+    return config
+
+
+def weights_of(kind: Any, place: str, name: str, config: Any, pretrained: bool = True) -> nn.Module:
+    """A model of an automatic class of transformers, in float32 and evaluation mode, from safetensors alone.
+
+    Raises:
+        UserError: there are no such weights, or some are missing from them.
+    """
+    if not pretrained:
+        return _or_explain(name, lambda: kind.from_config(config)).eval()
+    given = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
+    module, found = _or_explain(name, lambda: kind.from_pretrained(place, **given))
+    if missing := sorted(found["missing_keys"]):
+        hint = "; to classify by texts, use at.zero_shot (--zero-shot)" if hasattr(config, "text_config") else ""
+        raise UserError(
+            f"{name} lacks {len(missing)} weights of {type(module).__name__} ({', '.join(missing[:3])}): expected a trained classifier, "
+            f"not a backbone{hint}"
+        )
+    return module.eval()
+
+
+def preprocessing_of(place: str, name: str) -> dict[str, Any]:
+    """Settings of ``Classifier`` that repeat the image processor of a model.
+
+    Raises:
+        UserError: there is no image processor, or it does what cannot be expressed.
+    """
+    T = transformers(name)
+    return processor_settings(_or_explain(name, lambda: T.AutoImageProcessor.from_pretrained(place, trust_remote_code=False)), name)
+
+
+def processor_settings(processor: Any, name: str) -> dict[str, Any]:
+    """Settings of ``Classifier`` under which its preprocessing equals an image processor of transformers.
+
+    Raises:
+        UserError: the processor does what cannot be expressed.
+    """
+
+    def pipeline(image: Image.Image) -> Tensor:
+        with _quiet():
+            return torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+
+    config = getattr(processor, "data_config", None)
+    geometry = _geometry(processor, name) if config is None else timm_geometry(config)
+    return matching_settings(pipeline, geometry, name)
+
+
+def sized(settings: dict[str, Any], module: nn.Module, size: tuple[int, int] | None, name: str) -> dict[str, Any]:
+    """The settings for another input size. Position embeddings are interpolated as transformers does.
+
+    Raises:
+        UserError: the model works at its own size only.
+    """
+    if size is None or size == settings["size"]:
+        return settings
+    settings = resized_to(settings, size)
+    if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+        settings["forward_kwargs"] = {"interpolate_pos_encoding": True}
+    return settings
+
+
+def names_of(config: Any) -> tuple[str, ...] | None:
+    """The class names of a configuration; None where it has only the placeholders LABEL_0, LABEL_1 and so on."""
+    names = [str(config.id2label.get(index, index)) for index in range(config.num_labels)]
+    return None if all(re.fullmatch(r"LABEL_\d+|\d+", name) for name in names) else unique_names(names)
+
+
+def _geometry(processor: Any, name: str) -> dict[str, Any]:
+    """How an image processor resizes and crops."""
+    kind = re.sub(r"ImageProcessor(Pil|Fast)?$", "", type(processor).__name__)
+    size, cropped = _sides(processor, "size"), _sides(processor, "crop_size")
+    shortest = size.get("shortest_edge")
+    if not getattr(processor, "do_resize", False) or set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        how = f"to {size}" if getattr(processor, "do_resize", False) else "not at all"
+        raise UserError(
+            f"the image processor of {name} ({type(processor).__name__}) resizes {how}: expected a height and width, or a shortest_edge"
+        )
+    resample = getattr(processor, "resample", None)
+    geometry: dict[str, Any] = {"rounding": "transformers", "padding": "black"}
+    geometry["interpolation"] = _INTERPOLATIONS.get(2 if resample is None else int(resample), "bilinear")
+    if kind == "ConvNext" and shortest is not None:
+        if shortest >= 384:  # at that size it warps
+            return {**geometry, "size": (shortest, shortest), "resize": "squash"}
+        side = int(shortest / processor.crop_pct)
+        return {**geometry, "size": (shortest, shortest), "resize": "short_side", "resized": (side, side)}
+    resize, resized = "squash", (size.get("height"), size.get("width"))
+    if kind == "PoolFormer" and processor.crop_pct:
+        resized = tuple(int((shortest or side) / processor.crop_pct) for side in resized)
+        resize = "short_side" if resized[0] == resized[1] else "squash"
+    elif shortest is not None:
+        side = int(256 / 224 * shortest) if kind == "Levit" else shortest
+        resize, resized = "short_side", (side, side)
+    if getattr(processor, "do_center_crop", False):
+        return {**geometry, "size": (cropped["height"], cropped["width"]), "resize": resize, "resized": resized}
+    if resize == "short_side":
+        raise UserError(
+            f"the image processor of {name} ({type(processor).__name__}) keeps the proportions of a photo and does not crop it, so that "
+            "inputs differ in size: expected one with do_center_crop, or with a height and width"
+        )
+    return {**geometry, "size": resized, "resize": resize}
+
+
+def _sides(processor: Any, name: str) -> dict[str, int]:
+    given = getattr(processor, name, None)
+    if given is None:
+        return {}
+    if isinstance(given, int):
+        return {"height": given, "width": given}
+    return {key: value for key, value in dict(given).items() if value is not None}
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder without a configuration, or with pickled weights only."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: expected a folder that save_pretrained of transformers wrote")
+    files = [path.name for path in folder.iterdir()]
+    pickled = [name for name in sorted(files) if name.endswith(_PICKLED)]
+    if pickled and not any(name.endswith(".safetensors") for name in files):
+        raise UserError(
+            f"{folder} has pickled weights only ({pickled[0]}), which can run code: if you trust them, convert them once by "
+            f"{_CONVERT.replace('FOLDER', repr(str(folder)))}"
+        )
+
+
+def _or_explain(name: str, load: Callable[[], T]) -> T:
+    try:
+        with _quiet():
+            return load()
+    except UserError:
+        raise
+    except Exception as error:  # network, hub, files and configurations raise many types
+        text = first_line(error)
+        if "safetensors" in str(error) and "file named" in str(error):
+            text = f"it has no weights in safetensors; pickled ones can run code, so convert them, if you trust them, by {_CONVERT}"
+        elif "trust_remote_code" in str(error):
+            text = "it brings code of its own, which is not run"
+        raise UserError(f"{name} could not be loaded ({text}): connect to the network once, or give a folder of save_pretrained") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing bars and tables: what matters is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

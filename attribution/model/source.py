@@ -1,0 +1,94 @@
+"""What every source of models is asked for, and what it returns. ``SOURCES`` of ``loading`` lists the sources."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from attribution.errors import UserError
+
+
+class Checkpoint(NamedTuple):
+    """A file of weights, and the key of the state dict in it; None for the usual ones."""
+
+    path: Path
+    key: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.key is None else f"{self.path} [{self.key}]"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user wants of a model that is built by name.
+
+    Attributes:
+        checkpoint: weights in place of the library's own.
+        pretrained: whether to load the library's published weights; otherwise they are random.
+        size: (h, w) of the input in place of the model's own, pixels.
+        options: further arguments of the library's constructor, or of the model's configuration.
+    """
+
+    checkpoint: Checkpoint | None = None
+    pretrained: bool = True
+    size: tuple[int, int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def only(self, model: str, *taken: str) -> None:
+        """Refuse what a source does not take.
+
+        Args:
+            model: the model as the user named it.
+            taken: of "checkpoint", "size" and "options".
+
+        Raises:
+            UserError: something else was given.
+        """
+        given = {"checkpoint": self.checkpoint is not None, "size": self.size is not None, "options": bool(self.options)}
+        words = {"checkpoint": "a checkpoint", "size": "another image size", "options": f"model options ({', '.join(self.options)})"}
+        for name, is_given in given.items():
+            if is_given and name not in taken:
+                raise UserError(f"{model} does not take {words[name]}: leave it out, or name a model of another source")
+
+
+class Built(NamedTuple):
+    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
+
+    module: nn.Module
+    settings: dict[str, Any]
+    class_names: tuple[str, ...] | None
+
+
+def optional_package(package: str, extra: str, what: str) -> ModuleType:
+    """Import a package that only an optional extra installs.
+
+    Raises:
+        UserError: it is not installed; the message says which extra to install.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{what} needs {package} ({error}): install it by pip install 'vision-attribution[{extra}]'") from None
+
+
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names made unambiguous: the second "crane" becomes "crane (517)"."""
+    seen: set[str] = set()
+    result = []
+    for index, name in enumerate(names):
+        result.append(f"{name} ({index})" if name in seen else name)
+        seen.add(name)
+    return tuple(result)
+
+
+def resized_to(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Settings of ``Classifier`` for another input size. The resize keeps its proportion to the crop."""
+    resized, own = settings.get("resized"), settings["size"]
+    larger = None if resized is None else tuple(side * new // old for side, new, old in zip(resized, size, own, strict=True))
+    return {**settings, "size": size, "resized": larger}
