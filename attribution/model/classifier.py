@@ -93,6 +93,7 @@ class Classifier:
         module, batch_size, precision, channels_last, compiled: may be changed; classifiers made from this one share them.
         device: where the module's parameters lie; the CPU for a black box.
         heads: the final layers of the module.
+        recipe: how the module is built again; None where nothing says it. See ``save_classifier``.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward pass if the
@@ -140,6 +141,7 @@ class Classifier:
         means, stds, kind = checked_channels(mean, std, channels)
         self.preprocessing = Preprocessing(sides, means, stds, resize, resized, interpolation, kind, rounding, padding)
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
+        self.recipe: Any = None
         self.forward = ModuleForward(
             module,
             self.preprocessing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from attribution.model.source import Built, Wanted, optional_package, resized_to
 T = TypeVar("T")
 _INTERPOLATIONS = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; torch has no Lanczos, see matching
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_CONVERT = "AutoModelForImageClassification.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_LEFT = ("*/*", "*.fp16*")  # folders of other formats, and second copies of the weights
 
 
 def hugging_face(place: str, wanted: Wanted) -> Built:
@@ -35,38 +37,34 @@ def hugging_face(place: str, wanted: Wanted) -> Built:
         UserError: transformers is not installed; the place cannot be reached; its weights are pickled or have no head; or its
             preprocessing cannot be expressed.
     """
-    name = place if Path(place).is_dir() else f"hf:{place}"
+    name, T = named(place), transformers(named(place))
     wanted.only(name, "size", "options")
-    config = configuration(place, name, wanted.options)
-    T = transformers(name)
+    folder = folder_of(place)
+    config = configuration(folder, name, wanted.options)
     if type(config) not in T.AutoModelForImageClassification._model_mapping:
         raise UserError(f"{name} is a model of type {config.model_type}, which has no image classifier in transformers: expected one")
     if config.problem_type == "regression":
         raise UserError(f"{name} is a regression: expected a classifier")
-    module = weights_of(T.AutoModelForImageClassification, place, name, config, wanted.pretrained)
-    settings = preprocessing_of(place, name)
+    module = weights_of(T.AutoModelForImageClassification, folder, name, config, wanted.pretrained)
+    settings = preprocessing_of(folder, name)
     if config.problem_type == "multi_label_classification":
         settings["scores"] = "sigmoid"
-    return Built(module, sized(settings, module, wanted.size, name), names_of(config))
+    return Built(module, sized(settings, module, wanted.size, name), names_of(config), plain_configuration(module))
 
 
-def from_configuration(config: Mapping[str, Any], name: str) -> nn.Module:
-    """An image classifier with random weights, of a configuration that ``plain_configuration`` returned.
+def from_configuration(config: Mapping[str, Any], name: str, kind: str = "AutoModelForImageClassification") -> nn.Module:
+    """A model of an automatic class with random weights, of a configuration that ``plain_configuration`` returned.
 
     Raises:
-        UserError: transformers is not installed, or the configuration is not one of an image classifier.
+        UserError: transformers is not installed, or the configuration is not one of such a model.
     """
     T = transformers(name)
     given = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "transformers_version")}
-    return _or_explain(
-        name, lambda: T.AutoModelForImageClassification.from_config(T.AutoConfig.for_model(config.get("model_type"), **given)).eval()
-    )
+    return _or_explain(name, lambda: getattr(T, kind).from_config(T.AutoConfig.for_model(config.get("model_type"), **given)).eval())
 
 
 def plain_configuration(module: nn.Module) -> dict[str, Any]:
     """The configuration of a module of transformers as JSON can hold it, without what the file system or the hub has to do with it."""
-    import json
-
     plain = json.loads(module.config.to_json_string(use_diff=True))  # type: ignore[operator, union-attr]
     return {key: value for key, value in plain.items() if key != "_name_or_path"}
 
@@ -76,16 +74,60 @@ def transformers(name: str) -> Any:
     return optional_package("transformers", "huggingface", name)
 
 
-def configuration(place: str, name: str, options: Mapping[str, Any]) -> Any:
+def named(place: str) -> str:
+    """What messages call a model: its folder, or hf:ID."""
+    return place if Path(place).is_dir() else f"hf:{place}"
+
+
+def folder_of(place: str) -> Path:
+    """The folder of a model: the one given, or a copy of its files on the hub. Neither code nor pickled weights are downloaded.
+
+    Raises:
+        UserError: the hub does not know the model, or it can neither be reached nor is the model in the cache; a folder that
+            save_pretrained did not write, or with pickled weights only.
+    """
+    folder = Path(place) if Path(place).is_dir() else _downloaded(place)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{named(place)} has no config.json: expected what save_pretrained of transformers writes")
+    files = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in files if name.endswith(_PICKLED)]
+    if not any(name.endswith(".safetensors") for name in files):
+        found = f"pickled weights only ({pickled[0]}), which can run code" if pickled else "no weights in safetensors"
+        convert = f"AutoModelForImageClassification.from_pretrained({place!r}, use_safetensors=False).save_pretrained(FOLDER)"
+        raise UserError(f"{named(place)} has {found}: if you trust it, convert it once by {convert}")
+    return folder
+
+
+def _downloaded(place: str) -> Path:
+    """The folder of the cache that holds a model of the hub; its files are fetched where the hub can be reached."""
+    hub = optional_package("huggingface_hub", "huggingface", named(place))
+    offline: dict[str, Any] = {}
+    try:
+        hub.HfApi().model_info(place, timeout=10)
+    except hub.errors.HFValidationError as error:
+        raise UserError(f"{named(place)} is no id of the hub ({first_line(error)}): expected hf:OWNER/NAME, or a folder") from None
+    except hub.errors.HfHubHTTPError as error:
+        raise UserError(f"the hub does not give {named(place)} ({first_line(error)}): check the id, or give a folder") from None
+    except Exception:  # without a network, many types
+        offline = {"local_files_only": True}
+    try:
+        with _quiet():
+            return Path(hub.snapshot_download(place, allow_patterns=list(_FETCHED), ignore_patterns=list(_LEFT), **offline))
+    except Exception as error:  # network and files raise many types
+        raise UserError(
+            f"{named(place)} could not be loaded, because the hub cannot be reached and the cache does not hold it "
+            f"({type(error).__name__}): connect to the network once, or give a folder that save_pretrained wrote"
+        ) from None
+
+
+def configuration(folder: Path, name: str, options: Mapping[str, Any]) -> Any:
     """The configuration of a model, with some fields replaced.
 
     Raises:
         UserError: it cannot be read, asks for code of its own, or has no such field.
     """
     T = transformers(name)
-    if Path(place).is_dir():
-        _check_folder(Path(place))
-    config = _or_explain(name, lambda: T.AutoConfig.from_pretrained(place, trust_remote_code=False))
+    config = _or_explain(name, lambda: T.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     known = config.to_dict()
     if unknown := [key for key in options if key not in known and key != "num_labels"]:
         raise UserError(f"{name} has no option {unknown[0]!r}: expected fields of its configuration, such as {', '.join(list(known)[:8])}")
@@ -94,7 +136,7 @@ def configuration(place: str, name: str, options: Mapping[str, Any]) -> Any:
     return config
 
 
-def weights_of(kind: Any, place: str, name: str, config: Any, pretrained: bool = True) -> nn.Module:
+def weights_of(kind: Any, folder: Path, name: str, config: Any, pretrained: bool = True) -> Any:
     """A model of an automatic class of transformers, in float32 and evaluation mode, from safetensors alone.
 
     Raises:
@@ -102,8 +144,14 @@ def weights_of(kind: Any, place: str, name: str, config: Any, pretrained: bool =
     """
     if not pretrained:
         return _or_explain(name, lambda: kind.from_config(config)).eval()
-    given = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
-    module, found = _or_explain(name, lambda: kind.from_pretrained(place, **given))
+    given = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+    given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+    module, found = _or_explain(name, lambda: kind.from_pretrained(folder, **given))
+    for key, in_file, in_model in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{name} has weights of another shape than its configuration says ({key}: {list(in_file)} in the file, {list(in_model)} in the "
+            "model): leave out options that change shapes; another image size is given by size= (--image-size)"
+        )
     if missing := sorted(found["missing_keys"]):
         hint = "; to classify by texts, use at.zero_shot (--zero-shot)" if hasattr(config, "text_config") else ""
         raise UserError(
@@ -113,14 +161,33 @@ def weights_of(kind: Any, place: str, name: str, config: Any, pretrained: bool =
     return module.eval()
 
 
-def preprocessing_of(place: str, name: str) -> dict[str, Any]:
+def tokenizer_of(folder: Path, name: str) -> Any:
+    """The tokenizer of a model of images and texts.
+
+    Raises:
+        UserError: there is none.
+    """
+    T = transformers(name)
+    return _or_explain(name, lambda: T.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def preprocessing_of(folder: Path, name: str) -> dict[str, Any]:
     """Settings of ``Classifier`` that repeat the image processor of a model.
 
     Raises:
         UserError: there is no image processor, or it does what cannot be expressed.
     """
     T = transformers(name)
-    return processor_settings(_or_explain(name, lambda: T.AutoImageProcessor.from_pretrained(place, trust_remote_code=False)), name)
+    try:
+        with _quiet():
+            processor = T.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # files and configurations raise many types
+        reason = first_line(error) if (folder / "preprocessor_config.json").is_file() else "no preprocessor_config.json"
+        raise UserError(
+            f"{name} does not say how it prepares images ({reason}): add the file, or give at.Classifier(module, size=..., mean=..., "
+            "std=...) in Python"
+        ) from None
+    return processor_settings(processor, name)
 
 
 def processor_settings(processor: Any, name: str) -> dict[str, Any]:
@@ -177,9 +244,9 @@ def _geometry(processor: Any, name: str) -> dict[str, Any]:
             return {**geometry, "size": (shortest, shortest), "resize": "squash"}
         side = int(shortest / processor.crop_pct)
         return {**geometry, "size": (shortest, shortest), "resize": "short_side", "resized": (side, side)}
-    resize, resized = "squash", (size.get("height"), size.get("width"))
+    resize, resized = "squash", (size.get("height", 0), size.get("width", 0))
     if kind == "PoolFormer" and processor.crop_pct:
-        resized = tuple(int((shortest or side) / processor.crop_pct) for side in resized)
+        resized = (int((shortest or resized[0]) / processor.crop_pct), int((shortest or resized[1]) / processor.crop_pct))
         resize = "short_side" if resized[0] == resized[1] else "squash"
     elif shortest is not None:
         side = int(256 / 224 * shortest) if kind == "Levit" else shortest
@@ -203,19 +270,6 @@ def _sides(processor: Any, name: str) -> dict[str, int]:
     return {key: value for key, value in dict(given).items() if value is not None}
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder without a configuration, or with pickled weights only."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: expected a folder that save_pretrained of transformers wrote")
-    files = [path.name for path in folder.iterdir()]
-    pickled = [name for name in sorted(files) if name.endswith(_PICKLED)]
-    if pickled and not any(name.endswith(".safetensors") for name in files):
-        raise UserError(
-            f"{folder} has pickled weights only ({pickled[0]}), which can run code: if you trust them, convert them once by "
-            f"{_CONVERT.replace('FOLDER', repr(str(folder)))}"
-        )
-
-
 def _or_explain(name: str, load: Callable[[], T]) -> T:
     try:
         with _quiet():
@@ -223,25 +277,25 @@ def _or_explain(name: str, load: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:  # network, hub, files and configurations raise many types
-        text = first_line(error)
-        if "safetensors" in str(error) and "file named" in str(error):
-            text = f"it has no weights in safetensors; pickled ones can run code, so convert them, if you trust them, by {_CONVERT}"
-        elif "trust_remote_code" in str(error):
-            text = "it brings code of its own, which is not run"
-        raise UserError(f"{name} could not be loaded ({text}): connect to the network once, or give a folder of save_pretrained") from None
+        text = "it brings code of its own, which is not run" if "trust_remote_code" in str(error) else first_line(error)
+        raise UserError(f"{name} could not be loaded ({text}): expected what save_pretrained of transformers writes") from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from printing bars and tables: what matters is raised."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()

@@ -58,11 +58,15 @@ class Wanted:
 
 
 class Built(NamedTuple):
-    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known."""
+    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known.
+
+    A model of transformers brings its configuration along, so that it can be built again without the hub.
+    """
 
     module: nn.Module
     settings: dict[str, Any]
     class_names: tuple[str, ...] | None
+    config: Mapping[str, Any] | None = None
 
 
 def optional_package(package: str, extra: str, what: str) -> ModuleType:
@@ -92,3 +96,43 @@ def resized_to(settings: Mapping[str, Any], size: tuple[int, int]) -> dict[str, 
     resized, own = settings.get("resized"), settings["size"]
     larger = None if resized is None else tuple(side * new // old for side, new, old in zip(resized, size, own, strict=True))
     return {**settings, "size": size, "resized": larger}
+
+
+def parsed_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Model options from texts such as "img_size=256" or "dynamic_img_size=true": int, float, bool, none or text.
+
+    Raises:
+        UserError: a text without a key and a value, or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not key.isidentifier() or not equals or not value or key in options:
+            why = "is there twice" if key in options else "is not of the form key=value"
+            raise UserError(f"model option {text!r} {why}: expected options such as img_size=256, each once")
+        options[key] = _parsed(value)
+    return options
+
+
+def parsed_size(value: int | str) -> tuple[int, int]:
+    """(h, w) of an image size: 224, "224" or "192x256" (height first).
+
+    Raises:
+        UserError: anything else.
+    """
+    parts = str(value).lower().split("x")
+    if isinstance(value, bool) or not 1 <= len(parts) <= 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"image size is {value!r}: expected pixels such as 224, or height x width such as 192x256")
+    return int(parts[0]), int(parts[-1])
+
+
+def _parsed(value: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
