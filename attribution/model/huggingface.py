@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,23 +102,42 @@ def folder_of(place: str) -> Path:
 def _downloaded(place: str) -> Path:
     """The folder of the cache that holds a model of the hub; its files are fetched where the hub can be reached."""
     hub = optional_package("huggingface_hub", "huggingface", named(place))
-    offline: dict[str, Any] = {}
     try:
-        hub.HfApi().model_info(place, timeout=10)
-    except hub.errors.HFValidationError as error:
-        raise UserError(f"{named(place)} is no id of the hub ({first_line(error)}): expected hf:OWNER/NAME, or a folder") from None
-    except hub.errors.HfHubHTTPError as error:
-        raise UserError(f"the hub does not give {named(place)} ({first_line(error)}): check the id, or give a folder") from None
-    except Exception:  # without a network, many types
-        offline = {"local_files_only": True}
-    try:
-        with _quiet():
-            return Path(hub.snapshot_download(place, allow_patterns=list(_FETCHED), ignore_patterns=list(_LEFT), **offline))
+        with _quiet(), fetching(place):
+            return Path(hub.snapshot_download(place, allow_patterns=list(_FETCHED), ignore_patterns=list(_LEFT)))
+    except UserError:
+        raise
     except Exception as error:  # network and files raise many types
         raise UserError(
             f"{named(place)} could not be loaded, because the hub cannot be reached and the cache does not hold it "
             f"({type(error).__name__}): connect to the network once, or give a folder that save_pretrained wrote"
         ) from None
+
+
+@contextmanager
+def fetching(place: str) -> Iterator[None]:
+    """Download files of a model of the hub, without warnings. Where the hub cannot be reached, the cache alone is used, at once.
+
+    Raises:
+        UserError: the hub does not know the model, or does not give it to everyone.
+    """
+    import huggingface_hub as hub
+
+    name, offline, disabled = named(place), hub.constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        hub.HfApi().model_info(place, timeout=10)
+    except hub.errors.HFValidationError as error:
+        raise UserError(f"{name} is no id of the hub ({first_line(error)}): expected hf:OWNER/NAME, or a folder") from None
+    except hub.errors.HfHubHTTPError as error:
+        raise UserError(f"the hub does not give {name} ({first_line(error)}): check the id, or give a folder") from None
+    except Exception:  # without a network, many types
+        hub.constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = offline
+        logging.disable(disabled)
 
 
 def configuration(folder: Path, name: str, options: Mapping[str, Any]) -> Any:
@@ -284,18 +304,17 @@ def _or_explain(name: str, load: Callable[[], T]) -> T:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from printing bars and tables: what matters is raised."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from huggingface_hub.utils import logging as hub_log
+    from transformers.utils import logging as log
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    levels, bars = (log.get_verbosity(), hub_log.get_verbosity()), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    hub_log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
+        log.set_verbosity(levels[0])
+        hub_log.set_verbosity(levels[1])
         if bars:
-            logging.enable_progress_bar()
+            log.enable_progress_bar()

@@ -506,7 +506,7 @@ def _or_explain(build: Callable[[], T], name: str, wanted: Wanted) -> T:
     except UserError:
         raise
     except TypeError as error:
-        if "img_size" in str(error) and "img_size" not in wanted.options:
+        if "'img_size'" in str(error) and "img_size" not in wanted.options:
             raise
         raise UserError(f"{name} does not take its options{options} ({first_line(error)}): leave out what it does not know") from None
     except (AssertionError, ValueError) as error:

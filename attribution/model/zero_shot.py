@@ -144,8 +144,12 @@ def _of_transformers(place: str, wanted: Wanted) -> TwoTowers:
     most = int(model.config.text_config.max_position_embeddings)
 
     def texts(sentences: Sequence[str]) -> Tensor:
-        given = tokenizer(list(sentences), padding="max_length" if sigmoid else True, max_length=most, return_tensors="pt")
-        _check_lengths(sentences, [given["input_ids"].shape[1]], most)
+        lengths = [len(each) for each in tokenizer(list(sentences))["input_ids"]]
+        _check_lengths(sentences, lengths, most)
+        padded = {"padding": "max_length", "max_length": most} if sigmoid else {"padding": True}
+        given = tokenizer(list(sentences), return_tensors="pt", **padded)
+        if int(given["input_ids"].max()) >= model.config.text_config.vocab_size:
+            raise UserError(f"the tokenizer of {name} has more words than its model: expected the tokenizer that belongs to the model")
         return _embedding(model.get_text_features(**given))
 
     tower = ImageTower(model)
@@ -153,7 +157,7 @@ def _of_transformers(place: str, wanted: Wanted) -> TwoTowers:
     kwargs = settings.get("forward_kwargs", {})
     return TwoTowers(
         tower, texts, lambda inputs: _embedding(model.get_image_features(pixel_values=inputs, **kwargs)),
-        float(model.logit_scale.exp()), float(model.logit_bias) if sigmoid else 0.0, "sigmoid" if sigmoid else "softmax",
+        float(model.logit_scale.detach().exp()), float(model.logit_bias.detach()) if sigmoid else 0.0, "sigmoid" if sigmoid else "softmax",
         settings, Recipe(name, config=hf.plain_configuration(model), tower=True),
     )  # fmt: skip
 
@@ -166,10 +170,11 @@ def _of_open_clip(place: str, wanted: Wanted) -> TwoTowers:
         near = [each for each in open_clip.list_models() if each.lower().startswith(name.lower()[:4])][:6]
         raise UserError(f"open_clip has no model {name!r}: expected one such as {', '.join(near) or 'ViT-B-32'}")
     tags = open_clip.list_pretrained_tags_by_model(name)
+    some = ", ".join(tags[:5])
     if bool(tag) == (wanted.checkpoint is not None) and wanted.pretrained:
-        raise UserError(f"{spec} needs weights, from a tag or a checkpoint: expected open_clip:{name}/TAG with one of {', '.join(tags)}")
+        raise UserError(f"{spec} needs weights, from a tag or a checkpoint: expected open_clip:{name}/TAG, TAG such as {some}")
     if tag and tag not in tags:
-        raise UserError(f"open_clip has no weights {tag!r} of {name}: expected one of {', '.join(tags)}")
+        raise UserError(f"open_clip has no weights {tag!r} of {name}: expected one such as {some or 'none'}")
     model = _open_clip_model(place, wanted)
     try:
         tokenizer = open_clip.get_tokenizer(name)
@@ -184,7 +189,7 @@ def _of_open_clip(place: str, wanted: Wanted) -> TwoTowers:
     bias = model.logit_bias
     recipe = Recipe(spec, dict(wanted.options) | ({} if wanted.size is None else {"force_image_size": list(wanted.size)}), tower=True)
     return TwoTowers(
-        model.visual, texts, model.encode_image, float(model.logit_scale.exp()), 0.0 if bias is None else float(bias),
+        model.visual, texts, model.encode_image, float(model.logit_scale.detach().exp()), 0.0 if bias is None else float(bias.detach()),
         "softmax" if bias is None else "sigmoid", _open_clip_settings(model, spec), recipe,
     )  # fmt: skip
 
@@ -195,8 +200,10 @@ def _open_clip_model(place: str, wanted: Wanted) -> Any:
     weights = str(wanted.checkpoint.path) if wanted.checkpoint is not None else tag
     sized = {} if wanted.size is None else {"force_image_size": wanted.size}
     given: dict[str, Any] = {"pretrained": weights} if wanted.pretrained else {"load_weights": False, "pretrained_text": False}
+    published = {} if wanted.checkpoint is not None else open_clip.get_pretrained_cfg(name, tag)
     try:
-        return open_clip.create_model(name, **given, **sized, **wanted.options).eval()
+        with hf.fetching(published.get("hf_hub", "").rstrip("/")):
+            return open_clip.create_model(name, **given, **sized, **wanted.options).eval()
     except Exception as error:  # network, files and configurations raise many types
         raise UserError(
             f"open_clip:{place} could not be loaded ({first_line(error)}): connect to the network once, or give a checkpoint"
@@ -247,8 +254,7 @@ def _embedding(found: Any) -> Tensor:
 def _check_lengths(sentences: Sequence[str], lengths: Sequence[int], most: int) -> None:
     longest = max(lengths)
     if longest > most:
-        text = sentences[lengths.index(longest)] if len(lengths) == len(sentences) else max(sentences, key=len)
-        raise UserError(f"the text {text[:60]!r} has {longest} tokens: expected at most {most}")
+        raise UserError(f"the text {sentences[lengths.index(longest)][:60]!r} has {longest} tokens: expected at most {most}")
 
 
 def _checked_names(classes: Sequence[str]) -> tuple[str, ...]:
