@@ -12,7 +12,7 @@ from attribution.model.classifier import Classifier
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
-from evaluation.study.settings import StudySettings, check_region_options, setting
+from evaluation.study.settings import MODEL_HELP, StudySettings, check_region_options, setting
 
 MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 
@@ -21,9 +21,7 @@ MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 class FailureSettings(StudySettings):
     """Settings of ``run_failures``; every field is an option of ``attribution debug``. The images must be labelled."""
 
-    model: str | Classifier = setting(
-        "zoo:cnn", short="-m", help="zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
-    )
+    model: str | Classifier = setting("zoo:cnn", short="-m", help=MODEL_HELP)
     samples: int | None = setting(None, short="-n", least=1, help="Number of images to look at, drawn by the seed. Default: all.")
     most: int | None = setting(100, least=0, help="Number of misclassified images to explain, in the order drawn; 0 for all.")
     fill: Fill = setting(
