@@ -22,7 +22,9 @@ from attribution.image import demo_image_path, load_image
 from attribution.many import explain_many
 from attribution.masking import MaskedInputs
 from attribution.model.classifier import Classifier
-from attribution.model.loading import load_classifier, save_classifier
+from attribution.model.loading import load_classifier
+from attribution.model.saving import save_classifier
+from attribution.model.zero_shot import zero_shot
 from attribution.neurons import NeuronPath, activation_path, edited_probability, influence_pattern_path, neuron_path
 from attribution.objective import MeanObjective, Scores, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS, Preset
@@ -75,4 +77,5 @@ __all__ = [
     "polish",
     "save_classifier",
     "tune",
+    "zero_shot",
 ]

@@ -15,9 +15,10 @@ from attribution import __version__
 from attribution.errors import UserError
 from evaluation.benchmark.terminal import print_names
 from evaluation.studies import STUDIES
+from evaluation.study.settings import ModelSettings
 from vision_attribution import doctor, explain, neurons
 from vision_attribution.one_failure import ONLY, one_failure
-from vision_attribution.studies import Instead, console, extra, study_command
+from vision_attribution.studies import Instead, console, extra, study_command, with_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,8 +56,8 @@ BESIDE: dict[str, tuple[Sequence[inspect.Parameter], Instead]] = {
     "neurons": (neurons.EXTRAS, neurons.follow_images),
 }
 
-app.command()(explain.explain)
-app.command()(doctor.doctor)
+app.command()(with_settings(explain.explain, ModelSettings))
+app.command()(with_settings(doctor.doctor, ModelSettings))
 for study in STUDIES.values():
     app.command()(study_command(study, *BESIDE.get(study.name, ())))
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from attribution.doctor import Examination, examine
-from attribution.model.loading import load_classifier, read_class_names
-from attribution.model.outputs import SCORES_HELP
+from attribution.model.zoo import DEFAULT_MODEL
 from evaluation.data.recipes import PHOTOS, open_dataset
 from evaluation.study.page import write_text
+from evaluation.study.settings import MODEL_HELP, ModelSettings
 from vision_attribution.inputs import find_images
 from vision_attribution.studies import console
 
@@ -26,16 +28,10 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="As for explain.")] = "zoo:cnn",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a timm or torchvision model.", show_default=False)] = None,
-    checkpoint_key: Annotated[
-        str | None, typer.Option(help="Where the weights are in a checkpoint that holds several.", show_default=False)
-    ] = None,
-    classes: Annotated[Path | None, typer.Option(help="Text file with one class name a line.", show_default=False)] = None,
-    scores: Annotated[str | None, typer.Option(help=SCORES_HELP, show_default=False)] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for what was found.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if there is a warning.")] = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Examine a model before you trust an explanation of it.
 
@@ -49,9 +45,7 @@ def doctor(
 
     - `attribution doctor photos/ --model timm:resnet50 --checkpoint mine.pt --classes names.txt --strict`
     """
-    names = None if classes is None else read_class_names(classes)
-    given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "scores": scores}
-    classifier = load_classifier(model, device=device, **given)
+    classifier = ModelSettings(**given).load(model)
     found = examine(list(find_images(images, Path("."))) if images else _photos(), classifier)
     _show(found)
     if out is not None:

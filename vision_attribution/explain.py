@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,8 +26,6 @@ from attribution.fills import DEFAULT_FILL, FILLS
 from attribution.image import demo_image_paths
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
-from attribution.model.loading import load_classifier, read_class_names
-from attribution.model.outputs import SCORES_HELP
 from attribution.model.zoo import DEFAULT_MODEL
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
@@ -34,6 +33,7 @@ from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from attribution.tuning import tune
 from evaluation.study.page import write_text
+from evaluation.study.settings import MODEL_HELP, ModelSettings
 from evaluation.study.tables import terminal_table
 from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure
 from vision_attribution.progress import Bar
@@ -54,8 +54,7 @@ def explain(
         _option(
             "--model",
             "-m",
-            help="zoo:imagenet, zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file; repeat it to compare models. "
-            f"Default: {DEFAULT_MODEL}.",
+            help=f"{MODEL_HELP} Repeat it to compare models. Default: {DEFAULT_MODEL}.",
         ),
     ] = None,
     target: Annotated[
@@ -64,14 +63,6 @@ def explain(
             "--target", "-t", help="Class to explain: its name, a part that no other name has, or its index. Default: the predicted class."
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, _option(help="Weights for a timm or torchvision model (safetensors, or a torch state dict).")
-    ] = None,
-    checkpoint_key: Annotated[
-        str | None, _option(help="Where the weights are in a checkpoint that holds several, such as state_dict_ema.")
-    ] = None,
-    classes: Annotated[Path | None, _option(help="Text file with one class name a line.")] = None,
-    scores: Annotated[str | None, _option(help=SCORES_HELP)] = None,
     regions: Annotated[str | None, _option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.")] = None,
     region_count: Annotated[
         int | None, _option(min=2, help=f"About how many regions. Default: the published 49 or 50; {DEMO_REGIONS} for the demo.")
@@ -101,14 +92,13 @@ def explain(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for PNG, NPZ and JSON files.")] = Path("out"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int | None, _option(min=1, help="Most images forwarded at once.")] = None,
     precision: Annotated[
         str, typer.Option(help=f"Precision of the model: {', '.join(PRECISIONS)}, or auto, the fastest here by trial.")
     ] = "float32",
     max_side: Annotated[int, typer.Option(min=8, help="Longer images are shrunk to this side.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic searches.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what --out already holds.")] = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Show which regions of an image a classifier's decision rests on.
 
@@ -147,9 +137,8 @@ def explain(
             check_choice(name, value, known)
     check_choice("precision", precision, (*PRECISIONS, "auto"))
     found = list(find_images(images, out)) if images else demo_image_paths()
-    names = None if classes is None else read_class_names(classes)
-    given: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_key": checkpoint_key, "class_names": names, "scores": scores}
-    classifiers = [load_classifier(spec, device=device, batch_size=batch_size, **given) for spec in model or [DEFAULT_MODEL]]
+    settings = ModelSettings(**given)
+    classifiers = [settings.load(spec) for spec in model or [DEFAULT_MODEL]]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
     if repeated:
         raise UserError(f"--model {repeated[0]} was given twice: give each model once, saved files by different names")

@@ -17,7 +17,7 @@ from attribution.errors import UserError
 from attribution.model.classifier import Classifier
 from evaluation.study.processes import executor_of
 from evaluation.study.run import Study, held, run
-from evaluation.study.settings import Setting, StudySettings, hints_of, option_name, read_values, settings_of
+from evaluation.study.settings import ModelSettings, Setting, StudySettings, hints_of, option_name, read_values, settings_of
 from vision_attribution.progress import Bar
 
 Given = dict[str, Any]
@@ -46,7 +46,7 @@ def study_command(
 
     def command(**values: Any) -> None:
         path = values["config"]
-        given = {**({} if path is None else read_values(path)), **_given(study.settings, values)}
+        given = {**({} if path is None else read_values(path)), **given_options(study.settings, values)}
         further = {each.name: values[each.name] for each in extras}
         try:
             if instead is None or not instead(given, further, values["out"]):
@@ -62,6 +62,27 @@ def study_command(
     command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in keyword}
     return command
+
+
+def with_settings(command: Callable[..., None], settings: type[ModelSettings]) -> Callable[..., None]:
+    """Give a command written as a function the options of settings too. It gets those given, by field, as its last argument.
+
+    Args:
+        command: a function whose last parameter is ``given``.
+        settings: whose fields become options, before the others.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = [each.replace(annotation=hints[each.name]) for each in inspect.signature(command).parameters.values() if each.name != "given"]
+    options = [each for name in fields(settings) for each in _options(settings, name)]
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *options)]
+
+    def called(**values: Any) -> None:
+        command(**{each.name: values[each.name] for each in own}, given=given_options(settings, values))
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in keyword}
+    return called
 
 
 def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *, measure: bool = True) -> None:
@@ -96,7 +117,7 @@ def extra(name: str, kind: Any, help: str, *names: str, default: Any = None, sho
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, about])
 
 
-def _options(settings: type[StudySettings], field: Field[Any]) -> list[inspect.Parameter]:
+def _options(settings: type[ModelSettings], field: Field[Any]) -> list[inspect.Parameter]:
     """The options of a field; none has a default of its own, so that those of a file count."""
     name, about = field.name, settings_of(settings)[field.name]
     found = [extra(_keyed(name, key), kind, help, option_name(name, about, key)) for key, (kind, help) in about.keys.items()]
@@ -135,7 +156,7 @@ def _default(field: Field[Any]) -> str:
     return f" Default: {value}."
 
 
-def _given(settings: type[StudySettings], values: Mapping[str, Any]) -> Given:
+def given_options(settings: type[ModelSettings], values: Mapping[str, Any]) -> Given:
     """The options given on the command line, by field."""
     given: Given = {}
     for name, about in settings_of(settings).items():

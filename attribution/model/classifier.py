@@ -71,7 +71,7 @@ class Classifier:
             alpha of 1). By default "RGB", or "L" where mean or std is a list of one number. Images and regions stay RGB.
         class_names: C names; "class 0", "class 1", "class 2" and so on by default. A module with a single score may have two, such
             as "no" and "yes": the score is then that of the second.
-        resize, resized, interpolation: see ``Preprocessing``.
+        resize, resized, interpolation, rounding, padding: see ``Preprocessing``.
         scores: what the module returns. "softmax": logits of classes of which one is right ("logits" means the same). "sigmoid": logits
             of independent labels, or a single logit. "probabilities": of classes, where the rows of a first output sum to 1, else of
             labels. "label_probabilities": of independent labels, each in [0, 1]. "auto" decides by a first output (see
@@ -94,6 +94,7 @@ class Classifier:
         module, batch_size, precision, channels_last, compiled: may be changed; classifiers made from this one share them.
         device: where the module's parameters lie; the CPU for a black box.
         heads: the final layers of the module.
+        recipe: how the module is built again; None where nothing says it. See ``save_classifier``.
 
     Raises:
         UserError: settings that contradict each other or the module's output; raised at the first forward pass if the
@@ -121,6 +122,8 @@ class Classifier:
         resize: Resize = "squash",
         resized: tuple[int, int] | None = None,
         interpolation: str = "bilinear",
+        rounding: Literal["torchvision", "timm", "transformers"] = "torchvision",
+        padding: Literal["mean", "black"] = "mean",
         scores: Literal["auto", "softmax", "sigmoid", "probabilities", "label_probabilities", "logits"] = "auto",
         output: OutputChoice | None = None,
         head: str | None = None,
@@ -137,8 +140,9 @@ class Classifier:
         self.name = name or type(eager_module(module)).__name__
         sides = checked_sides(size)
         means, stds, kind = checked_channels(mean, std, channels)
-        self.preprocessing = Preprocessing(sides, means, stds, resize, resized, interpolation, kind)
+        self.preprocessing = Preprocessing(sides, means, stds, resize, resized, interpolation, kind, rounding, padding)
         self._class_names = tuple(str(n) for n in class_names) if class_names is not None else None
+        self.recipe: Any = None
         self.forward = ModuleForward(
             module,
             self.preprocessing,

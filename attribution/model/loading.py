@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import pathlib
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attribution.errors import UserError, describe
-from attribution.files import whole_file
-from attribution.model import zoo
+from attribution.model import huggingface, zero_shot, zoo
 from attribution.model.class_names import carried_names, timm_names, unique
 from attribution.model.classifier import Classifier
+from attribution.model.factory import from_factory, names_factory
 from attribution.model.forwarding import first_line, resolve_device
+from attribution.model.matching import timm_geometry
+from attribution.model.preprocessing import checked_sides
+from attribution.model.prototypes import PrototypeForward
+from attribution.model.saving import PROTOTYPES, Card, Recipe, read_card
+from attribution.model.source import Built, Checkpoint, Wanted, resized_to
 
+T = TypeVar("T")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params", *_AVERAGES)
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.", "network.", "encoder.", "ema.", "ema_model.")
@@ -38,9 +43,6 @@ _HARMLESS: list[Any] = [  # plain values that the checkpoints of training progra
     *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
     *((function, f"numpy.{core}.multiarray.{name}") for name, function in _NUMPY.items() for core in ("core", "_core")),
 ]
-_METADATA_KEY = "vision-attribution"
-_SAVED_SETTINGS = ("size", "mean", "std", "resize", "resized", "interpolation", "channels", "head", "scores", "output")
-_LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 
 
 def load_classifier(
@@ -53,13 +55,16 @@ def load_classifier(
     class_names: Sequence[str] | None = None,
     batch_size: int | None = None,
     scores: str | None = None,
+    options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Classifier:
     """Load a classifier by name or from a file, with the preprocessing of its own configuration.
 
     Args:
-        model: "zoo:imagenet", "zoo:cnn" or "zoo:vit" (installed with the package), "timm:NAME", "torchvision:NAME", or a file that
-            ``save_classifier`` wrote.
+        model: "zoo:imagenet", "zoo:cnn" or "zoo:vit" (installed with the package), "timm:NAME", "torchvision:NAME", "hf:ID" or a folder
+            of ``save_pretrained`` (an image classifier of transformers, safetensors only), a file that ``save_classifier`` wrote, or a
+            function that makes a model, "package.module:function" or "file.py:function", whose code is run. For models of images and
+            texts see ``zero_shot``.
             An ``nn.Module`` is wrapped in a ``Classifier`` with ``settings``; a ``Classifier`` is returned unchanged.
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
         checkpoint: file of weights for a timm or torchvision model, in safetensors or in torch's format. A torch file holds a state
@@ -73,7 +78,11 @@ def load_classifier(
             names is assumed to have these classes too, with a warning.
         batch_size: most images forwarded at once.
         scores: what the module returns, see ``Classifier``; what a saved file says, or "auto", by default.
-        settings: further arguments of ``Classifier`` that override the model's own configuration, such as size, mean and std.
+        options: of a model by name: arguments of timm's, torchvision's or the user's own function, or fields of the configuration of
+            transformers.
+        settings: further arguments of ``Classifier`` that override the model's own configuration, such as mean and std. With another
+            ``size`` the model is built for it where that matters: position embeddings are resampled as the library does, and the resize
+            before the crop keeps its proportion.
 
     Raises:
         UserError: an unknown model, weights that cannot be loaded, or a checkpoint that does not fit the model; the message says where.
@@ -92,25 +101,70 @@ def load_classifier(
         return Classifier(model.to(resolve_device(device)), class_names=class_names, batch_size=batch_size, **settings)
     spec = str(model)
     source, _, name = spec.partition(":")
-    if source in SOURCES and name:
-        where = resolve_device(device)
-        built = SOURCES[source](name, None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_key), pretrained)
-        names = built.class_names if class_names is None else class_names
-        if class_names is None and built.assumed:
-            warnings.warn(
-                f"{checkpoint} names no classes: its {len(built.class_names or ())} are given the names of the published {spec}; "
-                "give class_names (--classes) where they are others",
-                stacklevel=2,
-            )
-        own = {**built.settings, "name": spec, **settings}
-        return Classifier(built.module.to(where).eval(), class_names=names, batch_size=batch_size, **own)
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_key)
+    size = None if settings.get("size") is None else checked_sides(settings["size"])
+    wanted = Wanted(kept, pretrained, size, options or {})
+    if (source in SOURCES and name) or Path(spec).is_dir():
+        built = SOURCES[source](name, wanted) if source in SOURCES else huggingface.hugging_face(spec, wanted)
+        return _classifier(spec, built, wanted, resolve_device(device), class_names, batch_size, settings)
     if Path(spec).suffix == ".safetensors":
-        return _from_saved_file(Path(spec), resolve_device(device), batch_size, class_names, settings)
+        wanted.only(spec, "size")
+        return _from_saved_file(Path(spec), size, resolve_device(device), batch_size, class_names, settings)
+    if names_factory(spec):
+        return _from_factory(spec, wanted, resolve_device(device), class_names, batch_size, settings)
     received = repr(spec) if isinstance(model, str | Path) else describe(model)
     raise UserError(
-        f"unknown model {received}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, "
-        f"or a .safetensors file written by save_classifier{_meant(spec)}"
+        f"unknown model {received}: expected {', '.join(f'zoo:{n}' for n in sorted(zoo.ZOO))}, timm:NAME, torchvision:NAME, hf:ID, "
+        f"a folder of save_pretrained, file.py:FUNCTION, or a .safetensors file written by save_classifier{_meant(spec)}"
     )
+
+
+def _classifier(
+    spec: str, built: Built, wanted: Wanted, device: torch.device, names: Any, batch_size: int | None, settings: dict[str, Any]
+) -> Classifier:
+    """The classifier of a model built by name. One of another size than its own is tried at once."""
+    own = {**built.settings, "name": spec, **settings}
+    if names is None and built.assumed and wanted.checkpoint is not None:
+        warnings.warn(
+            f"{wanted.checkpoint.path} names no classes: its {len(built.class_names or ())} are given the names of the published {spec}; "
+            "give class_names (--classes) where they are others",
+            stacklevel=3,
+        )
+    made = Classifier(
+        built.module.to(device).eval(), class_names=built.class_names if names is None else names, batch_size=batch_size, **own
+    )
+    made.recipe = Recipe(spec, dict(wanted.options), built.config)
+    if wanted.size is not None:
+        made.find_out(False)
+    return made
+
+
+def _from_factory(
+    spec: str, wanted: Wanted, device: torch.device, names: Any, batch_size: int | None, settings: dict[str, Any]
+) -> Classifier:
+    """A model that the user's own function makes, with the weights of a checkpoint, and what a saved one says."""
+    checkpoint = wanted.checkpoint
+    card = read_card(checkpoint.path) if checkpoint is not None and checkpoint.path.suffix == ".safetensors" else None
+    sized = wanted if card is None or wanted.size is not None else replace(wanted, size=card.settings.get("size"))
+    made = from_factory(spec, sized)
+    module = made.module
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{spec} returned a Classifier of a function, which takes no checkpoint, device or batch size")
+    if checkpoint is not None:
+        _load_state(module, read_state_dict(*checkpoint), checkpoint, spec)
+    if card is not None and checkpoint is not None:
+        return _carded(
+            module, replace(card, recipe=Recipe(spec, dict(wanted.options))), checkpoint.path, device, batch_size, names, settings
+        )
+    if isinstance(made, Built):
+        return _classifier(spec, made, wanted, device, names, batch_size, settings)
+    if further := set(settings) - {"size", "name"}:
+        raise UserError(f"{spec} returned a Classifier, which has its own {', '.join(sorted(further))}: leave them out, or return a module")
+    module.to(device)
+    made = made.with_forward(made.forward, name=spec, class_names=names)
+    made.batch_size = made.batch_size if batch_size is None else batch_size
+    made.recipe = Recipe(spec, dict(wanted.options))
+    return made
 
 
 def _meant(spec: str) -> str:
@@ -145,97 +199,48 @@ def read_class_names(path: Path) -> list[str]:
     return [name.strip() for name in names]
 
 
-def save_classifier(classifier: Classifier, path: str | Path) -> None:
-    """Write a zoo, timm or torchvision classifier as one safetensors file that ``load_classifier`` reads back.
-
-    Raises:
-        UserError: the architecture has no name by which it could be built again.
-    """
-    source = classifier.name.partition(":")[0]
-    runner = classifier.runner
-    if source not in SOURCES or classifier.forward is not runner or not isinstance(runner.module, nn.Module) or callable(runner.output):
-        raise UserError(f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: save its state dict")
-    way = classifier.preprocessing
-    card = {
-        "model": classifier.name.partition("@")[0],
-        "class_names": classifier.class_names,
-        "settings": {
-            "size": way.size,
-            "mean": way.mean,
-            "std": way.std,
-            "resize": way.resize,
-            "resized": way.resized,
-            "interpolation": way.interpolation,
-            "channels": way.channels,
-            "head": runner.head,
-            "scores": runner.scores,
-            "output": runner.output,
-        },
-    }
-    # shared tensors are written once per name: safetensors refuses aliases
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in runner.module.state_dict().items()}
-    with whole_file(path) as temporary:
-        save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(card)})
-
-
-class Checkpoint(NamedTuple):
-    """A file of weights, and the key of the state dict in it; None for the usual ones."""
-
-    path: Path
-    key: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.key is None else f"{self.path} [{self.key}]"
-
-
-class _Built(NamedTuple):
-    """A model by name: the module, its own preprocessing as settings of ``Classifier``, and the class names if known.
-
-    Names are assumed where a checkpoint without names has as many classes as the published weights.
-    """
-
-    module: nn.Module
-    settings: dict[str, Any]
-    class_names: tuple[str, ...] | None
-    assumed: bool = False
-
-
-def _zoo(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
-    fresh = name in zoo.ZOO and not pretrained and checkpoint is None
+def _zoo(name: str, wanted: Wanted) -> Built:
+    wanted.only(f"zoo:{name}", "checkpoint", "size")
+    checkpoint = wanted.checkpoint
+    fresh = name in zoo.ZOO and not wanted.pretrained and checkpoint is None
     module = zoo.ZOO[name].build().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
         _load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
-    return _Built(module, dict(zoo.ZOO[name].settings), zoo.ZOO[name].class_names())
+    return Built(module, dict(zoo.ZOO[name].settings), zoo.ZOO[name].class_names())
 
 
-def _timm(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
+def _timm(name: str, wanted: Wanted) -> Built:
     import timm
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise UserError(f"timm has no model {name!r}: {hint}")
+    published = wanted.pretrained and wanted.checkpoint is None
 
     def build(classes: int | None) -> nn.Module:
-        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-        published = pretrained and checkpoint is None
-        return _or_explain_download(lambda: timm.create_model(name, pretrained=published, **options), f"timm:{name}")
+        options = dict(wanted.options) if classes is None else {**wanted.options, "num_classes": classes}
 
-    module = _with_checkpoint(build, checkpoint, f"timm:{name}")
-    config = timm.data.resolve_data_config(model=module)
-    side = config["input_size"][1:]
-    settings = {
-        "size": tuple(side),
-        "mean": config["mean"],
-        "std": config["std"],
-        "resize": {"squash": "squash", "border": "long_side"}.get(config["crop_mode"], "short_side"),
-        "resized": tuple(math.floor(s / config["crop_pct"]) for s in side),
-        "interpolation": config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic", "nearest") else "bicubic",
-    }
-    return _Built(module, settings, *_names(checkpoint, getattr(module, "num_classes", None), timm_names(module)))
+        def create(**size: Any) -> nn.Module:
+            return timm.create_model(name, pretrained=published, **size, **options)
+
+        if wanted.size is not None and "img_size" not in options:
+            try:
+                return _or_explain(lambda: create(img_size=wanted.size), f"timm:{name}", wanted)
+            except TypeError:  # a convolutional network takes any size
+                pass
+        return _or_explain(create, f"timm:{name}", wanted)
+
+    module = _with_checkpoint(build, wanted.checkpoint, f"timm:{name}")
+    size = wanted.size or wanted.options.get("img_size")
+    args = {} if size is None else {"input_size": (3, *np.broadcast_to(size, 2).tolist())}
+    config = timm.data.resolve_data_config(args, model=module)
+    settings = {**timm_geometry(config), "mean": config["mean"], "std": config["std"]}
+    names, assumed = _names(wanted.checkpoint, getattr(module, "num_classes", None), timm_names(module))
+    return Built(module, settings, names, assumed=assumed)
 
 
-def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> _Built:
+def _torchvision(name: str, wanted: Wanted) -> Built:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -244,30 +249,44 @@ def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> 
         hint = f"did you mean {', '.join(near)}?" if near else "see torchvision.models.list_models()"
         raise UserError(f"torchvision has no classifier {name!r}: {hint}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
+    published = wanted.pretrained and wanted.checkpoint is None
+    sized = wanted.size is not None and name.startswith("vit_")
+    if sized and wanted.size is not None and wanted.size[0] != wanted.size[1]:
+        raise UserError(f"torchvision:{name} takes square images, but the image size wanted is {wanted.size}: give one number")
 
     def build(classes: int | None) -> nn.Module:
-        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-        chosen = weights if pretrained and checkpoint is None else None
+        options = dict(wanted.options) if classes is None else {**wanted.options, "num_classes": classes}
+        chosen = weights if published and not sized else None
         if chosen is None and name in ("googlenet", "inception_v3"):
             options |= {"init_weights": True}
-        return _or_explain_download(lambda: torchvision.models.get_model(name, weights=chosen, **options), f"torchvision:{name}")
+        if sized and wanted.size is not None:
+            options |= {"image_size": wanted.size[0]}
+        module = _or_explain(lambda: torchvision.models.get_model(name, weights=chosen, **options), f"torchvision:{name}", wanted)
+        if published and sized:
+            state = _or_explain(lambda: weights.get_state_dict(check_hash=True), f"torchvision:{name}", wanted)
+            module.load_state_dict(_at_size(module, state))
+        return module
 
-    module = _with_checkpoint(build, checkpoint, f"torchvision:{name}")
+    module = _with_checkpoint(build, wanted.checkpoint, f"torchvision:{name}")
     transform = weights.transforms()
+    side, resized = int(transform.crop_size[0]), int(transform.resize_size[0])
     settings = {
-        "size": int(transform.crop_size[0]),
+        "size": (side, side),
         "mean": transform.mean,
         "std": transform.std,
         "resize": "short_side",
-        "resized": (int(transform.resize_size[0]), int(transform.resize_size[0])),
+        "resized": (resized, resized),
         "interpolation": transform.interpolation.value,
     }
     head = _head_weight(module)
-    return _Built(module, settings, *_names(checkpoint, head and len(module.get_parameter(head)), unique(weights.meta["categories"])))
+    names, assumed = _names(
+        wanted.checkpoint, None if head is None else len(module.get_parameter(head)), unique(weights.meta["categories"])
+    )
+    return Built(module, settings if wanted.size is None else resized_to(settings, wanted.size), names, assumed=assumed)
 
 
 def _names(checkpoint: Checkpoint | None, classes: int | None, published: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, bool]:
-    """The class names of a model by name, and whether they are assumed (see ``_Built``)."""
+    """The class names of a model by name, and whether they are assumed (see ``Built``)."""
     if checkpoint is None:
         return published, False
     carried = carried_names(_beside_weights(checkpoint.path), classes, str(checkpoint.path))
@@ -283,26 +302,57 @@ def _beside_weights(path: Path) -> Any:
         return file.metadata() or {}
 
 
-def _from_saved_file(path: Path, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]) -> Classifier:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
-    if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
+def _open_clip(name: str, _wanted: Wanted) -> Built:
+    raise UserError(
+        f"open_clip:{name} compares images with texts: give the texts of the classes by --zero-shot FILE, or use at.zero_shot in Python"
+    )
+
+
+def _from_saved_file(
+    path: Path, size: tuple[int, int] | None, device: torch.device, batch_size: int | None, class_names: Any, settings: dict[str, Any]
+) -> Classifier:
+    card = read_card(path)
+    if card is None:
         raise UserError(
             f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}"
         )
-    own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
-    names = class_names or card.get("class_names")
-    model = card["model"].partition("@")[0]
-    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(card.get("class_names"), list)
-    if not usable or max(np.atleast_1d(own.get("size", 1)).tolist(), default=0) > _LARGEST_INPUT:
-        raise UserError(f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}")
-    own = {**own, "name": f"{model}@{path.stem}", **settings}
-    return load_classifier(model, device=device, checkpoint=path, class_names=names, batch_size=batch_size, **own)
+    recipe = card.recipe
+    if recipe.model.partition(":")[0] not in SOURCES and not recipe.tower and recipe.config is None:
+        raise UserError(
+            f"{path} was made by the factory {recipe.model}, whose code would run: if you trust it, give --model {recipe.model} "
+            f"--checkpoint {path}"
+        )
+    if size is not None:
+        card = replace(card, settings=resized_to(card.settings, size))
+    module = _rebuilt(recipe, card.settings.get("size"), path)
+    return _carded(module, card, path, device, batch_size, class_names, settings)
+
+
+def _rebuilt(recipe: Recipe, size: Any, path: Path) -> nn.Module:
+    """The module of a recipe, with the weights of the file."""
+    if not recipe.tower and recipe.config is None:
+        source, _, name = recipe.model.partition(":")
+        return SOURCES[source](name, Wanted(Checkpoint(path), True, size, recipe.options)).module
+    module = zero_shot.tower_of(recipe) if recipe.tower else huggingface.from_configuration(recipe.config or {}, recipe.model)
+    _load_state(module, read_state_dict(path), Checkpoint(path), recipe.model)
+    return module
+
+
+def _carded(
+    module: nn.Module, card: Card, path: Path, device: torch.device, batch_size: int | None, names: Any, settings: dict[str, Any]
+) -> Classifier:
+    """A module with the preprocessing, the class names and the prototypes of a card."""
+    own = {"name": f"{card.recipe.model}@{path.stem}", **card.settings, **settings}
+    head = card.prototypes
+    made = Classifier(module.to(device).eval(), class_names=None if head else names or card.class_names, batch_size=batch_size, **own)
+    made.recipe = card.recipe
+    if head is None:
+        return made
+    matrix = _read_safetensors(path)[PROTOTYPES].float().to(device)
+    forward = PrototypeForward(
+        made.forward, matrix, float(head["scale"]), bool(head["normalize"]), float(head["bias"]), head["kind"], bool(head["takes_output"])
+    )
+    return made.with_forward(forward, class_names=names or card.class_names)
 
 
 def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
@@ -319,6 +369,8 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such checkpoint file")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     found = _state_dicts(loaded)
+    for state in found.values():
+        state.pop(PROTOTYPES, None)
     if key is not None:
         if key not in found:
             raise UserError(f"{path} has no state dict {key!r}: expected one of {', '.join(filter(None, found)) or 'none, without a key'}")
@@ -390,10 +442,38 @@ def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Check
     expected = module.state_dict()
     state = _without_prefix(state, expected)
     heads = [key for key in expected if key in state and key.endswith("weight") and key == _head_weight(module)]
-    if heads and state[heads[0]].shape[0] != expected[heads[0]].shape[0]:
+    if missing := _missing_head(module, state):
+        module = build(int(state[missing].shape[0]))
+    elif heads and state[heads[0]].shape[0] != expected[heads[0]].shape[0]:
         module = build(int(state[heads[0]].shape[0]))
-    _load_state(module, state, checkpoint, name)
+    _load_state(module, _at_size(module, state), checkpoint, name)
     return module
+
+
+def _missing_head(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """The weight of a final layer that a headless timm backbone lacks and a checkpoint of it has."""
+    head = getattr(module, "pretrained_cfg", {}).get("classifier")
+    names = [f"{name}.weight" for name in ((head,) if isinstance(head, str) else head or ())]
+    headless = getattr(module, "num_classes", None) == 0
+    return next((name for name in names if headless and name in state and name not in module.state_dict()), None)
+
+
+def _at_size(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the position embeddings of a vision transformer resampled for its image size, as timm and torchvision do."""
+    expected = module.state_dict()
+    if (name := "pos_embed") in state and name in expected and hasattr(module, "patch_embed") and hasattr(module, "num_prefix_tokens"):
+        given, own = state[name], expected[name]
+        prefix = 0 if getattr(module, "no_embed_class", False) else int(module.num_prefix_tokens)
+        if given.shape != own.shape and given.ndim == own.ndim == 3 and given.shape[-1] == own.shape[-1]:
+            from timm.layers import resample_abs_pos_embed
+
+            grid = list(module.patch_embed.grid_size)
+            return {**state, name: resample_abs_pos_embed(given, new_size=grid, num_prefix_tokens=prefix)}
+    if (name := "encoder.pos_embedding") in state and name in expected and state[name].shape != expected[name].shape:
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        return dict(interpolate_embeddings(module.image_size, module.patch_size, dict(state)))
+    return state
 
 
 def _head_weight(module: nn.Module) -> str | None:
@@ -444,13 +524,21 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Checkpoint, n
     module.eval()
 
 
-def _or_explain_download(build: Callable[[], nn.Module], name: str) -> nn.Module:
+def _or_explain(build: Callable[[], T], name: str, wanted: Wanted) -> T:
+    """What a library builds; its errors in one line, except that it does not know an argument of ours."""
+    options = "".join(f", {key}={value!r}" for key, value in wanted.options.items())
     try:
         return build()
     except UserError:
         raise
-    except (TypeError, AssertionError):
-        raise
+    except TypeError as error:
+        if "'img_size'" in str(error) and "img_size" not in wanted.options:
+            raise
+        raise UserError(f"{name} does not take its options{options} ({first_line(error)}): leave out what it does not know") from None
+    except (AssertionError, ValueError) as error:
+        if wanted.size is None and not options:
+            raise
+        raise UserError(f"{name} cannot be built with size {wanted.size}{options} ({first_line(error)}): expected what it takes") from None
     except Exception as error:  # network libraries raise many types
         raise UserError(
             f"the weights of {name} could not be loaded ({first_line(error)}): connect to the network once, or give --checkpoint FILE"
@@ -461,8 +549,10 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
 
 
-SOURCES: dict[str, Callable[[str, Checkpoint | None, bool], _Built]] = {
+SOURCES: dict[str, Callable[[str, Wanted], Built]] = {
     "zoo": _zoo,
     "timm": _timm,
     "torchvision": _torchvision,
+    "hf": huggingface.hugging_face,
+    "open_clip": _open_clip,
 }

@@ -17,6 +17,8 @@ from attribution.errors import UserError, describe
 Resize = Literal["squash", "short_side", "long_side"]
 _RESIZES = ("squash", "short_side", "long_side")
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+_ROUNDINGS = ("torchvision", "timm", "transformers")
+_PADDINGS = ("mean", "black")
 _LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's conversion to gray, ITU-R 601
 CHANNELS: dict[str, tuple[tuple[float, float, float, float], ...]] = {  # each from red, green, blue and 1
     "RGB": ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)),
@@ -34,11 +36,15 @@ class Preprocessing:
         size: (h, w) of the model input, pixels.
         mean, std: per channel of the model input, which is (image - mean) / std.
         resize: "squash" resizes each side on its own. "short_side" and "long_side" keep the aspect ratio: the image is cropped to the
-            input where it is larger, and padded with the mean colour where it is smaller.
+            input where it is larger, and padded where it is smaller.
         resized: (h, w) that the resize aims at, before the crop; None means size.
         interpolation: "bilinear" or "bicubic", both antialiased as in Pillow, or "nearest".
         channels: of the model input, made from the red, green and blue of an image: "RGB", "BGR", "L" (gray, as Pillow converts) or
             "RGBA" (opaque). None changes nothing: the mean has as many numbers as what is given has channels, such as maps of a layer.
+        rounding: the library whose rules round. With the aspect ratio kept, "torchvision" and "transformers" round the free side down,
+            "timm" to the nearest number. A crop that cannot be centred starts where half of the rest rounds to: to even for "torchvision"
+            and "timm", down for "transformers".
+        padding: colour of the padding, "mean" (an input of zero) or "black".
     """
 
     size: tuple[int, int]
@@ -48,6 +54,8 @@ class Preprocessing:
     resized: tuple[int, int] | None = None
     interpolation: str = "bilinear"
     channels: str | None = None
+    rounding: str = "torchvision"
+    padding: str = "mean"
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -57,6 +65,8 @@ class Preprocessing:
             raise UserError(f"mean {self.mean} and std {self.std}: expected {count} each, std positive")
         check_choice("resize", self.resize, _RESIZES)
         check_choice("interpolation", self.interpolation, _INTERPOLATIONS)
+        check_choice("rounding", self.rounding, _ROUNDINGS)
+        check_choice("padding", self.padding, _PADDINGS)
         if self.channels is not None:
             check_choice("channels", self.channels, CHANNELS)
             if len(self.mean) != len(CHANNELS[self.channels]):
@@ -81,7 +91,10 @@ class Preprocessing:
         return {"L": values * 3, "BGR": values[::-1], "RGBA": values[:3]}.get(self.channels or "", values)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self._scaled(self._mixed(images, 1) - images.new_tensor(self.mean)[:, None, None])
+        mixed, mean = self._mixed(images, 1), images.new_tensor(self.mean)[:, None, None]
+        if self.padding == "black":
+            return self._scaled(mixed) - mean / images.new_tensor(self.std)[:, None, None]
+        return self._scaled(mixed - mean)
 
     def _mixed(self, images: Tensor, one: float) -> Tensor:
         """The channels of the model input [n, C, H, W] from those of images, or of differences of images, where one is 0."""
@@ -132,6 +145,9 @@ class Preprocessing:
             by_height = wanted_height * width >= wanted_width * height
         if self.resize == "long_side":
             by_height = wanted_height * width <= wanted_width * height
+        if self.rounding == "timm":
+            ratio = height / wanted_height if by_height else width / wanted_width
+            return max(1, round(height / ratio)), max(1, round(width / ratio))
         # torchvision's rule: the side that the scale comes from is exact, the other is rounded down
         if by_height:
             return wanted_height, max(1, wanted_height * width // height)
@@ -146,7 +162,7 @@ class Preprocessing:
         return maps
 
     def _centred(self, images: Tensor) -> Tensor:
-        """Crop or zero-pad to the centre; after the subtraction of the mean, zero is the mean colour."""
+        """Crop or zero-pad to the centre; zero is black, or the mean colour after the subtraction of the mean."""
         padding = self._padding(images.shape[-2], images.shape[-1])
         return F.pad(images, padding) if any(padding) else images
 
@@ -155,7 +171,9 @@ class Preprocessing:
         padding = []
         for have, want in zip((width, height), self.size[::-1], strict=True):
             missing = want - have
-            before = missing // 2 if missing > 0 else -round(-missing / 2)  # torchvision's CenterCrop rounds half to even
+            # torchvision's CenterCrop rounds half to even
+            cut = -missing // 2 if self.rounding == "transformers" else round(-missing / 2)
+            before = missing // 2 if missing > 0 else -cut
             padding += [before, missing - before]
         return padding
 

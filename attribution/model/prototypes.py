@@ -15,31 +15,38 @@ from attribution.errors import UserError
 from attribution.hooks import record_outputs
 from attribution.model.forwarding import ModuleForward, Relay
 from attribution.model.head import pooled_features
-from attribution.model.outputs import Outputs
+from attribution.model.outputs import Meaning, Outputs
 
 
 @dataclass(frozen=True, eq=False)
 class PrototypeForward(Relay):
-    """Scores = scale * features @ matrix.T, see ``Classifier.with_prototypes``.
+    """Scores = scale * features @ matrix.T + bias, see ``Classifier.with_prototypes``.
 
     Attributes:
         base: gives the features, or the embedding itself (see ``takes_output``).
         matrix: float32 [C, D].
         scale: factor of the scores.
         normalize: whether features and rows of the matrix are divided by their L2 norms first.
+        bias: added to every score.
+        kind: what the scores are: "softmax", or "sigmoid" of independent labels.
+        embeds: whether the embedding is what the module returns; None finds out.
     """
 
     matrix: Tensor
     scale: float
     normalize: bool
+    bias: float = 0.0
+    kind: Meaning = "softmax"
+    embeds: bool | None = None
 
     @property
     def outputs(self) -> Outputs:
-        return Outputs(len(self.matrix), "softmax")
+        return Outputs(len(self.matrix), self.kind)
 
     @property
     def weights_digest(self) -> str | None:
         settings = f"{self.base.weights_digest} {self.scale} {self.normalize}"
+        settings += f" {self.bias} {self.kind}" if self.bias or self.kind != "softmax" else ""
         return hashlib.sha256(settings.encode() + self.matrix.cpu().numpy().tobytes()).hexdigest()
 
     @cached_property
@@ -51,6 +58,8 @@ class PrototypeForward(Relay):
         Raises:
             UserError: neither has as many values as the matrix has columns, or the final layer turns D values into D.
         """
+        if self.embeds is not None:
+            return self.embeds
         base, count, name = self.base, self.matrix.shape[1], self.runner.name
         base.find_out(False)
         try:
@@ -89,4 +98,4 @@ class PrototypeForward(Relay):
         matrix = self.matrix.to(features.device)
         if self.normalize:
             features, matrix = F.normalize(features, dim=1), F.normalize(matrix, dim=1)
-        return self.scale * features @ matrix.T, features
+        return self.scale * features @ matrix.T + self.bias, features

@@ -13,7 +13,7 @@ from attribution.model.zoo import DEFAULT_MODEL
 from attribution.regions import REGIONS
 from attribution.search import SEARCHES
 from evaluation.metrics.protocol import Protocol
-from evaluation.study.settings import StudySettings, check_region_options, setting
+from evaluation.study.settings import MODEL_HELP, StudySettings, check_region_options, setting
 
 MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 
@@ -22,9 +22,7 @@ MOST_CLUSTERS = 8  # most clusters that are tried if the number is not given
 class FailureSettings(StudySettings):
     """Settings of ``run_failures``; every field is an option of ``attribution debug``. The images must be labelled."""
 
-    model: str | Classifier = setting(
-        DEFAULT_MODEL, short="-m", help="zoo:imagenet, zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
-    )
+    model: str | Classifier = setting(DEFAULT_MODEL, short="-m", help=MODEL_HELP)
     samples: int | None = setting(None, short="-n", least=1, help="Number of images to look at, drawn by the seed. Default: all.")
     most: int | None = setting(100, least=0, help="Number of misclassified images to explain, in the order drawn; 0 for all.")
     fill: Fill = setting(

@@ -8,7 +8,7 @@ from typing import Literal
 from attribution.errors import UserError
 from attribution.model.classifier import Classifier
 from attribution.neurons.path import STEPS
-from evaluation.study.settings import StudySettings, setting
+from evaluation.study.settings import MODEL_HELP, StudySettings, setting
 
 PATHS = {
     "neuron_path": "the published search",
@@ -31,9 +31,7 @@ class NeuronSettings(StudySettings):
         help="Instead of IMAGES, labelled images: a recipe name (with --root), a folder with one subfolder a class, or a CSV or text list.",
     )
     samples: int | None = setting(500, short="-n", least=4, help="With --data: number of images, drawn by the seed.")
-    model: str | Classifier = setting(
-        "zoo:vit", short="-m", help="A vision transformer: zoo:vit, timm:NAME, torchvision:NAME or a saved .safetensors file."
-    )
+    model: str | Classifier = setting("zoo:vit", short="-m", help=f"A vision transformer: {MODEL_HELP}")
     target: Literal["label", "predicted"] = setting(
         "label",
         short="-t",

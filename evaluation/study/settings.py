@@ -27,6 +27,8 @@ from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier, read_class_names
 from attribution.model.outputs import SCORES, SCORES_HELP
+from attribution.model.source import parsed_options, parsed_size
+from attribution.model.zero_shot import TEMPLATE, zero_shot
 from attribution.model.zoo import DEFAULT_MODEL
 from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
@@ -72,9 +74,77 @@ def setting(default: Any = MISSING, *, help: str, factory: Any = MISSING, **more
     return field(default=default, default_factory=factory, metadata={"setting": Setting(help, **more)})
 
 
+MODEL_HELP = (
+    "zoo:imagenet, zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME, hf:ID, a folder of save_pretrained, a saved .safetensors file, or "
+    "FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION that makes a model (its code is run). "
+    "With --zero-shot hf:ID, such a folder, or open_clip:NAME/TAG."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class StudySettings:
-    """The settings that all studies share: data, where the model runs, samples and seed."""
+class ModelSettings:
+    """How a model is made from its name: the same options in every command that takes one."""
+
+    checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm, torchvision or open_clip model, or one of a function.")
+    checkpoint_key: str | None = setting(None, numbers=False, help="Where the weights are in a checkpoint that holds several.")
+    classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
+    scores: str | None = setting(None, choices=SCORES, numbers=False, help=SCORES_HELP)
+    image_size: int | str | None = setting(
+        None,
+        numbers=False,
+        help="Side of the model input in pixels, or HEIGHTxWIDTH; position embeddings are resampled. Default: the model's own.",
+    )
+    model_options: tuple[str, ...] = setting(
+        (),
+        option="--model-option",
+        numbers=False,
+        help="KEY=VALUE for the library or function that makes the model, such as dynamic_img_size=true; repeat it for several.",
+    )
+    zero_shot: str | None = setting(
+        None, numbers=False, help="Text file with one class a line, for a model of images and texts such as CLIP."
+    )
+    template: str | None = setting(
+        None,
+        numbers=False,
+        help="With --zero-shot: a text with {} in the place of the class, or a file with one a line, which are averaged. "
+        f"Default: {TEMPLATE}.",
+    )
+    device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
+    batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
+
+    def __post_init__(self) -> None:
+        for name, kind in hints_of(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind, settings_of(type(self))[name]))
+
+    def load(self, model: str | Classifier) -> Classifier:
+        """The classifier of a name under these settings; a classifier is returned as it is.
+
+        Raises:
+            UserError: a model that cannot be made so, or settings that contradict each other.
+        """
+        if isinstance(model, Classifier):
+            return model
+        size = None if self.image_size is None else parsed_size(self.image_size)
+        options = parsed_options(self.model_options)
+        if self.zero_shot is not None:
+            if self.classes is not None or self.scores is not None or self.checkpoint_key is not None:
+                raise UserError("classes, scores and checkpoint_key do not go with zero_shot (--zero-shot), whose texts are the classes")
+            templates = TEMPLATE if self.template is None else self.template
+            return zero_shot(
+                model, read_class_names(Path(self.zero_shot)), device=self.device, checkpoint=self.checkpoint, size=size, options=options,
+                template=read_class_names(Path(templates)) if Path(templates).is_file() else templates, batch_size=self.batch_size,
+            )  # fmt: skip
+        if self.template is not None:
+            raise UserError("template (--template) goes with zero_shot (--zero-shot FILE), which gives the classes")
+        names = None if self.classes is None else read_class_names(Path(self.classes))
+        given: dict[str, Any] = {"checkpoint": self.checkpoint, "checkpoint_key": self.checkpoint_key, "class_names": names}
+        given |= {} if size is None else {"size": size}
+        return load_classifier(model, device=self.device, batch_size=self.batch_size, scores=self.scores, options=options, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(ModelSettings):
+    """The settings that all studies share: data, how models are made, samples and seed."""
 
     data: str = setting(
         short="-d",
@@ -85,17 +155,7 @@ class StudySettings:
     split: str = setting("test", help="Split of a recipe.")
     samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
-    checkpoint: str | None = setting(None, numbers=False, help="Weights for a timm or torchvision model.")
-    checkpoint_key: str | None = setting(None, numbers=False, help="Where the weights are in a checkpoint that holds several.")
-    classes: str | None = setting(None, numbers=False, help="Text file with one class name a line.")
-    scores: str | None = setting(None, choices=SCORES, numbers=False, help=SCORES_HELP)
-    device: str = setting("auto", numbers=False, help="auto, cpu, cuda, cuda:N or mps.")
-    batch_size: int | None = setting(None, least=1, numbers=False, help="Most images forwarded at once. It changes no number.")
     workers: int = setting(1, least=1, numbers=False, help="Number of processes that measure side by side. It changes no number.")
-
-    def __post_init__(self) -> None:
-        for name, kind in hints_of(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind, settings_of(type(self))[name]))
 
     def plain(self) -> dict[str, Any]:
         """The settings that numbers depend on, as JSON. The data set appears by its name, without its path."""
@@ -177,12 +237,8 @@ class StudySettings:
 
 
 def named_model(settings: StudySettings, model: str | Classifier) -> Classifier:
-    """The classifier that the settings name or hold. If they name a file of class names, it gets these."""
-    if isinstance(model, Classifier):
-        return model
-    names = None if settings.classes is None else read_class_names(Path(settings.classes))
-    given: dict[str, Any] = {"checkpoint": settings.checkpoint, "checkpoint_key": settings.checkpoint_key, "class_names": names}
-    return load_classifier(model, device=settings.device, batch_size=settings.batch_size, scores=settings.scores, **given)
+    """The classifier that the settings name or hold."""
+    return settings.load(model)
 
 
 def named_data(settings: StudySettings, class_names: Sequence[str]) -> ImageDataset:

@@ -62,7 +62,7 @@ def test_zoo(name: str, cat: Tensor) -> None:
     ("spec", "message"),
     [
         ("zoo:resnet", "unknown zoo model 'resnet': expected one of cnn, vit"),
-        ("resnet18", "unknown model 'resnet18': expected zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME, or a .safetensors file"),
+        ("resnet18", "unknown model 'resnet18': expected zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME, hf:ID, a folder"),
         ("timm:", "unknown model 'timm:'"),
         ("keras:vgg16", "unknown model 'keras:vgg16'"),
         (Path("model.pt"), "unknown model 'model.pt'"),

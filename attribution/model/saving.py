@@ -1,0 +1,171 @@
+"""A classifier as one self-describing safetensors file: the weights, and a card that says how to build the model again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attribution.errors import UserError, describe
+from attribution.files import whole_file
+from attribution.model.classifier import Classifier
+from attribution.model.factory import from_factory
+from attribution.model.prototypes import PrototypeForward
+from attribution.model.source import Wanted
+
+_METADATA_KEY = "vision-attribution"
+_WAY = ("size", "mean", "std", "resize", "resized", "interpolation", "channels", "rounding", "padding")
+_SAVED_SETTINGS = (*_WAY, "head", "scores", "output", "forward_kwargs")
+_LARGEST_INPUT = 4096  # pixels a side that a file may ask for
+PROTOTYPES = "vision-attribution.prototypes"  # the name of their matrix among the weights
+_OF_FILES = ("path", "dir", "pretrained", "weights", "url", "file")  # options of libraries that read further files
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a module is built again.
+
+    Attributes:
+        model: its name, as ``load_classifier`` takes it.
+        options: of the model.
+        config: of a model of transformers; with it nothing has to be downloaded.
+        tower: whether the module is the image tower of a model of images and texts.
+    """
+
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    tower: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a saved file says about its model.
+
+    Attributes:
+        recipe: how the module is built.
+        class_names: C names.
+        settings: of ``Classifier``.
+        prototypes: scale, bias, kind, normalize and takes_output of a head of prototypes; None without one.
+    """
+
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    settings: Mapping[str, Any]
+    prototypes: Mapping[str, Any] | None = None
+
+
+def save_classifier(classifier: Classifier, path: str | Path, *, factory: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write a classifier as one safetensors file that ``load_classifier`` reads back, with its preprocessing and class names.
+
+    Args:
+        classifier: from ``load_classifier`` or ``zero_shot`` (with its text side), also with prototypes; or any with a module that
+            ``factory`` makes.
+        path: of the file, ending in .safetensors.
+        factory: "package.module:function" or "file.py:function" that makes the module of this classifier. It is called once, to compare.
+            ``load_classifier(factory, checkpoint=path)`` reads the file; a file alone never runs a factory.
+        dtype: of the weights in the file, float32, float16 or bfloat16; as they are by default. They load as float32.
+
+    Raises:
+        UserError: nothing says how to build the module again, or the file cannot hold it.
+    """
+    recipe = classifier.recipe if factory is None else _made_by(factory, classifier)
+    runner, forward = classifier.runner, classifier.forward
+    if not isinstance(recipe, Recipe) or not isinstance(runner.module, nn.Module):
+        raise UserError(
+            f"{classifier.name} was not made by load_classifier, so a file could not say how to build it: give factory='module:function'"
+        )
+    prototypes = forward if isinstance(forward, PrototypeForward) and forward.base is runner else None
+    if forward is not runner and prototypes is None:
+        raise UserError(f"{classifier.name} has scores computed by {type(forward).__name__}: save the classifier that it was made from")
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"dtype is {dtype}: expected torch.float32, torch.float16 or torch.bfloat16")
+    # shared tensors are written once per name: safetensors refuses aliases
+    state = {key: _stored(value, dtype) for key, value in runner.module.state_dict().items()}
+    if prototypes is not None:
+        state[PROTOTYPES] = _stored(prototypes.matrix, dtype)
+    card = _text(_card(classifier, recipe, prototypes), classifier.name)
+    with whole_file(path) as temporary:
+        save_file(state, temporary, metadata={_METADATA_KEY: card})
+
+
+def read_card(path: Path) -> Card | None:
+    """The card of a saved file; None for a safetensors file without one.
+
+    Raises:
+        UserError: not a readable safetensors file, or a card that ``save_classifier`` did not write.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
+        return None
+    own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
+    parts = {name: card.get(name) for name in ("options", "config", "prototypes", "forward_kwargs")}
+    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(card.get("class_names"), list)
+    usable = usable and all(value is None or isinstance(value, dict) for value in parts.values())
+    usable = usable and not any(word in key for key in parts["options"] or () for word in _OF_FILES)
+    if not usable or max(np.atleast_1d(own.get("size", 1)).tolist(), default=0) > _LARGEST_INPUT:
+        raise UserError(f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}")
+    recipe = Recipe(card["model"].partition("@")[0], parts["options"] or {}, parts["config"], bool(card.get("tower")))
+    return Card(recipe, tuple(map(str, card["class_names"])), own, parts["prototypes"])
+
+
+def _card(classifier: Classifier, recipe: Recipe, prototypes: PrototypeForward | None) -> dict[str, Any]:
+    runner = classifier.runner
+    if callable(runner.output):
+        raise UserError(f"{classifier.name} takes its scores by a function, output=, which no file can hold: name the part instead")
+    settings = {name: getattr(classifier.preprocessing, name) for name in _WAY}
+    settings |= {"head": runner.head, "scores": runner.scores, "output": runner.output}
+    if runner.forward_kwargs:
+        settings["forward_kwargs"] = runner.forward_kwargs
+    card: dict[str, Any] = {"model": recipe.model, "class_names": classifier.class_names, "settings": settings}
+    card |= {
+        name: value for name, value in (("options", dict(recipe.options)), ("config", recipe.config), ("tower", recipe.tower)) if value
+    }
+    if prototypes is not None:
+        names = ("scale", "bias", "kind", "normalize", "takes_output")
+        card["prototypes"] = {name: getattr(prototypes, name) for name in names}
+    return card
+
+
+def _text(card: Mapping[str, Any], name: str) -> str:
+    try:
+        return json.dumps(card)
+    except TypeError as error:
+        raise UserError(f"{name} has settings that no file can hold ({error}): expected numbers, texts and lists of them") from None
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    kept = value.detach().cpu().clone().contiguous()
+    return kept.to(dtype) if dtype is not None and kept.is_floating_point() else kept
+
+
+def _made_by(factory: str, classifier: Classifier) -> Recipe:
+    """The recipe of a factory that makes a module with the weights of this classifier's by name and shape.
+
+    Raises:
+        UserError: it makes another module.
+    """
+    made = from_factory(factory, Wanted(size=classifier.preprocessing.size))
+    module, own = made.module, classifier.module
+    if not isinstance(module, nn.Module) or not isinstance(own, nn.Module) or _shapes(module) != _shapes(own):
+        raise UserError(f"{factory} makes {describe(module)} with other weights than those of {classifier.name}: expected the same module")
+    return Recipe(factory)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
