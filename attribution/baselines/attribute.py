@@ -154,6 +154,8 @@ def _refuse_what_it_cannot_look_into(method: str, classifier: Classifier) -> Non
             f"{method} does not apply to {name}: it is a black box, and the method needs an nn.Module to look inside; use {others} "
             "or a region search"
         )
+    if chosen.needs_layers:
+        classifier.find_out(False)  # finds out how many images the module takes at once
     if chosen.needs_layers and (reason := classifier.runner.opaque):
         plain = ", ".join(each for each, entry in METHODS.items() if not entry.needs_layers and not entry.black_box)
         raise NotApplicable(
