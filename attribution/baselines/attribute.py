@@ -16,7 +16,7 @@ from attribution.baselines.method import Method
 from attribution.baselines.options import check_options, current_names
 from attribution.baselines.presets import METHOD_PRESETS, PRESET_FILLS
 from attribution.baselines.smoothing import Smoothing, smoothed
-from attribution.checks import check_choice, check_seed
+from attribution.checks import check_choice, check_seed, did_you_mean
 from attribution.errors import ChanceWarning, NotApplicable, UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, Fill, classifier_fill
@@ -181,7 +181,7 @@ def find_method(name: str) -> Method:
     """
     if not isinstance(name, str) or name not in METHODS:
         received = repr(name) if isinstance(name, str) else describe(name)
-        raise UserError(f"unknown method {received}: expected one of {', '.join(METHODS)}")
+        raise UserError(f"unknown method {received}: expected one of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
     return METHODS[name]
 
 

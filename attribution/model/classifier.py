@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attribution.checks import check_choice, is_whole
+from attribution.checks import check_choice, did_you_mean, is_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
 from attribution.model.forwarding import Forward, ModuleForward, eager_module
@@ -218,7 +218,8 @@ class Classifier:
             if matches:
                 raise UserError(f"class name {target!r} stands for classes {matches} of {self.name}: give the index")
             if not target.isdecimal():
-                raise UserError(f"{self.name} has no class {target!r}: expected one of {_some(self.class_names)}")
+                meant = did_you_mean(target, self.class_names)
+                raise UserError(f"{self.name} has no class {target!r}: expected one of {_some(self.class_names)}{meant}")
             target = int(target)
         if not 0 <= target < self.num_classes:
             raise UserError(f"class index {target} is out of range: {self.name} has classes 0 to {self.num_classes - 1}")

@@ -237,7 +237,7 @@ def test_an_argument_that_takes_no_images_is_named() -> None:
             return pixel_values.mean((2, 3))
 
     with pytest.raises(
-        at.UserError, match="TextFirst fails on .*AttributeError: .*; the images are given as 'input_ids', its first argument"
+        at.UserError, match=r"TextFirst fails on .*AttributeError: .*; the images are given as 'input_ids', its first argument"
     ):
         at.Classifier(TextFirst(), size=8).logits(rand(2, 3, 8, 8))
 
