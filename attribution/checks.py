@@ -5,6 +5,7 @@ A library function checks its arguments with these at the public edge, and then 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from attribution.errors import UserError, describe
 
+_SHORTEST, _ALIKE = 3, 0.7  # letters of a name for which others are proposed, and how much they have in common
 LARGEST_SEED = 2**63 - 1  # what torch and numpy both take
 
 
@@ -61,7 +63,22 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{name} is {_shown(value)}: expected one of {', '.join(choices)}")
+        raise UserError(f"{name} is {_shown(value)}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def did_you_mean(value: Any, choices: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known names that are spelled alike, or contain it; empty where there are none."""
+    if not isinstance(value, str) or len(value) < _SHORTEST:
+        return ""
+    plain = {choice: _letters(choice) for choice in choices}
+    wanted = _letters(value)
+    near = difflib.get_close_matches(wanted, plain.values(), n=3, cutoff=_ALIKE)
+    meant = [choice for choice, letters in plain.items() if letters in near or (wanted and wanted in letters)]
+    return f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def check_seed(seed: Any, name: str = "seed") -> None:

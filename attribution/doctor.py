@@ -162,8 +162,8 @@ def _outputs(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
     found = [Finding("outputs", "scores", f"{meaning.count}, read as {kind}")]
     nameless = names == tuple(f"class {index}" for index in range(len(names)))
     found.append(Finding("outputs", "class names", "none: give class_names or --classes" if nameless else _some(names), warning=nameless))
-    if classifier.runner.one_at_a_time:
-        found.append(Finding("outputs", "batches", "images are forwarded one at a time", warning=True))
+    if fixed := classifier.runner.fixed_batch:
+        found.append(Finding("outputs", "images in a batch", f"always {fixed}"))
     if not meaning.independent and not meaning.two_sided and len(names) > 2 and _squashed_twice(logits):
         text = "probabilities are the softmax of probabilities, so that none can be high: give what comes before the last softmax"
         found.append(Finding("outputs", "softmax twice", text, warning=True))

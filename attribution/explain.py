@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.checks import check_choice, check_seed, is_whole
+from attribution.checks import check_choice, check_seed, did_you_mean, is_whole
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
@@ -223,7 +223,10 @@ def _entry(search: Any) -> Search:
             raise UserError(f"SEARCHES[{search!r}] is {describe(entry)}: expected a Search, such as Search(function)")
         return entry
     if isinstance(search, str) or not callable(search):
-        raise UserError(f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order")
+        raise UserError(
+            f"search is {describe(search)}: expected one of {', '.join(SEARCHES)}, or a callable from an objective to an order"
+            f"{did_you_mean(search, SEARCHES)}"
+        )
     return Search(search)
 
 
@@ -304,7 +307,7 @@ def _recorded(
     plan: _Plan, cut: Regions, classifier: Classifier, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings that the provenance holds."""
-    notes = {**({"note": cut.note} if cut.note else {}), **_cropped(cut, classifier)}
+    notes = {**{name: value for name in ("note", "library") if (value := getattr(cut, name))}, **_cropped(cut, classifier)}
     return {
         "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **notes, **plain_settings(plan.region_options)},
         "search": plan.search_name,

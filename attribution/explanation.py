@@ -79,6 +79,13 @@ class Explanation:
         return (int(self.probabilities.argmax()),)
 
     @property
+    def note(self) -> str:
+        """What a reader must know of the target: that no independent label is predicted, and the most probable is explained; else empty."""
+        if self.predicted or self.target != int(self.probabilities.argmax()):
+            return ""
+        return "no label is above 0.5: the most probable is explained"
+
+    @property
     def fill_confidence(self) -> float:
         """Probability of the target with every region hidden, so that the model sees only the fill."""
         return float(self._need(self.insertion_scores, "insertion scores")[0])
@@ -191,6 +198,8 @@ class Explanation:
 
     def __repr__(self) -> str:
         parts = [f"{self.target_name} {self.confidence:.3f}"]
+        if self.note:
+            parts.append(self.note)
         if "layer" in self.provenance:
             parts.append(f"layer {self.provenance['layer']}")
         if self.regions is not None:

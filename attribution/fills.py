@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attribution.checks import is_number
+from attribution.checks import did_you_mean, is_number
 from attribution.errors import UserError, describe
 from attribution.image import describe_size, limit_size, load_image
 from attribution.model.classifier import Classifier
@@ -49,7 +49,10 @@ def parse_fill(fill: Any) -> Fill:
     if len(several_fills(fill)) > 1:
         raise UserError(f"fill {fill!r} names several at once, which explain takes and this does not: give one of them")
     received = f"unknown fill {fill!r}" if isinstance(fill, str) else f"fill is {describe(fill)}"
-    raise UserError(f"{received}: expected one of {', '.join(NAMED_FILLS)}, a colour such as '#808080', or an image file")
+    raise UserError(
+        f"{received}: expected one of {', '.join(NAMED_FILLS)}, a colour such as '#808080', or an image file"
+        f"{did_you_mean(fill, NAMED_FILLS)}"
+    )
 
 
 def make_fill(image: Tensor, fill: Fill, photo_size: tuple[int, int] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from contextvars import ContextVar
 from functools import wraps
 from itertools import chain, count
+from types import MethodType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -129,12 +130,21 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
     every = hookable(module.modules())
     compiled = [(each, vars(each).pop(own)) for each in every if vars(each).get(own) is not None]
     wrapped = {each: code.__call__ for each in every if (code := each._modules.get(inner)) is not None}
+    wrapped |= {each: original for each in every if (original := _before_compiling(each)) is not None}
     try:
         with replaced_forwards(wrapped):
             yield
     finally:
         for each, code in compiled:
             vars(each)[own] = code
+
+
+def _before_compiling(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward function that ``torch.compile`` was given for a module, on it or on its class; None where there is none."""
+    original = getattr(module.forward, "_torchdynamo_orig_callable", None)
+    if original is None or hasattr(original, "__self__") or "forward" in vars(module):
+        return original
+    return MethodType(original, module)
 
 
 @contextmanager

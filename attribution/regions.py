@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution.checks import check_choice, check_whole
+from attribution.checks import check_choice, check_whole, did_you_mean
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
 
@@ -36,6 +36,7 @@ class Regions:
         method: name of the method that made it; "labels" or "masks" where it was given.
         requested: number of regions asked for; None where the method has no such number.
         note: what is not as asked for, such as another number of regions; empty where nothing is.
+        library: where several can make this cut with other labels, the one that did, such as "OpenCV"; else empty.
 
     Raises:
         UserError: labels that are no integers [H, W]. Other ids than 0 to R-1 are renumbered (see ``partition``).
@@ -45,6 +46,7 @@ class Regions:
     method: str = "labels"
     requested: int | None = None
     note: str = ""
+    library: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", partition(self.labels))
@@ -94,7 +96,10 @@ def make_regions(image: ImageSource, regions: Any, **options: Any) -> Regions:
     name = regions if isinstance(regions, str) else getattr(regions, "__name__", "callable")
     if isinstance(regions, str):
         if regions not in REGIONS:
-            raise UserError(f"unknown regions {regions!r}: expected one of {', '.join(REGIONS)}, a label map, masks or a callable")
+            raise UserError(
+                f"unknown regions {regions!r}: expected one of {', '.join(REGIONS)}, a label map, masks or a callable"
+                f"{did_you_mean(regions, REGIONS)}"
+            )
         regions = REGIONS[regions]
     if callable(regions):
         made = _call_method(regions, image, name, options)
@@ -194,8 +199,11 @@ def slico(image: Tensor, count: int | None = None, region_size: int | None = Non
     if ximgproc is None:
         note = "cut by scikit-image's SLICO, not by OpenCV's, the published one"
         warnings.warn(f"regions='slico' are {note}: {_CONTRIB}", stacklevel=2)
-        return Regions(slic(image, count or max(1, round(height * width / size**2)), zero=True).labels, "slico", requested, note)
-    return Regions(cut(size) if count is None else _as_many(count, lambda asked: cut(side(asked))), "slico", requested)
+        return Regions(
+            slic(image, count or max(1, round(height * width / size**2)), zero=True).labels, "slico", requested, note, slico_library()
+        )
+    labels = cut(size) if count is None else _as_many(count, lambda asked: cut(side(asked)))
+    return Regions(labels, "slico", requested, library=slico_library())
 
 
 def seeds(image: Tensor, count: int = 50, levels: int = 3, iterations: int = 10) -> Regions:
@@ -585,6 +593,11 @@ def _seeds_fit(width: int, height: int, count: int, levels: int) -> bool:
             tops = (width // (math.ceil(block_width) * 2 ** (level - 1)), height // (math.ceil(block_height) * 2 ** (level - 1)))
             return min(tops) >= 1
     return False
+
+
+def slico_library() -> str:
+    """The library that makes SLICO superpixels here."""
+    return "scikit-image" if _ximgproc() is None else "OpenCV"
 
 
 def _ximgproc() -> Any:

@@ -144,11 +144,13 @@ class Task:
         """Forward this many rows in one batch, whatever the batch size of the classifier.
 
         Raises:
-            NotApplicable: the module takes one image at a time.
+            NotApplicable: the module takes fewer images at once.
         """
-        if rows > 1 and self.classifier.runner.one_at_a_time:
-            raise NotApplicable(f"{self.classifier.name} takes one image at a time, and this method {rows}: use another method")
-        with self.classifier.forwarding(max(rows, self.classifier.batch_size)):
+        runner = self.classifier.runner
+        if rows > runner.batch_size and (runner.fixed_batch or not runner.takes(self.inputs.expand(rows, -1, -1, -1))):
+            most = "one image at a time" if runner.batch_size == 1 else f"{runner.batch_size} images at once"
+            raise NotApplicable(f"{self.classifier.name} takes {most}, and this method {rows}: use another method")
+        with self.classifier.forwarding(max(rows, runner.batch_size)):
             yield
 
     def blend(self, masks: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from attribution.model.forwarding import PRECISIONS
 from attribution.model.zoo import DEFAULT_MODEL
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
-from attribution.regions import REGIONS
+from attribution.regions import REGIONS, slico_library
 from attribution.search import SEARCHES
 from attribution.tuning import tune
 from evaluation.study.page import write_text
@@ -215,7 +215,7 @@ class Job:
         model = classifier.identity
         if self.precision == "auto":  # the precision found is known only after the first image
             model = replace(model, settings=("auto", *(each for each in model.settings if each not in PRECISIONS)))
-        further: list[str | bytes] = [f"{model} {__version__}"]
+        further: list[str | bytes] = [f"{model} {__version__}", *([] if slico_library() == "OpenCV" else [slico_library()])]
         for name, value in sorted(self.options.items()):
             if name == "region_options":
                 further.append(np.ascontiguousarray(value.get("heatmap", 0)).tobytes())
@@ -231,7 +231,9 @@ def summary(explanation: Explanation) -> dict[str, Any]:
     assert explanation.regions is not None and explanation.order is not None
     assert explanation.insertion_scores is not None and explanation.deletion_scores is not None
     names, predicted = explanation.class_names, explanation.predicted
-    labels = {"predicted_labels": [names[each] for each in predicted]} if explanation.provenance.get("labels") else {}
+    labels: dict[str, Any] = {"predicted_labels": [names[each] for each in predicted]} if explanation.provenance.get("labels") else {}
+    if explanation.note:
+        labels["note"] = explanation.note
     return {
         "target": explanation.target_name,
         "target_index": explanation.target,
@@ -283,6 +285,8 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
                     f"note: {model} crops the photo, and never sees {unseen} of {explanation.regions.count} regions: their place in the "
                     f"order means nothing ({file})"
                 )
+            if explanation.note:
+                notes.append(f"note: {explanation.note} ({file})")
             if note := explanation.provenance["settings"]["regions"].get("note"):
                 notes.append(f"note: {note} ({file})")
             if explanation.fill_is_informative:

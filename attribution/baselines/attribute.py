@@ -16,7 +16,7 @@ from attribution.baselines.method import Method
 from attribution.baselines.options import check_options, current_names
 from attribution.baselines.presets import METHOD_PRESETS, PRESET_FILLS
 from attribution.baselines.smoothing import Smoothing, smoothed
-from attribution.checks import check_choice, check_seed
+from attribution.checks import check_choice, check_seed, did_you_mean
 from attribution.errors import ChanceWarning, NotApplicable, UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, Fill, classifier_fill
@@ -154,6 +154,8 @@ def _refuse_what_it_cannot_look_into(method: str, classifier: Classifier) -> Non
             f"{method} does not apply to {name}: it is a black box, and the method needs an nn.Module to look inside; use {others} "
             "or a region search"
         )
+    if chosen.needs_layers:
+        classifier.find_out(False)  # finds out how many images the module takes at once
     if chosen.needs_layers and (reason := classifier.runner.opaque):
         plain = ", ".join(each for each, entry in METHODS.items() if not entry.needs_layers and not entry.black_box)
         raise NotApplicable(
@@ -179,7 +181,7 @@ def find_method(name: str) -> Method:
     """
     if not isinstance(name, str) or name not in METHODS:
         received = repr(name) if isinstance(name, str) else describe(name)
-        raise UserError(f"unknown method {received}: expected one of {', '.join(METHODS)}")
+        raise UserError(f"unknown method {received}: expected one of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
     return METHODS[name]
 
 

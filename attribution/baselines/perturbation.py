@@ -327,6 +327,8 @@ def _on_regions(task: Task, method: Any, regions: Any, region_options: RegionOpt
     if "n_samples" in options:
         check_whole("n_samples", options["n_samples"], 1)
     cut = make_regions(task.image, regions, **(region_options or {}))
+    if cut.library:
+        task.notes["regions_by"] = cut.library
     if cut.count == 1 and method is captum.attr.KernelShap:  # its distribution over sizes of proper subsets is empty
         method, options = captum.attr.FeatureAblation, {}
     explained = method(task.subsets_model(cut.labels, output))

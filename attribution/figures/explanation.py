@@ -91,7 +91,7 @@ def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     if explanation.target not in explanation.predicted:
         names, values = explanation.class_names, explanation.probabilities.tolist()
         others = [f"{class_text(names[each], each)}, p = {values[each]:.2f}" for each in explanation.predicted[:3]]
-        title += f"\npredicted {'; '.join(others) or 'no label'}"
+        title += f"\npredicted {'; '.join(others) or 'no label, as none is above 0.5'}"
     draw_title(ax, title)
     ax.set_axis_off()
 

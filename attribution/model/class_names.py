@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import warnings
@@ -103,12 +102,6 @@ def matching_class(text: str, class_names: Sequence[str]) -> int | list[int]:
         if found:
             return found[0] if len(found) == 1 else found
     return []
-
-
-def near_names(text: str, class_names: Sequence[str]) -> list[str]:
-    """The names that are written most like a text, at most three."""
-    by_lower = {name.lower(): name for name in reversed(class_names)}
-    return [by_lower[each] for each in difflib.get_close_matches(text.lower(), list(by_lower), n=3, cutoff=0.6)]
 
 
 def some_classes(indices: Sequence[int], class_names: Sequence[str]) -> str:

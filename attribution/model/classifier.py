@@ -15,10 +15,10 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attribution.checks import check_choice, is_whole
+from attribution.checks import check_choice, did_you_mean, is_whole
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
-from attribution.model.class_names import matching_class, near_names, some_classes
+from attribution.model.class_names import matching_class, some_classes
 from attribution.model.forwarding import Forward, ModuleForward, eager_module
 from attribution.model.label import LabelForward
 from attribution.model.outputs import SCORES, OutputChoice, Outputs
@@ -226,9 +226,8 @@ class Classifier:
                 wanted, candidates = "the index" if same else "more of the name, or the index", some_classes(found, self.class_names)
                 raise UserError(f"class name {target!r} stands for {len(found)} classes of {self.name}: {candidates}; give {wanted}")
             if not target.isdecimal():
-                near = near_names(target, self.class_names)
-                hint = f"did you mean {', '.join(near)}?" if near else f"expected one of {_some(self.class_names)}"
-                raise UserError(f"{self.name} has no class {target!r}: {hint}")
+                meant = did_you_mean(target, self.class_names)
+                raise UserError(f"{self.name} has no class {target!r}: expected one of {_some(self.class_names)}{meant}")
             target = int(target)
         if not 0 <= target < self.num_classes:
             raise UserError(f"class index {target} is out of range: {self.name} has classes 0 to {self.num_classes - 1}")

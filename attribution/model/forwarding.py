@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attribution.checks import check_choice, check_whole
 from attribution.errors import NotApplicable, UserError, describe
-from attribution.hooks import evaluation_mode, exclusive, hooks_of, is_rebuilt, record_inputs, uncompiled
+from attribution.hooks import evaluation_mode, exclusive, frozen_parameters, hooks_of, is_rebuilt, record_inputs, uncompiled
 from attribution.model.digest import weights_digest
 from attribution.model.head import features_of, find_heads
 from attribution.model.outputs import OutputChoice, Outputs, made_by, read_scores
@@ -27,6 +27,8 @@ from attribution.model.preprocessing import Preprocessing
 T = TypeVar("T")
 PRECISIONS = ("float32", "bfloat16", "float16")
 _EQUAL = 1e-3  # share of the largest score by which the scores of an image may differ from batch to batch, by rounding
+_USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
+_MOST_FIXED = 256
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
 
@@ -116,7 +118,7 @@ class ModuleForward:
         inner = eager_module(module)
         self.module = inner
         self.forward_kwargs = dict(forward_kwargs or {})
-        self.one_at_a_time = False
+        self.fixed_batch: int | None = None  # how many images the module takes at once, where it takes no other number
         self.batch_size = batch_size
         self.precision = precision
         self.channels_last, self.compiled = channels_last, compiled or inner is not module
@@ -137,7 +139,7 @@ class ModuleForward:
     @property
     def batch_size(self) -> int:
         """Most images forwarded at once."""
-        return 1 if self.one_at_a_time else int(self._setting("batch_size"))
+        return self.fixed_batch or int(self._setting("batch_size"))
 
     @batch_size.setter
     def batch_size(self, value: int | None) -> None:
@@ -214,16 +216,20 @@ class ModuleForward:
     def heads(self) -> list[nn.Module]:
         """The final layers, see ``find_heads``."""
         if self._heads is None:
+            self.outputs  # noqa: B018  finds out how many images the module takes at once
             if self.opaque:
                 raise UserError(f"{self.name} shows no features, {self.opaque}: give the nn.Module that it was made from")
-            blank = torch.zeros(1, *self.preprocessing.shape)
-            self._heads = find_heads(self.module, self.head, self.outputs.count, lambda: self._plainly(blank.to(self.device)), self.name)
+            blank = torch.zeros(1, *self.preprocessing.shape, device=self.device, requires_grad=True)
+            with frozen_parameters(self.module) if isinstance(self.module, nn.Module) else nullcontext():
+                self._heads = find_heads(self.module, self.head, self.outputs.count, lambda: self._scores(blank, plainly=True), self.name)
         return self._heads
 
     @property
     def opaque(self) -> str | None:
-        """Why the layers of the module cannot be looked at; None where they can."""
+        """Why the layers of the module cannot be looked at; None where they can, as far as is known before the first forward pass."""
         module = self.module
+        if isinstance(module, nn.Module) and (self.fixed_batch or 1) > 1:
+            return f"as it takes {self.fixed_batch} images at once, neither more nor fewer"
         while isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             children = list(module.children())
             if len(children) != 1:
@@ -297,7 +303,7 @@ class ModuleForward:
                 return forward()
             except RuntimeError as error:
                 tried = min(self.batch_size, rows)
-                if tried <= 1 or with_gradients or not is_out_of_memory(error) or self.is_watched:
+                if tried <= 1 or self.fixed_batch or with_gradients or not is_out_of_memory(error) or self.is_watched:
                     self.batch_size = own
                     raise
             # outside the except block, where the traceback no longer holds the tensors of the failed batch
@@ -313,29 +319,30 @@ class ModuleForward:
                 f"{self.name} returned {scores.shape[1]} scores for an image, but {self.outputs.count} for the first one: expected one "
                 "for each class, whatever the image"
             )
-        return scores, scores.new_zeros(len(scores), 0) if calls is None else features_of(calls, self.name)
+        return scores, scores.new_zeros(len(scores), 0) if calls is None else features_of(calls, self.name)[: len(scores)]
 
     def _first_scores(self) -> tuple[Tensor, str, frozenset[str] | None]:
         """Scores of the gray inputs, what the settings say that they are, and the operations that made them, if known.
 
-        A module that takes one of the inputs, but not both at once, gets one at a time from now on.
+        Where the module takes only one number of images at once, that is found here, and kept in ``fixed_batch``.
         """
         inputs = self.preprocessing.gray_inputs(self.device)
+        failed: list[Exception] = []
         try:
-            parts = [self._looked_into(part) for part in even_chunks(inputs, self.batch_size)]
-        except UserError:
-            raise
+            parts = self._first_parts(inputs)
+            if len(parts) == 1 and not self.takes(inputs[:1]):
+                self.fixed_batch = len(inputs)
         except Exception as error:  # a module may raise anything
-            try:
-                parts = [self._looked_into(row[None]) for row in inputs]
-            except Exception:
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise error from None
-                raise UserError(
-                    f"{self.name} fails on {describe(inputs)} ({type(error).__name__}: {first_line(error)}): check size, channels (mean "
-                    "and std have one number for each) and forward_kwargs"
-                ) from error
-            self.one_at_a_time = True
+            failed.append(error)
+        for rows in self._other_batches(failed):
+            self.fixed_batch = rows
+            with suppress(Exception):
+                parts = self._first_parts(inputs)
+                if rows == 1 or self._keeps_apart(inputs, torch.cat(parts)):
+                    break
+            self.fixed_batch = None
+        if failed and self.fixed_batch is None:
+            raise self._failure(failed[0], inputs)
         return torch.cat(parts).detach(), self.scores, made_by(parts[0])
 
     def _check_repeatable(self, first: Tensor) -> None:
@@ -359,12 +366,51 @@ class ModuleForward:
                 "draws random numbers in evaluation mode (such as F.dropout without training=self.training); give a model, or a function "
                 "of it, that returns the same scores at every call"
             )
-        self.one_at_a_time = True
+        self.fixed_batch = 1
         warnings.warn(
             f"the scores of {self.name} depend on the other images of a batch, as with batch normalisation without running statistics "
             "or dynamic quantisation: each image is forwarded alone",
             stacklevel=2,
         )
+
+    def _first_parts(self, inputs: Tensor) -> list[Tensor]:
+        return [self._looked_into(part) for part in even_chunks(inputs, self.batch_size)]
+
+    def takes(self, inputs: Tensor) -> bool:
+        """Whether the module runs on a batch of inputs without an error."""
+        try:
+            self._plainly(inputs)
+        except Exception:
+            return False
+        return True
+
+    def _other_batches(self, failed: list[Exception]) -> list[int]:
+        """Numbers of images at once that may work where another failed: one, those that the message names, and usual ones."""
+        if not failed or isinstance(failed[0], UserError):
+            return []
+        if is_out_of_memory(failed[0]):
+            return [1]
+        named = {int(number) for number in re.findall(r"\b\d{1,3}\b", str(failed[0]))}
+        return sorted({1, *(number for number in named if 2 <= number <= _MOST_FIXED), *_USUAL_FIXED})
+
+    def _keeps_apart(self, inputs: Tensor, scores: Tensor) -> bool:
+        """Whether the scores of two images change places with them."""
+        return torch.allclose(self._plainly(inputs.flip(0)), scores.flip(0), rtol=1e-3, atol=1e-4)
+
+    def _failure(self, error: Exception, inputs: Tensor) -> Exception:
+        """What to raise where the module fails on its first inputs."""
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            return error
+        first = ""
+        with suppress(TypeError, ValueError):  # not written in Python
+            named = next(iter(inspect.signature(getattr(self.module, "forward", self.module)).parameters), None)
+            first = f"; the images are given as {named!r}, its first argument" if named else ""
+        failure = UserError(
+            f"{self.name} fails on {describe(inputs)} ({type(error).__name__}: {first_line(error)}): check size, channels (mean "
+            f"and std have one number for each) and forward_kwargs{first}"
+        )
+        failure.__cause__ = error
+        return failure
 
     def _looked_into(self, inputs: Tensor) -> Tensor:
         """Scores with their gradient where it helps to find out what they are and the module has one."""
@@ -380,10 +426,16 @@ class ModuleForward:
     def _scores(self, inputs: Tensor, plainly: bool) -> Tensor:
         """Scores of one batch; plainly: in the module's own precision and not compiled."""
         lower = None if plainly or self.precision == "float32" else getattr(torch, self.precision)
+        given = self._filled_up(inputs)
         with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
-            output = self.run(inputs, plainly)
+            output = self.run(given, plainly)
         classes = self.classes if self._outputs is None else self._outputs.count
-        return read_scores(output, len(inputs), self.device, self.name, self.output, classes)
+        return read_scores(output, len(given), self.device, self.name, self.output, classes)[: len(inputs)]
+
+    def _filled_up(self, inputs: Tensor) -> Tensor:
+        """Inputs, and the last of them again until there are as many as the module takes."""
+        lacking = (self.fixed_batch or len(inputs)) - len(inputs)
+        return inputs if lacking <= 0 else torch.cat([inputs, inputs[-1:].expand(lacking, -1, -1, -1)])
 
     def run(self, inputs: Tensor, plainly: bool = True) -> Any:
         """Call the module on one batch, in evaluation mode, and return whatever it returns.
@@ -453,7 +505,7 @@ def automatic_batch_size(pixels: int, device: torch.device) -> int:
     return max(least, min(512, budget // max(1, pixels)))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a forward pass failed because memory ran out, on an accelerator or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from attribution.errors import UserError
-from attribution.hooks import record_outputs
+from attribution.hooks import edited_outputs, record_outputs
 
 
 def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Tensor], name: str) -> list[nn.Module]:
     """Find the final layers: the one named, else the last linear layer (or 1x1 convolution) called that has C outputs.
 
-    A distilled model has two, whose outputs it averages.
+    A distilled model has two, whose outputs it averages. A layer past which something else reaches the scores is not the final one.
 
     Args:
         module: an ``nn.Module``; a black box is refused.
         named: name of the final layer.
         count: C, the number of scores.
-        run: forwards an image through the module and returns its scores [1, C].
+        run: forwards an image, whose gradients are asked for, through the module and returns its scores [1, C].
         name: of the classifier, for messages.
 
     Raises:
@@ -48,8 +48,15 @@ def find_heads(module: Any, named: str | None, count: int, run: Callable[[], Ten
             averaged = len(last) == 2 and alike and all(output.shape == scores.shape for _, output in last)
             if averaged and torch.allclose((last[0][1] + last[1][1]) / 2, scores.to(last[0][1]), atol=1e-5):
                 return [module for module, _ in last]
-            return [calls[-1][0]]
+            if not _is_passed_by(calls[-1][0], run):
+                return [calls[-1][0]]
     raise UserError(f"no final layer with {count} outputs was found in {name}: name it with head=")
+
+
+def _is_passed_by(layer: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Whether the scores have a gradient at the image that does not flow through a layer."""
+    with torch.enable_grad(), edited_outputs(layer, Tensor.detach):
+        return run().requires_grad
 
 
 def features_of(calls: Sequence[tuple[nn.Module, Tensor]], name: str) -> Tensor:

@@ -373,6 +373,9 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
         state.pop(PROTOTYPES, None)
     if key is not None:
         if key not in found:
+            prefixed = _below(found, key)
+            if prefixed:
+                return prefixed
             raise UserError(f"{path} has no state dict {key!r}: expected one of {', '.join(filter(None, found)) or 'none, without a key'}")
         return found[key]
     if not found:
@@ -385,6 +388,16 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
             f"say which by checkpoint_key (--checkpoint-key), such as {next(iter(found))!r}"
         )
     return next(iter(found.values()))
+
+
+def _below(found: Mapping[str, dict[str, Tensor]], key: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a key, without it: several sets of weights may lie in one state dict, under prefixes."""
+    for name, state in found.items():
+        prefix = key.removeprefix(f"{name}.") + "."
+        below = {each.removeprefix(prefix): value for each, value in state.items() if each.startswith(prefix)}
+        if below:
+            return below
+    return {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -440,7 +453,7 @@ def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Check
     state = read_state_dict(*checkpoint)
     module = build(None)
     expected = module.state_dict()
-    state = _without_prefix(state, expected)
+    state = _without_prefix(state, expected, checkpoint)
     heads = [key for key in expected if key in state and key.endswith("weight") and key == _head_weight(module)]
     if missing := _missing_head(module, state):
         module = build(int(state[missing].shape[0]))
@@ -483,11 +496,23 @@ def _head_weight(module: nn.Module) -> str | None:
     return f"{kinds[-1]}.weight" if kinds else None
 
 
-def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Strip the prefixes of wrappers (DataParallel, Lightning, torch.compile) from the names, as long as no fewer names fit.
 
     Where the names below one prefix are all that the model expects, those beside it, such as the weights of a loss, are left out.
+
+    Raises:
+        UserError: several prefixes below which is all that the model expects, such as weights and their running averages.
     """
+    sets = _complete_sets(state, expected)
+    if len(sets) > 1 and checkpoint.key == "" and "" in sets:
+        return {name: state[name] for name in expected if name in state}
+    if len(sets) > 1:
+        named = ", ".join(repr(prefix.removesuffix(".")) for prefix in sets)
+        raise UserError(
+            f"{checkpoint} holds several sets of weights in one state dict, under the prefixes {named}: say which by checkpoint_key "
+            f"(--checkpoint-key), such as {sets[-1].removesuffix('.')!r}"
+        )
     while not state.keys() <= expected.keys():
         below = {p: {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _PREFIXES}
         whole = [o for o in below.values() if all(k in o or k.endswith("num_batches_tracked") for k in expected)]
@@ -502,9 +527,18 @@ def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor]) -> di
     return state
 
 
+def _complete_sets(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes below which a state dict has all weights that a model expects; "" where it has them without a prefix."""
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    if not needed:
+        return []
+    ends = [name.removesuffix(needed[0]) for name in state if name.endswith(needed[0])]
+    return [prefix for prefix in ends if (not prefix or prefix.endswith(".")) and all(prefix + name in state for name in needed)]
+
+
 def _load_state(module: nn.Module, state: dict[str, Tensor], path: Checkpoint, name: str) -> None:
     expected = module.state_dict()
-    state = _without_prefix(state, expected)
+    state = _without_prefix(state, expected, path)
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
     reshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]

@@ -78,6 +78,10 @@ def save_classifier(classifier: Classifier, path: str | Path, *, factory: str | 
     Raises:
         UserError: nothing says how to build the module again, or the file cannot hold it.
     """
+    if not isinstance(classifier, Classifier) or not isinstance(path, str | Path):
+        raise UserError(
+            f"save_classifier received {describe(classifier)} and {describe(path)}: expected a Classifier, then the path of a file"
+        )
     recipe = classifier.recipe if factory is None else _made_by(factory, classifier)
     runner, forward = classifier.runner, classifier.forward
     if not isinstance(recipe, Recipe) or not isinstance(runner.module, nn.Module):

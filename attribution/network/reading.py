@@ -95,7 +95,7 @@ def _read(task: Task) -> Reading | str:
     inputs = probe_inputs(task)
     read_out(task, inputs)  # what runs only once runs now
     calls, stream, values = _probed(task, inputs, AttentionRules())
-    misfit = _misfit(calls)
+    misfit = _misfit(calls, [tensor for _, tensor in stream])
     if misfit:
         return misfit
     tokens, last_pools = calls[0].weights.shape[-1], calls[-1].weights.shape[-2] == 1
@@ -121,10 +121,16 @@ def _read(task: Task) -> Reading | str:
     return _misplaced(task, reading) or reading
 
 
-def _misfit(calls: list[Attention]) -> str:
+def _misfit(calls: list[Attention], sequences: list[Tensor]) -> str:
     """Why the attentions of a pass are not those of all tokens in every block, and perhaps one that pools them; "" if they are."""
     if not calls:
         return "no attention was found in it"
+    lengths, widths = {each.shape[1] for each in sequences}, {each.shape[2] for each in sequences}
+    heads = [call.value.shape[:-2].numel() for call in calls]
+    if any(
+        call.value.shape[-1] in lengths and call.value.shape[-2] * each in widths - lengths for call, each in zip(calls, heads, strict=True)
+    ):
+        return "it has attention between channels, not between tokens (cross-covariance attention)"
     shapes = [(tuple(call.weights.shape[:-3]), *call.weights.shape[-2:]) for call in calls]
     tokens = shapes[0][2]
     blocks = shapes[:-1] if len(calls) > 1 and shapes[-1][1:] == (1, tokens) else shapes

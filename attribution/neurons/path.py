@@ -51,6 +51,10 @@ class NeuronPath:
     backwards: int
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        found = f"neurons {self.neurons.tolist()}, score {self.score:.4g}"
+        return f"NeuronPath({self.kind}, {self.target_name} {self.target_score:.3f}, {found}, {len(self.layers)} layers)"
+
     @property
     def target_name(self) -> str:
         """Name of the class explained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,7 +12,8 @@ from torch import nn
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
-from attribution.baselines.options import FORMER, check_options
+from attribution.baselines.options import FORMER, check_options, current_names
+from attribution.checks import did_you_mean
 from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
@@ -58,15 +60,23 @@ class MethodSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS and self.method not in SEARCHES:
-            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
+        names = (*SEARCHES, *METHODS)
+        if self.method not in names:
+            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(names)}{did_you_mean(self.method, names)}")
         known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
         if self.preset is not None and self.preset not in known:
-            raise UserError(f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}")
+            raise UserError(
+                f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}{did_you_mean(self.preset, known)}"
+            )
         if not self.is_search:
             taken = {*inspect.signature(attribute).parameters, *METHODS[self.method].options, *FORMER.get(self.method, {})}
             if unknown := [name for name in self.options if name not in taken]:
                 check_options(self.method, METHODS[self.method].function, dict.fromkeys(unknown))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # it comes when the method runs
+                present = current_names(self.method, self.options)
+            own = {name: value for name, value in present.items() if name in METHODS[self.method].options}
+            check_options(self.method, METHODS[self.method].function, own)
 
     def check_layer(self, classifier: Classifier) -> None:
         """Refuse a layer that a model does not have, before any image is explained.

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from attribution.checks import did_you_mean
 from attribution.errors import UserError
 from attribution.image import IMAGE_SUFFIXES, image_files
 from evaluation.data.dataset import ImageDataset, class_index, index_of_name, some_names
@@ -115,7 +116,7 @@ def load_recipe(name: str) -> Recipe:
     """
     recipes = _recipes()
     if name not in recipes:
-        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(sorted(recipes))}")
+        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(sorted(recipes))}{did_you_mean(name, recipes)}")
     fields = tomllib.loads(recipes[name].read_text(encoding="utf-8"))
     sequences = {key: tuple(fields[key]) for key in ("classes", "layouts", "image_size")}
     return Recipe(**{**fields, **sequences})
@@ -143,7 +144,9 @@ def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDatas
     recipe = load_recipe(name)
     root = Path(root)
     if split not in recipe.splits:
-        raise UserError(f"{recipe.title} has no split {split!r}: expected one of {', '.join(recipe.splits)}")
+        raise UserError(
+            f"{recipe.title} has no split {split!r}: expected one of {', '.join(recipe.splits)}{did_you_mean(split, recipe.splits)}"
+        )
     for layout in recipe.layouts:
         path = root / layout["path"].format(split=split)
         if path.exists():

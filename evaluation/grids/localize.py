@@ -16,7 +16,7 @@ from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, run_method
 from attribution.baselines.options import check_options, current_names, option_names
 from attribution.baselines.smoothing import Smoothing, smoothed
-from attribution.checks import LARGEST_SEED, check_choice, check_whole
+from attribution.checks import LARGEST_SEED, check_choice, check_whole, did_you_mean
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.explanation import Explanation
 from attribution.masking import MaskedInputs, prefix_probabilities
@@ -59,8 +59,9 @@ class GridMethod:
     compat: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS and self.method not in SEARCHES:
-            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(SEARCHES)}, {', '.join(METHODS)}")
+        names = (*SEARCHES, *METHODS)
+        if self.method not in names:
+            raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(names)}{did_you_mean(self.method, names)}")
         if self.method in METHODS:
             object.__setattr__(self, "options", current_names(self.method, self.options, stacklevel=4))
             check_options(self.method, METHODS[self.method].function, self.options)

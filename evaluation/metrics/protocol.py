@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attribution.checks import check_choice, check_whole
+from attribution.checks import check_choice, check_whole, did_you_mean
 from attribution.errors import UserError, describe
 from attribution.fills import DEFAULT_FILL, MODEL_MEAN, Fill, fill_label, is_drop, is_named, parse_fill, plain_fill
 from attribution.task import Output
@@ -76,5 +76,7 @@ def as_protocol(protocol: Protocol | str) -> Protocol:
     if isinstance(protocol, str) and protocol in PROTOCOLS:
         return PROTOCOLS[protocol]
     if not isinstance(protocol, Protocol):
-        raise UserError(f"protocol is {describe(protocol)}: expected one of {', '.join(PROTOCOLS)}, or a Protocol")
+        raise UserError(
+            f"protocol is {describe(protocol)}: expected one of {', '.join(PROTOCOLS)}, or a Protocol{did_you_mean(protocol, PROTOCOLS)}"
+        )
     return protocol

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from attribution.checks import check_choice
+from attribution.checks import check_choice, did_you_mean
 from attribution.errors import NotApplicable, UserError
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, DROP, LINEAR, fill_label, is_named
@@ -152,7 +152,9 @@ def expand_metrics(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         family = [key for key in METRICS if name == "highest_confidence" and key.startswith("highest_confidence_")]
         if name not in METRICS and not family:
-            raise UserError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}, highest_confidence")
+            raise UserError(
+                f"unknown metric {name!r}: expected one of {', '.join(METRICS)}, highest_confidence{did_you_mean(name, METRICS)}"
+            )
         found.update(dict.fromkeys(family or [name]))
     if not found:
         raise UserError(f"no metric was named: expected some of {', '.join(METRICS)}")

@@ -1,6 +1,7 @@
 """Identity: the one place that says what a record depends on.
 
-A record is kept under a key. The key is a digest of the model (weights, preprocessing, class names, precision, our version), of the
+A record is kept under a key. The key is a digest of the model (weights, preprocessing, class names, precision, our version, the library
+that cuts superpixels), of the
 pixels that were measured, and of every setting that the number depends on. Where one of them changes, the key changes, and the
 record is measured again.
 """
@@ -12,12 +13,15 @@ from typing import Any
 from attribution import __version__
 from attribution.model.classifier import Classifier
 from attribution.provenance import digest_of
+from attribution.regions import slico_library
 
 
 def identity_of(classifier: Classifier, name: str | None = None) -> str:
     """Digest of everything about a model that a number depends on; ``name`` is what the settings call it."""
-    own = classifier.identity
-    return digest_of([name or own.name, own.weights, own.preprocessing, list(own.class_names), __version__, *own.settings])
+    own, further = classifier.identity, list[str]()
+    if (library := slico_library()) != "OpenCV":  # its superpixels are others, and so are numbers that depend on them
+        further.append(f"slico of {library}")
+    return digest_of([name or own.name, own.weights, own.preprocessing, list(own.class_names), __version__, *own.settings, *further])
 
 
 def record_key(model: str, pixels: Any, *settings: Any) -> str:

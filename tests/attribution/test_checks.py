@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from attribution.checks import check_choice, check_number, check_seed, check_whole, is_number, is_whole
+import attribution as at
+import evaluation as ev
+from attribution.checks import check_choice, check_number, check_seed, check_whole, did_you_mean, is_number, is_whole
 from attribution.errors import UserError
 
 
@@ -58,3 +61,34 @@ def test_what_passes() -> None:
     check_number("share", 1, 0, 1)
     check_choice("mode", "b", ("a", "b"))
     check_seed(2**63 - 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("rollout", "; did you mean attention_rollout?"),
+        ("GradCAM", "; did you mean grad_cam or grad_cam_plus_plus?"),
+        ("saliancy", "; did you mean saliency?"),
+        ("zzz", ""),
+        ("", ""),
+        (7, ""),
+    ],
+)
+def test_names_that_were_meant(value: Any, meant: str) -> None:
+    assert did_you_mean(value, ["saliency", "attention_rollout", "grad_cam", "grad_cam_plus_plus"]) == meant
+
+
+def test_every_list_of_names_says_what_was_meant() -> None:
+    image, classifier = torch.rand(3, 32, 32), at.load_classifier("zoo:cnn")
+    for refused, meant in (
+        (lambda: at.attribute(image, classifier, "rollout"), "attention_rollout"),
+        (lambda: at.explain(image, classifier, regions="felsenszwalb"), "felzenszwalb"),
+        (lambda: at.explain(image, classifier, search="bidirect"), "bidirectional"),
+        (lambda: at.explain(image, classifier, fill="blurr"), "blur"),
+        (lambda: at.explain(image, classifier, "airplan"), "airplane"),
+        (lambda: at.explain(image, classifier, preset="lima_clip"), "lima"),
+        (lambda: ev.BenchmarkSettings(methods=("grad-cam",)), "grad_cam"),
+        (lambda: ev.BenchmarkSettings(metrics=("insertions",)), "insertion"),
+    ):
+        with pytest.raises(UserError, match=rf"; did you mean .*{meant}.*\?$"):
+            refused()

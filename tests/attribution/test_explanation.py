@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import attribution as at
+from vision_attribution.explain import summary
 
 
 def made(size: int = 6, seed: int = 0) -> at.Explanation:
@@ -277,3 +278,16 @@ def test_arrays_of_the_wrong_kind_are_refused(change: dict, tmp_path: Path) -> N
     replace(made(), **change).save(tmp_path / "e.npz")
     with pytest.raises(at.UserError, match="do not fit together"):
         at.Explanation.load(tmp_path / "e.npz")
+
+
+@pytest.mark.parametrize("shift", [-5.0, 5.0])
+@pytest.mark.parametrize("target", [None, 0])
+def test_the_top_label_that_is_explained_where_none_is_predicted_is_noted(shift: float, target: int | None) -> None:
+    used = at.Classifier(lambda x: x.mean((2, 3)) + torch.tensor([0.0, 1.0, 0.5]) + shift, size=8, scores="sigmoid")
+    explanation = at.explain(torch.rand(3, 8, 8), used, target, regions="grid", region_options={"count": 4})
+    noted = shift < 0 and target is None
+    assert explanation.note == ("no label is above 0.5: the most probable is explained" if noted else "")
+    assert ("the most probable is explained" in repr(explanation)) == noted
+    assert summary(explanation).get("note", "") == explanation.note
+    title = explanation.plot().axes[0].get_title()
+    assert ("predicted no label, as none is above 0.5" in title.replace("\n", " ")) == (shift < 0)

@@ -24,6 +24,7 @@ from torch import Tensor
 import attribution as at
 from attribution.image import limit_size
 from attribution.regions import partition
+from evaluation.study.identity import identity_of
 
 SIZES = {"square": (32, 32), "odd": (33, 47), "photo": (64, 96)}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -312,12 +313,25 @@ def test_without_opencvs_contrib_modules_the_others_work(small_cat: Tensor, cnn:
     with pytest.warns(UserWarning, match="the published one"):
         explanation = at.explain(small_cat, cnn, search=lambda objective: range(objective.size))
     assert explanation.provenance["settings"]["regions"]["note"] == note
+    assert explanation.provenance["settings"]["regions"]["library"] == "scikit-image"
+    with pytest.warns(UserWarning, match="the published one"):
+        assert at.attribute(small_cat, cnn, "feature_ablation").provenance["regions_by"] == "scikit-image"
+
+
+def test_records_depend_on_the_library_that_cuts_superpixels(
+    small_cat: Tensor, cnn: at.Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert at.make_regions(small_cat, "slico").library == "OpenCV" and not at.make_regions(small_cat, "grid").library
+    before = identity_of(cnn)
+    monkeypatch.delattr(cv2, "ximgproc")
+    assert identity_of(cnn) != before
 
 
 NARROW = """
 import warnings
 import torch
 import attribution as at
+from evaluation.study.identity import identity_of
 warnings.simplefilter("ignore")  # of numbers that narrow images cannot hold
 torch.manual_seed(0)
 for height, width in [(7, 300), (300, 7), (1, 40), (40, 1), (2, 2), (3, 200), (10, 90), (5, 5), (60, 13), (16, 400), (20, 20), (30, 30)]:

@@ -656,3 +656,11 @@ def test_other_rules_pass_through_open_attention(vit: at.Classifier, small_cat: 
         vit.logits(task.inputs)
     for call in calls:
         assert torch.allclose(call.context, call.value.mean(2, keepdim=True).expand(-1, -1, 65, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["attention_rollout", "transformer_attribution", "attn_lrp", "grad_eclip"])
+def test_attention_between_channels_is_named(method: str) -> None:
+    xcit = timm.create_model("xcit_nano_12_p16_224", num_classes=3, img_size=64, depth=2).eval()
+    used = at.Classifier(xcit, size=64, scores="softmax")
+    with pytest.raises(at.NotApplicable, match="does not apply to Xcit: it has attention between channels, not between tokens"):
+        attribute(photo(64), used, method)

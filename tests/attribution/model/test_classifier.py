@@ -374,6 +374,26 @@ def test_models_without_features_say_so() -> None:
         pooled.features(rand(1, 3, 8, 8))
 
 
+class Beside(nn.Module):
+    """A linear layer of as many outputs as there are scores, past which the image reaches them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.inside = nn.Linear(3, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.body(x.mean((2, 3)))
+        return (pooled + self.inside(pooled.relu())).relu() @ torch.eye(5)
+
+
+def test_a_layer_that_is_passed_by_is_no_final_layer() -> None:
+    used = at.Classifier(Beside(), size=8, scores="softmax")
+    with pytest.raises(at.UserError, match="no final layer with 5 outputs was found in Beside: name it with head="):
+        used.features(rand(2, 3, 8, 8))
+    named = at.Classifier(Beside(), size=8, scores="softmax", head="inside")
+    assert named.features(rand(2, 3, 8, 8)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_prototypes_score_by_inner_product(cnn: at.Classifier, normalize: bool) -> None:
     matrix, inputs = rand(4, 64, seed=1) - 0.5, rand(5, 3, 32, 32)

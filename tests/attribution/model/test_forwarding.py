@@ -199,20 +199,22 @@ def test_modules_in_another_precision(dtype: torch.dtype) -> None:
         assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.95
 
 
-class OneRow(nn.Module):
-    """A head that was written for a batch of one."""
+class Rows(nn.Module):
+    """A head that was written for a batch of one size."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 1) -> None:
         super().__init__()
-        self.body, self.head = vgg()[:-1], vgg()[-1]
+        self.body, self.head, self.rows = vgg()[:-1], vgg()[-1], rows
+        self.seen: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).view(1, 128))
+        self.seen.append(len(x))
+        return self.head(self.body(x).view(self.rows, 128))
 
 
 @pytest.mark.parametrize("given", [{}, {"batch_size": 1}, {"batch_size": 8}])
 def test_modules_that_take_one_image_at_a_time(given: dict[str, int]) -> None:
-    used, plain = at.Classifier(OneRow(), size=16, **given), at.Classifier(vgg(), size=16, batch_size=1)
+    used, plain = at.Classifier(Rows(), size=16, **given), at.Classifier(vgg(), size=16, batch_size=1)
     inputs = rand(5, 3, 16, 16)
     assert torch.equal(used.logits(inputs), plain.logits(inputs)) and used.batch_size == 1
     wanted = None if given == {"batch_size": 1} else 9
@@ -220,9 +222,58 @@ def test_modules_that_take_one_image_at_a_time(given: dict[str, int]) -> None:
         found, expected = (at.attribute(photo(16), each, method, 0, batch_size=wanted, **SHORT.get(method, {})) for each in (used, plain))
         assert apart(found.pixel_map, expected.pixel_map) < 1e-4
     if wanted is None:
-        return  # nothing has shown that it cannot take more
-    with pytest.raises(at.NotApplicable, match="OneRow takes one image at a time, and this method 2"):
+        assert set(used.module.seen) == {1}  # it was never tried with more
+    with pytest.raises(at.NotApplicable, match="Rows takes one image at a time, and this method 2"):
         at.attribute(photo(16), used, "deep_lift")
+
+
+@pytest.mark.parametrize("given", [{}, {"batch_size": 1}, {"batch_size": 64}])
+@pytest.mark.parametrize("rows", [2, 3, 4, 9, 32])
+def test_modules_that_take_one_number_of_images(rows: int, given: dict[str, int]) -> None:
+    used, plain = at.Classifier(Rows(rows), size=16, **given), at.Classifier(vgg(), size=16)
+    inputs = rand(7, 3, 16, 16)
+    assert torch.allclose(used.logits(inputs), plain.logits(inputs), atol=1e-5) and used.batch_size == rows
+    used.module.seen.clear()
+    for method in ("occlusion", "saliency", "integrated_gradients", "smooth_grad"):
+        found, expected = (at.attribute(photo(16), each, method, 0, **SHORT.get(method, {})).pixel_map for each in (used, plain))
+        assert apart(found, expected) < 1e-4
+    cells = at.make_regions(photo(16), "grid", count=9)
+    found, expected = (at.explain(photo(16), each, 0, regions=cells) for each in (used, plain))
+    assert torch.equal(found.order, expected.order) and torch.allclose(found.insertion_scores, expected.insertion_scores, atol=1e-5)
+    assert set(used.module.seen) == {rows}
+    with pytest.raises(at.NotApplicable, match=f"grad_cam does not apply to Rows: .* as it takes {rows} images at once, neither more nor"):
+        at.attribute(photo(16), used, "grad_cam")
+    with pytest.raises(at.UserError, match=f"shows no features, as it takes {rows} images at once"):
+        used.features(inputs)
+
+
+def test_an_exported_module_of_four_images() -> None:
+    used = at.Classifier(torch.export.export(vgg(), (rand(4, 3, 16, 16),)).module(), size=16)
+    inputs = rand(6, 3, 16, 16)
+    assert torch.allclose(used.logits(inputs), vgg()(inputs), atol=1e-5) and used.batch_size == 4
+
+
+def test_a_module_whose_images_meet_in_a_batch_is_not_filled_up() -> None:
+    """With three images or more it runs, but their scores change places when the images do not."""
+
+    class Mixing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) > 2, "expected a clip of 3 frames"
+            return x.mean((2, 3)) + torch.arange(len(x))[:, None]
+
+    with pytest.raises(at.UserError, match=r"Mixing fails on float32 \[2, 3, 8, 8\] \(AssertionError: expected a clip of 3 frames\)"):
+        at.Classifier(Mixing(), size=8).logits(rand(2, 3, 8, 8))
+
+
+def test_an_argument_that_takes_no_images_is_named() -> None:
+    class TextFirst(nn.Module):
+        def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+            return pixel_values.mean((2, 3))
+
+    with pytest.raises(
+        at.UserError, match=r"TextFirst fails on .*AttributeError: .*; the images are given as 'input_ids', its first argument"
+    ):
+        at.Classifier(TextFirst(), size=8).logits(rand(2, 3, 8, 8))
 
 
 def test_a_module_that_fails_is_named_with_what_it_was_given() -> None:
@@ -357,24 +408,38 @@ class Detached(nn.Module):
         return x.detach() * 1.0
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "inside"])
+class CompiledForward(nn.Sequential):
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self:
+            x = each(x)
+        return x
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "inside", "forward", "forward of a part", "forward of the class"])
 def test_compiled_modules_are_seen_through(how: str) -> None:
     module = vgg()
     if how == "in place":
         module.compile(backend="eager")
     if how == "inside":
         module = nn.Sequential(torch.compile(module, backend="eager"))
+    if how == "forward of the class":
+        module = CompiledForward(*module)
+    for part in {"forward": [module], "forward of a part": module}.get(how, []):
+        part.forward = torch.compile(part.forward, backend="eager")
+    own = [vars(each).get("forward") for each in module.modules()]
     compiled = torch.compile(module, backend="eager") if how == "wrapped" else module
     with torch.no_grad():
         compiled(rand(2, 3, 16, 16))
     plain, used = (at.Classifier(each, size=16, scores="logits", batch_size=4) for each in (vgg(), compiled))
     inputs = rand(6, 3, 16, 16)
     assert apart(used.logits(inputs), plain.logits(inputs)) < 1e-5 and apart(used.features(inputs), plain.features(inputs)) < 1e-5
-    for method in ("grad_cam", "guided_backprop", "deep_lift", "saliency"):
+    for method in ("grad_cam", "ablation_cam", "guided_backprop", "deep_lift", "saliency"):
         found, expected = (at.attribute(photo(16), each, method, 1).pixel_map for each in (used, plain))
         assert apart(found, expected) < 1e-5
-    if how != "inside":
+    if how not in ("inside", "forward of the class"):
         assert used.weights_digest == plain.weights_digest and used.name == "Sequential"
+    assert [vars(each).get("forward") for each in module.modules()] == own
     assert (compiled._compiled_call_impl is None) == (how != "in place")
 
 

@@ -452,6 +452,39 @@ def test_two_sets_of_weights_under_any_keys_are_told_apart(tmp_path: Path, secon
     assert torch.equal(read_state_dict(tmp_path / "a.pth", second)["fc.weight"], torch.ones(2, 2))
 
 
+def flat_sets(path: Path, *prefixes: str) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    torch.manual_seed(0)
+    states = [timm.create_model("resnet10t", num_classes=3).state_dict() for _ in prefixes]
+    torch.save({prefix + name: value for prefix, state in zip(prefixes, states, strict=True) for name, value in state.items()}, path)
+    return path, states
+
+
+@pytest.mark.parametrize("prefixes", [("model.", "model_ema.module."), ("", "ema."), ("student.net.", "teacher.net.")])
+def test_two_sets_of_weights_in_one_state_dict_are_told_apart(tmp_path: Path, prefixes: tuple[str, ...]) -> None:
+    path, states = flat_sets(tmp_path / "a.pth", *prefixes)
+    keys = [prefix.removesuffix(".") for prefix in prefixes]
+    with pytest.raises(at.UserError, match=f"several sets of weights in one state dict, under the prefixes {keys[0]!r}, {keys[1]!r}: say"):
+        at.load_classifier("timm:resnet10t", checkpoint=path)
+    for key, state in zip(keys, states, strict=True):
+        loaded = at.load_classifier("timm:resnet10t", checkpoint=path, checkpoint_key=key).module.state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+    with pytest.raises(at.UserError, match="has no state dict 'swa'"):
+        at.load_classifier("timm:resnet10t", checkpoint=path, checkpoint_key="swa")
+
+
+def test_a_prefix_below_a_key_names_one_set_of_weights(tmp_path: Path) -> None:
+    path, states = flat_sets(tmp_path / "a.pth", "model.", "model_ema.module.")
+    torch.save({"state_dict": torch.load(path, weights_only=True), "epoch": 3}, path)
+    for key in ("model_ema.module", "state_dict.model_ema.module"):
+        assert torch.equal(read_state_dict(path, key)["fc.weight"], states[1]["fc.weight"])
+
+
+@pytest.mark.parametrize("swapped", [lambda c, path: (path, c), lambda c, path: (c, c), lambda c, path: (c.module, path)])
+def test_save_classifier_names_what_it_was_given(cnn: at.Classifier, tmp_path: Path, swapped: Any) -> None:
+    with pytest.raises(at.UserError, match=r"save_classifier received \w+ and \w+: expected a Classifier, then the path of a file"):
+        at.save_classifier(*swapped(cnn, tmp_path / "cnn.safetensors"))
+
+
 def test_class_names_with_a_byte_order_mark_and_unusual_spaces(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("cat\u2028fish\r\ndog\r\n".encode("utf-8-sig"))
     assert read_class_names(tmp_path / "names.txt") == ["cat\u2028fish", "dog"]

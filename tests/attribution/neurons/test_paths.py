@@ -753,3 +753,10 @@ def test_paths_say_in_words_what_they_are() -> None:
     path = replace(at.neuron_path(torch.rand(3, 32, 32), "zoo:vit", target=0, steps=1), method="exact")
     assert path.kind == "neuron path, mode exact"
     assert replace(path, method="influence_pattern").kind == "influence pattern path"
+
+
+def test_a_path_is_printed_without_its_tensors(vit: at.Classifier, small_cat: Tensor) -> None:
+    path = at.activation_path(small_cat, vit, "cat")
+    shown = repr(path)
+    assert shown.startswith("NeuronPath(activation path, cat ") and str(path.neurons.tolist()) in shown
+    assert f"score {path.score:.4g}, {len(path.layers)} layers)" in shown and "tensor" not in shown

@@ -445,6 +445,9 @@ def test_the_classifier_leaves_as_it_came(tmp_path: Path) -> None:
     [
         ({"methods": ["grad_camm"]}, "unknown method 'grad_camm'"),
         ({"methods": ["rise@nobody"]}, "unknown preset 'nobody' of rise"),
+        ({"methods": [{"method": "lime", "options": {"n_samples": 2.5}}]}, "lime: n_samples is 2.5: expected a whole number"),
+        ({"methods": [{"method": "rise", "options": {"keep": "half"}}]}, "rise: keep is 'half': expected a finite number"),
+        ({"methods": [{"method": "integrated_gradients", "options": {"steps": "5"}}]}, "integrated_gradients: n_steps is '5': expected a"),
         ({"methods": ["rise", "rise"]}, "was named twice"),
         ({"methods": [{"method": "rise", "option": 1}]}, "expected a name, or a table"),
         ({"methods": [{"method": "rise", "label": 3}]}, "the label of rise is int: expected text"),
