@@ -85,7 +85,7 @@ def test_every_list_of_names_says_what_was_meant() -> None:
         (lambda: at.explain(image, classifier, regions="felsenszwalb"), "felzenszwalb"),
         (lambda: at.explain(image, classifier, search="bidirect"), "bidirectional"),
         (lambda: at.explain(image, classifier, fill="blurr"), "blur"),
-        (lambda: at.explain(image, classifier, "airplan"), "airplane"),
+        (lambda: at.explain(image, classifier, "airplene"), "airplane"),
         (lambda: at.explain(image, classifier, preset="lima_clip"), "lima"),
         (lambda: ev.BenchmarkSettings(methods=("grad-cam",)), "grad_cam"),
         (lambda: ev.BenchmarkSettings(metrics=("insertions",)), "insertion"),
