@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+from torch import nn
 
 from attribution.errors import UserError, describe
 
 _SHORTEST, _ALIKE = 3, 0.7  # letters of a name for which others are proposed, and how much they have in common
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a name",
+    nn.Module: "a module",
+    NoneType: "None",
+    Mapping: "a dict",
+    Sequence: "a list",
+    list: "a list",
+    tuple: "a tuple",
+}
 LARGEST_SEED = 2**63 - 1  # what torch and numpy both take
 
 
@@ -64,6 +78,54 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         raise UserError(f"{name} is {_shown(value)}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def check_types(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse values of other types than the signature of a function says. Parameters without a type that can be read take anything.
+
+    Args:
+        name: of the method, for the message.
+        function: whose parameters the options are.
+        options: values by parameter.
+
+    Raises:
+        UserError: the first value of another type.
+    """
+    try:
+        hints = get_type_hints(function)
+    except (TypeError, NameError):  # a callable object, or types that only its author knows
+        return
+    for option, value in options.items():
+        if not _fits(value, hints.get(option, Any)):
+            received = repr(value) if isinstance(value, str | int | float) else describe(value)
+            raise UserError(f"{name}: {option} is {received}: expected {_expected(hints[option])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if hint is int:
+        return is_whole(value)
+    if hint is float:
+        return is_number(value)
+    return not isinstance(origin or hint, type) or isinstance(value, origin or hint)
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return _either([_expected(part) for part in get_args(hint)])
+    if get_origin(hint) is Literal:
+        return _either([repr(value) for value in get_args(hint)])
+    return _WORDS.get(hint, _WORDS.get(get_origin(hint), getattr(hint, "__name__", str(hint))))
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.checks import check_choice, check_seed, did_you_mean, is_whole
+from attribution.checks import check_choice, check_seed, check_types, did_you_mean, is_whole
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
@@ -265,6 +265,7 @@ def _search_options(
     elif plan.search.default_budget is not None:
         options.setdefault("evaluations", plan.search.default_budget(objective))
     _check_options(options, plan.search.options, "search")
+    check_types(f"search {plan.search_name}", plan.search.function, options)
     return options
 
 

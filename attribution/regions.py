@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attribution.checks import check_choice, check_whole, did_you_mean
+from attribution.checks import check_choice, check_types, check_whole, did_you_mean
 from attribution.errors import UserError, describe
 from attribution.image import ImageSource, load_image
 
@@ -466,6 +466,7 @@ def _call_method(method: Callable[..., Any], image: Tensor, name: str, options: 
         signature.bind(image, **options)
     except TypeError as error:
         raise UserError(f"region method {name} does not take these options ({error}): see help(attribution.regions)") from None
+    check_types(f"regions {name}", method, {option: value for option, value in options.items() if option != "count"})
     count, parameter = options.get("count"), signature.parameters.get("count")
     if count is not None or ("count" in options and parameter is not None and parameter.annotation in (int, "int")):
         check_whole("count", count, 1, image.shape[1] * image.shape[2])

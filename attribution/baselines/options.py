@@ -1,29 +1,14 @@
-"""Options of the methods: their old names, and a check of their values against the types of the signature."""
+"""Options of the methods: their old names, and a check of what is given."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from torch import nn
-
-from attribution.checks import is_number, is_whole
-from attribution.errors import UserError, describe
-
-_WORDS: dict[Any, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a finite number",
-    str: "a name",
-    nn.Module: "a module",
-    NoneType: "None",
-    Mapping: "a dict",
-    list: "a list",
-    tuple: "a tuple",
-}
+from attribution.checks import check_types
+from attribution.errors import UserError
 
 
 def option_names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -77,35 +62,4 @@ def check_options(name: str, function: Callable[..., Any], options: Mapping[str,
     unknown = [option for option in options if option not in known]
     if unknown:
         raise UserError(f"{name} takes no option {', '.join(unknown)}: expected {', '.join(known) or 'none'}")
-    hints = get_type_hints(function)
-    for option, value in options.items():
-        if not _fits(value, hints[option]):
-            received = repr(value) if isinstance(value, str | int | float) else describe(value)
-            raise UserError(f"{name}: {option} is {received}: expected {_expected(hints[option])}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if hint is int:
-        return is_whole(value)
-    if hint is float:
-        return is_number(value)
-    return isinstance(value, origin or hint)
-
-
-def _expected(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return _listed([_expected(part) for part in get_args(hint)])
-    if get_origin(hint) is Literal:
-        return _listed([repr(value) for value in get_args(hint)])
-    return _WORDS.get(hint, _WORDS.get(get_origin(hint), getattr(hint, "__name__", str(hint))))
-
-
-def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    check_types(name, function, options)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,3 +290,16 @@ def test_regions_outside_the_crop_of_the_model_are_counted(tmp_path: Path) -> No
     assert "crop" not in padded.provenance["settings"]["regions"]
     figure = at.explain(photo, cropping, **cells).plot()
     assert "the model's crop" in [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize(
+    ("search", "options", "message"),
+    [
+        ("bidirectional", {"pending": "5"}, "search bidirectional: pending is '5': expected a whole number"),
+        ("budget", {"start": 3}, "search budget: start is 3: expected a list or None"),
+        ("greedy", {"count": 2.5}, "search greedy: count is 2.5: expected a whole number or None"),
+    ],
+)
+def test_search_options_of_a_wrong_type(cnn: at.Classifier, small_cat: Tensor, search: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(at.UserError, match=f"^{message}$"):
+        at.explain(small_cat, cnn, regions="grid", search=search, search_options=options)

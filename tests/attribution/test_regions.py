@@ -648,7 +648,7 @@ def test_saliency_patches_by_count_and_by_pixel() -> None:
     pixels = at.make_regions(image, "saliency_patches", heatmap=heatmap, level="pixel")
     assert pixels.requested == 112
     assert (torch.bincount(pixels.labels.flatten())[:112] == 9).all()
-    with pytest.raises(at.UserError, match="level is 'texel': expected one of cell, pixel"):
+    with pytest.raises(at.UserError, match="level is 'texel': expected 'cell' or 'pixel'"):
         at.make_regions(image, "saliency_patches", heatmap=heatmap, level="texel")
 
 
@@ -659,3 +659,17 @@ def test_regions_of_a_file(tmp_path: Path) -> None:
     assert torch.equal(from_file.labels, at.make_regions(at.load_image(pixels), "slico", count=6).labels)
     bytes_of_a_tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     assert torch.equal(from_file.labels, at.make_regions(bytes_of_a_tensor, "slico", count=6).labels)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("felzenszwalb", {"sigma": None}, "regions felzenszwalb: sigma is NoneType: expected a finite number"),
+        ("seeds", {"levels": "5"}, "regions seeds: levels is '5': expected a whole number"),
+        ("slic", {"zero": 1}, "regions slic: zero is 1: expected True or False"),
+        ("slico", {"ruler": float("nan")}, "regions slico: ruler is nan: expected a finite number"),
+    ],
+)
+def test_options_of_a_wrong_type(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(at.UserError, match=f"^{message}$"):
+        at.make_regions(torch.rand(3, 32, 32), method, **options)

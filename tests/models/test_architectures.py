@@ -111,7 +111,7 @@ def test_shuffled_tokens_are_refused() -> None:
 
     used = at.Classifier(Probe().eval(), size=96)
     for method in ("grad_cam", "attention_rollout"):
-        with pytest.raises(at.NotApplicable, match="not in the order of the patches"):
+        with pytest.raises(at.NotApplicable, match="not at the places of the patches"):
             at.attribute(photo(96), used, method)
 
 
