@@ -226,7 +226,7 @@ def _check_places(task: Task, layer: FeatureLayer) -> None:
     maps = layer.to_map(calls[-1][1])
     if attended and maps.requires_grad and not in_place(maps, inputs):
         raise NotApplicable(
-            f"the tokens of {task.classifier.name} at {layer.name!r} are not at the places of the patches (some are masked or shuffled, or all are mixed): "
+            f"the tokens of {task.classifier.name} at {layer.name!r} are not at the places of the patches (masked, shuffled or mixed?): "
             "use occlusion, rise or a region search"
         )
 

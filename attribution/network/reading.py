@@ -175,9 +175,7 @@ def _misplaced(task: Task, reading: Reading) -> str:
     if gradient is None or gradient[0].any(dim=1).nonzero()[:, 0].tolist() != [token]:
         return "tokens also meet outside of its attention"
     maps = last[-1][:, reading.prefix :].transpose(1, 2).unflatten(2, reading.grid)
-    return (
-        "" if in_place(maps, inputs) else "its tokens are not at the places of the patches (some are masked or shuffled, or all are mixed)"
-    )
+    return "" if in_place(maps, inputs) else "its tokens are not at the places of the patches (masked, shuffled or mixed?)"
 
 
 def _probed(task: Task, inputs: Tensor, rules: AttentionRules) -> tuple[list[Attention], list[tuple[int, Tensor]], Tensor]:
