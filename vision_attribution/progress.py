@@ -54,7 +54,8 @@ class Bar:
     def _line(self, now: float) -> str:
         """Where the job is: done, total, rate and remaining time, and what is done now."""
         done, total, what = self._state
-        parts = [f"{self._title}: {done} of {total} {self._unit}s" if self._title else f"{done} of {total} {self._unit}s"]
+        counted = f"{done} of {total} {self._unit}{'es' if self._unit.endswith('ch') else 's'}"
+        parts = [f"{self._title}: {counted}" if self._title else counted]
         since, before = self._counted or (now, done)
         if done > before and now > since:
             rate = (done - before) / (now - since)

@@ -28,7 +28,7 @@ BENCHMARK: Study[BenchmarkSettings, Results, Summary] = Study(
     write=write_report,
     show=print_summary,
     failures=failed,
-    noun="expl",
+    noun="explanation",
     details="""
     Every method, region search included, explains the same images and is measured by the same functions under one stated
     protocol. Numbers are kept the moment they are known: run again, the same command continues where it stopped, and other
