@@ -116,6 +116,7 @@ def checkouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (folder / "docs").mkdir()
         (folder / "out").mkdir()
         shutil.copy(DOCS / "photo.png", folder / "docs")
+        shutil.copytree(DOCS / "examples", folder / "docs" / "examples", ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Makefile", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, folder)
     return folders

@@ -317,6 +317,8 @@ def _from_saved_file(
             f"{path} does not say which model it belongs to: use --model timm:NAME (or torchvision:NAME) with --checkpoint {path.name}"
         )
     recipe = card.recipe
+    if not re.fullmatch(r".+:\S+", recipe.model) and recipe.config is None:
+        raise UserError(f"{path} has a card that save_classifier did not write: it names {recipe.model!r} as the model")
     if recipe.model.partition(":")[0] not in SOURCES and not recipe.tower and recipe.config is None:
         raise UserError(
             f"{path} was made by the factory {recipe.model}, whose code would run: if you trust it, give --model {recipe.model} "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ def _of_open_clip(place: str, wanted: Wanted) -> TwoTowers:
     spec = f"open_clip:{place}"
     open_clip = optional_package("open_clip", "clip", spec)
     if name not in open_clip.list_models():
-        near = [each for each in open_clip.list_models() if each.lower().startswith(name.lower()[:4])][:6]
+        near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0.3)
         raise UserError(f"open_clip has no model {name!r}: expected one such as {', '.join(near) or 'ViT-B-32'}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     some = ", ".join(tags[:5])
@@ -202,7 +204,8 @@ def _open_clip_model(place: str, wanted: Wanted) -> Any:
     given: dict[str, Any] = {"pretrained": weights} if wanted.pretrained else {"load_weights": False, "pretrained_text": False}
     published = {} if wanted.checkpoint is not None else open_clip.get_pretrained_cfg(name, tag)
     try:
-        with hf.fetching(published.get("hf_hub", "").rstrip("/")):
+        place = published.get("hf_hub", "").rstrip("/")
+        with hf.fetching(place) if place else nullcontext():
             return open_clip.create_model(name, **given, **sized, **wanted.options).eval()
     except Exception as error:  # network, files and configurations raise many types
         raise UserError(

@@ -202,7 +202,7 @@ def test_one_line_and_exit_code_2(run: Run, photo: Path, tmp_path: Path, argumen
 def test_numbers_out_of_range_are_usage_errors(run: Run) -> None:
     code, _, err = run("explain", "--batch-size", "0")
     assert code == 2
-    assert "--batch-size" in err
+    assert err == "error: batch_size is 0: expected a whole number of at least 1\n"
 
 
 def test_class_names_and_checkpoint(run: Run, photo: Path, tmp_path: Path) -> None:

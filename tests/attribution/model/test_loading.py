@@ -299,11 +299,8 @@ def test_what_a_file_cannot_say_how_to_build_is_not_saved(tmp_path: Path, cnn: a
     for classifier in (
         at.Classifier(nn.Linear(2, 2), size=4),
         at.Classifier(lambda inputs: inputs.mean((2, 3)), size=4, name="zoo:cnn"),
-        cnn.with_prototypes(torch.eye(10, 64)),
     ):
-        with pytest.raises(
-            at.UserError, match="was not made by load_classifier, so a file could not say how to build it: save its state dict"
-        ):
+        with pytest.raises(at.UserError, match="was not made by load_classifier, so a file could not say how to build it: give factory="):
             at.save_classifier(classifier, path)
     assert not path.exists()
 
@@ -328,7 +325,7 @@ def test_a_saved_file_that_names_itself_does_not_recurse(tmp_path: Path) -> None
     path = tmp_path / "model.safetensors"
     card = f'{{"model": "{path.as_posix()}", "settings": {{}}, "class_names": []}}'
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": card})
-    with pytest.raises(at.UserError, match="a checkpoint goes with timm:NAME"):
+    with pytest.raises(at.UserError, match="a card that save_classifier did not write: it names"):
         at.load_classifier(path, device="cpu")
 
 
@@ -488,3 +485,72 @@ def test_save_classifier_names_what_it_was_given(cnn: at.Classifier, tmp_path: P
 def test_class_names_with_a_byte_order_mark_and_unusual_spaces(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("cat\u2028fish\r\ndog\r\n".encode("utf-8-sig"))
     assert read_class_names(tmp_path / "names.txt") == ["cat\u2028fish", "dog"]
+
+
+def test_position_embeddings_are_resampled_for_another_size_as_timm_does(tmp_path: Path, cat: Tensor) -> None:
+    """A headless backbone gets the head, and the classes, of its checkpoint."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    name = "vit_small_patch14_dinov2"
+    torch.manual_seed(0)
+    trained = timm.create_model(name, num_classes=4, img_size=56, **small)
+    path = write_checkpoint(trained.state_dict(), tmp_path / "weights.pt")
+    classifier = at.load_classifier(f"timm:{name}", checkpoint=path, size=112, device="cpu", options=small)
+    expected = timm.create_model(name, num_classes=4, img_size=112, **small).eval()
+    expected.load_state_dict(checkpoint_filter_fn(trained.state_dict(), expected))
+    inputs = classifier.inputs(cat)
+    assert inputs.shape[-1] == 112 and classifier.num_classes == 4
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(inputs), expected(inputs), atol=1e-6)
+
+
+def test_another_size_of_torchvisions_transformer(tmp_path: Path, cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    small = {"num_layers": 1, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 32}
+
+    def build(size: int) -> nn.Module:
+        return torchvision.models.VisionTransformer(size, 16, num_classes=3, **small).eval()
+
+    monkeypatch.setattr(torchvision.models, "get_model", lambda _, weights, image_size=224, **__: build(image_size))
+    torch.manual_seed(0)
+    trained = build(224)
+    path = write_checkpoint(trained.state_dict(), tmp_path / "weights.safetensors")
+    classifier = at.load_classifier("torchvision:vit_b_16", checkpoint=path, size=64, device="cpu")
+    expected = build(64)
+    expected.load_state_dict(interpolate_embeddings(64, 16, trained.state_dict()))
+    inputs = classifier.inputs(cat)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(inputs), expected(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("zoo:vit", {"size": 64}, r"zoo:vit fails on .* \(AssertionError: .*\): check size"),
+        ("zoo:cnn", {"options": {"a": 1}}, r"zoo:cnn does not take model options \(a\)"),
+        (SMALL, {"options": {"img_sizes": 96}}, "does not take its options, img_sizes=96"),
+        ("timm:vit_tiny_patch16_224", {"size": 8}, "cannot be built with size|fails on"),
+        ("torchvision:vit_b_16", {"size": (64, 96)}, "takes square images"),
+    ],
+)
+def test_a_size_or_option_that_contradicts_the_model_fails_at_once(spec: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(at.UserError, match=message):
+        at.load_classifier(spec, device="cpu", pretrained=False, **options)
+
+
+def test_another_size_keeps_the_proportion_of_the_crop() -> None:
+    way = at.load_classifier(SMALL, device="cpu", pretrained=False, size=88).preprocessing
+    config = timm.data.resolve_data_config({"input_size": (3, 88, 88)}, model=timm.create_model("resnet10t"))
+    assert way.size == (88, 88) and way.resized == (int(88 / config["crop_pct"]),) * 2
+    way = at.load_classifier("torchvision:resnet18", device="cpu", pretrained=False, size=112).preprocessing
+    assert (way.size, way.resized) == ((112, 112), (128, 128))
+
+
+def test_a_card_does_not_make_a_library_read_further_files(tmp_path: Path) -> None:
+    path = tmp_path / "trap.safetensors"
+    card = {"model": SMALL, "settings": {}, "class_names": [], "options": {"checkpoint_path": "other.pt"}}
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": json.dumps(card)})
+    with pytest.raises(at.UserError, match="a card that save_classifier did not write"):
+        at.load_classifier(path)
