@@ -263,7 +263,8 @@ def _torchvision(name: str, checkpoint: Checkpoint | None, pretrained: bool) -> 
         "interpolation": transform.interpolation.value,
     }
     head = _head_weight(module)
-    return _Built(module, settings, *_names(checkpoint, head and len(module.get_parameter(head)), unique(weights.meta["categories"])))
+    classes = None if head is None else len(module.get_parameter(head))
+    return _Built(module, settings, *_names(checkpoint, classes, unique(weights.meta["categories"])))
 
 
 def _names(checkpoint: Checkpoint | None, classes: int | None, published: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, bool]:

@@ -49,7 +49,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_zoo(name: str, cat: Tensor) -> None:
     classifier = at.load_classifier(f"zoo:{name}", device="cpu")
     assert classifier.name == f"zoo:{name}"
@@ -101,8 +101,8 @@ def test_inputs_equal_torchvisions_evaluation_transform(name: str) -> None:
 def test_class_names_that_occur_twice_are_told_apart() -> None:
     names = at.load_classifier(SMALL, pretrained=False, device="cpu").class_names
     assert len(set(names)) == 1000
-    assert names[134] == "crane"
-    assert names[517] == "crane (517)"
+    assert names[134] == "crane bird"
+    assert names[517] == "crane"
 
 
 def test_settings_and_names_override_the_models_own() -> None:
