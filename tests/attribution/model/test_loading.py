@@ -61,8 +61,8 @@ def test_zoo(name: str, cat: Tensor) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("zoo:resnet", "unknown zoo model 'resnet': expected one of cnn, vit"),
-        ("resnet18", "unknown model 'resnet18': expected zoo:cnn, zoo:vit, timm:NAME, torchvision:NAME, or a .safetensors file"),
+        ("zoo:resnet", "unknown zoo model 'resnet': expected one of cnn, imagenet, vit"),
+        ("resnet18", "unknown model 'resnet18': expected zoo:cnn, zoo:imagenet, zoo:vit, timm:NAME, torchvision:NAME, or a .safetensors file"),
         ("timm:", "unknown model 'timm:'"),
         ("keras:vgg16", "unknown model 'keras:vgg16'"),
         (Path("model.pt"), "unknown model 'model.pt'"),
