@@ -18,7 +18,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=MatplotlibFigure)
 _LONGEST = 48  # characters of a class name
-_TITLE, _LABEL = 44, 36  # characters that fit above a panel, and beside its axis
+_TITLE, _LABEL = 40, 36  # characters that fit above a panel, and beside its axis
 _NOT_FOR_TEXT = ("Last Resort", "cm", "STIXSize", "STIXNon")  # matplotlib's own fonts of boxes and of parts of formulas
 INSERTION, DELETION, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart
 
@@ -133,10 +133,15 @@ def style_curves(ax: Axes, xlabel: str, ylabel: str, fontsize: float = 8) -> Non
 
 def draw_title(ax: Axes, text: str) -> None:
     """Write the title of a panel. Long lines are broken at spaces; a line that is still too long makes the letters smaller."""
-    broken = [textwrap.fill(line, _TITLE, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")]
-    shown = "\n".join(line if len(line) <= _TITLE else wrapped for line, wrapped in zip(text.split("\n"), broken, strict=True))
-    longest = max(map(len, shown.split("\n")))
-    ax.set_title(shown, fontsize=10 * min(1, max(0.6, _TITLE / max(longest, 1))), color=INK)
+    lines = [line if len(line) <= _TITLE else _broken(line) for line in text.split("\n")]
+    longest = max(len(part) for line in lines for part in line.split("\n"))
+    ax.set_title("\n".join(lines), fontsize=10 * min(1, max(0.6, _TITLE / max(longest, 1))), color=INK)
+
+
+def _broken(line: str) -> str:
+    """A line broken at spaces, but not within "p = 0.42"."""
+    whole = line.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    return textwrap.fill(whole, _TITLE, break_long_words=False, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def draw_colorbar(ax: Axes, image: Any, ticks: list[float], names: list[str], fraction: float = 0.035, fontsize: float = 7) -> None:

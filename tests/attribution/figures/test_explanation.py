@@ -155,4 +155,4 @@ def test_long_names_of_classes_stay_inside_the_figure() -> None:
     left, bottom, right, top = figure.bbox.extents
     assert all(box.x0 >= left and box.y0 >= bottom and box.x1 <= right and box.y1 <= top for box in boxes)
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    assert names[0] in titles(figure)[0]
+    assert f"{names[0]}, p = 0.30" in titles(figure)[0]
