@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 
 env: $(READY)  ## Make the environment (.venv, about 3 minutes and 6 GB)
 
-demo: $(READY)  ## Explain a photo of a cat with both embedded classifiers
+demo: $(READY)  ## Explain two photos by an ImageNet classifier (under a minute on 2 cores)
 	$(BIN)/attribution explain --out out/demo
 
 test: $(READY)  ## Run the tests (under 8 minutes on 2 cores)

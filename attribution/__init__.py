@@ -1,10 +1,10 @@
 """Explain, judge and debug image classifiers by submodular region selection.
 
 >>> import attribution as at
->>> classifier = at.load_classifier("zoo:cnn")
+>>> classifier = at.load_classifier("zoo:imagenet")
 >>> explanation = at.explain(at.demo_image_path(), classifier)
 >>> explanation.target_name
-'cat'
+'tiger cat'
 """
 
 from __future__ import annotations

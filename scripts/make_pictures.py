@@ -2,7 +2,7 @@
 
     python scripts/make_pictures.py --benchmark out/cifar10 --grids out/grids --neurons out/neurons --pareto out/pareto
 
-Without options it draws the pictures of the demo photo, in about a minute. A picture that shows the result of a study is taken from the
+Without options it draws the pictures of the demo photos, in about two minutes. A picture that shows the result of a study is taken from the
 study's output folder, where the study has drawn it: give the folder that the command on the page of results wrote.
 """
 
@@ -36,33 +36,36 @@ def main(
     pareto: Annotated[Path | None, typer.Option(help="Of attribution pareto --data cifar10.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = ROOT / "docs" / "images",
 ) -> None:
-    """Draw the pictures of the demo photo, and take those of the studies whose folders are given."""
+    """Draw the pictures of the demo photos, and take those of the studies whose folders are given."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         command("explain", "--out", str(folder))
-        keep(folder / "chelsea.png", out / "cat.png")
+        keep([folder / "chelsea.png", folder / "coffee.png"], out / "photos.png")
         command("neurons", "--among", "photos", "--out", str(folder))
-        keep(folder / "chelsea-zoo-vit-path.png", out / "neurons.png")
+        keep([folder / "chelsea-zoo-vit-path.png"], out / "neurons.png")
         failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:vit", true_class="dog", fill="gray")
         failure.plot().savefig(folder / "failure.png")
-        keep(folder / "failure.png", out / "failure.png")
+        keep([folder / "failure.png"], out / "failure.png")
     for option, study in {"benchmark": benchmark, "grids": grids, "neurons": neurons, "pareto": pareto}.items():
         for picture, pattern in PICTURES[option].items() if study is not None else ():
             found = sorted(study.glob(pattern))
             if not found:
                 raise typer.BadParameter(f"{study} has no {pattern}: expected the folder of a finished study", param_hint=f"--{option}")
-            keep(found[0], out / picture)
+            keep(found[:1], out / picture)
 
 
 def command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "vision_attribution", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def keep(source: Path, target: Path) -> None:
-    """The figure on opaque white, so that it can be read on a dark page too."""
-    figure = Image.open(source).convert("RGBA")
-    sheet = Image.new("RGBA", figure.size, "white")
-    sheet.alpha_composite(figure)
+def keep(sources: list[Path], target: Path) -> None:
+    """The figures, one below the other, on opaque white, so that they can be read on a dark page too."""
+    figures = [Image.open(source).convert("RGBA") for source in sources]
+    sheet = Image.new("RGBA", (max(each.width for each in figures), sum(each.height for each in figures)), "white")
+    top = 0
+    for figure in figures:
+        sheet.alpha_composite(figure, (0, top))
+        top += figure.height
     with whole_file(target) as temporary:
         sheet.convert("RGB").save(temporary, format="PNG", optimize=True)
     print(target)

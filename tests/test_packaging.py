@@ -37,6 +37,7 @@ def test_the_wheel_holds_what_the_demo_needs_and_no_datasets_package(wheel: Path
         assert name in names
     for model in ("cnn", "vit"):
         assert f"attribution/assets/{model}.safetensors" in names
+    for model in ("imagenet", "cnn", "vit"):
         assert f"attribution/assets/{model}.md" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"attribution", "evaluation", "vision_attribution"}
 
@@ -55,16 +56,18 @@ def test_the_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Pa
     (site / "borrowed.pth").write_text(str(borrowed))
     program = (
         "import attribution, evaluation as ev; print(attribution.__file__); print(ev.load_recipe('cifar10').title);"
-        "print(attribution.explain(attribution.demo_image_path(), 'zoo:cnn', regions='grid', region_options={'count': 4}))"
+        "print(attribution.explain(attribution.demo_image_path(), 'zoo:cnn', regions='grid', region_options={'count': 4}));"
+        "print(attribution.explain(attribution.demo_image_path(), 'zoo:imagenet', regions='grid', region_options={'count': 4}))"
     )
     result = subprocess.run(
         [str(tmp_path / "venv" / "bin" / "python"), "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    where, title, explanation = result.stdout.splitlines()
+    where, title, explanation, photo = result.stdout.splitlines()
     assert Path(where).is_relative_to(site)
     assert title == "CIFAR-10"
     assert explanation.startswith("Explanation(cat 0.858, 4 regions")
+    assert photo.startswith("Explanation(tiger cat 0.399, 4 regions")
 
 
 def np_folder() -> str:

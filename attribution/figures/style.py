@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from functools import cache
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=MatplotlibFigure)
 _LONGEST = 48  # characters of a class name
+_TITLE, _LABEL = 40, 36  # characters that fit above a panel, and beside its axis
 _NOT_FOR_TEXT = ("Last Resort", "cm", "STIXSize", "STIXNon")  # matplotlib's own fonts of boxes and of parts of formulas
 INSERTION, DELETION, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart
 
@@ -70,6 +72,8 @@ def as_written(figure: F) -> F:
         others = {_font_of(each) for each in text.get_text() if not each.isascii() and not _has(tuple(families), each)} - {""}
         if others:
             text.set_fontfamily([*families, *sorted(others)])
+    if any(ax.get_title().count("\n") > 1 for ax in figure.axes):
+        figure.draw_without_rendering()  # one pass of the layout leaves too little room for such titles above a photo
     return figure
 
 
@@ -120,7 +124,7 @@ def style_curves(ax: Axes, xlabel: str, ylabel: str, fontsize: float = 8) -> Non
     ax.set_xlim(0, 1)
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel(xlabel, fontsize=9)
-    ax.set_ylabel(ylabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9 * min(1, _LABEL / max(len(ylabel), 1)))
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -128,7 +132,16 @@ def style_curves(ax: Axes, xlabel: str, ylabel: str, fontsize: float = 8) -> Non
 
 
 def draw_title(ax: Axes, text: str) -> None:
-    ax.set_title(text, fontsize=10, color=INK)
+    """Write the title of a panel. Long lines are broken at spaces; a line that is still too long makes the letters smaller."""
+    lines = [line if len(line) <= _TITLE else _broken(line) for line in text.split("\n")]
+    longest = max(len(part) for line in lines for part in line.split("\n"))
+    ax.set_title("\n".join(lines), fontsize=10 * min(1, max(0.6, _TITLE / max(longest, 1))), color=INK)
+
+
+def _broken(line: str) -> str:
+    """A line broken at spaces, but not within "p = 0.42"."""
+    whole = line.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    return textwrap.fill(whole, _TITLE, break_long_words=False, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def draw_colorbar(ax: Axes, image: Any, ticks: list[float], names: list[str], fraction: float = 0.035, fontsize: float = 7) -> None:

@@ -279,9 +279,8 @@ def _torchvision(name: str, wanted: Wanted) -> Built:
         "interpolation": transform.interpolation.value,
     }
     head = _head_weight(module)
-    names, assumed = _names(
-        wanted.checkpoint, None if head is None else len(module.get_parameter(head)), unique(weights.meta["categories"])
-    )
+    classes = None if head is None else len(module.get_parameter(head))
+    names, assumed = _names(wanted.checkpoint, classes, unique(weights.meta["categories"]))
     return Built(module, settings if wanted.size is None else resized_to(settings, wanted.size), names, assumed=assumed)
 
 

@@ -28,7 +28,7 @@ PARETO: Study[ParetoSettings, ParetoResults, ParetoSummary] = Study(
 
     Examples:
 
-    - `attribution pareto --data cifar10 --root data --samples 100`
+    - `attribution pareto --data cifar10 --root data --model zoo:cnn,zoo:vit --samples 100`
 
     - `attribution pareto --data images/ --model timm:resnet50 --partition slico:49 --methods budget,bidirectional,rise`
     """,

@@ -346,7 +346,7 @@ def test_the_precision_belongs_to_what_a_result_depends_on(inputs: Tensor) -> No
 
 
 def test_the_command_takes_a_precision(run_command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    arguments = ["explain", at.demo_image_path(), "--region-count", "4", "--out", tmp_path, "--device", "cpu"]
+    arguments = ["explain", at.demo_image_path(), "--model", "zoo:cnn", "--region-count", "4", "--out", tmp_path, "--device", "cpu"]
     code, _, said = run_command(*arguments, "--precision", "float17")
     assert code == 2 and "precision is 'float17': expected one of float32, bfloat16, float16, auto" in said
     code, _, said = run_command(*arguments, "--precision", "auto", "--batch-size", "2")

@@ -164,3 +164,20 @@ def test_another_version_measures_again(name: str, data: Path, tmp_path: Path, m
 def keys(out: Path) -> list[str]:
     text = (out / "records.jsonl").read_text()
     return [line for line in text.splitlines() if '"key": "failure-' not in line]
+
+
+@pytest.mark.parametrize("name", ["benchmark", "debug", "pareto"])
+def test_the_data_of_a_recipe_choose_the_model_and_say_so(name: str) -> None:
+    """The default model does not know the classes of CIFAR-10."""
+    settings, field = STUDIES[name].settings, "model" if name == "debug" else "models"
+
+    def model_of(**values: Any) -> Any:
+        found = getattr(settings.make(values), field)
+        return found if name == "debug" else found[0]
+
+    with pytest.warns(UserWarning, match="no model was given: zoo:cnn is taken, which knows the classes of cifar10"):
+        chosen = settings.make({"data": "cifar10", "root": "data"})
+    assert "--model zoo:cnn" in chosen.command_line(name)
+    assert model_of(data="cifar10", root="data", **{field: "zoo:vit"}) == "zoo:vit"
+    assert model_of(data="images") == model_of(data="images", root="data") == "zoo:imagenet"
+    assert STUDIES["neurons"].settings.make({"data": "cifar10", "root": "data"}).model == "zoo:vit"  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def test_interrupted_training_ends_with_the_same_weights(
         code, printed = trained(train_zoo, images, tmp_path / "parts")
         assert (code, "continue from the last checkpoint" in printed) == (130, True)
     assert trained(train_zoo, images, tmp_path / "parts")[0] == 0
-    for name in zoo.ZOO:
+    for name in ("cnn", "vit"):
         whole, parts = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "parts"))
         assert whole.keys() == parts.keys() == zoo.load_zoo_module(name).state_dict().keys()
         assert all(torch.equal(whole[key], parts[key]) for key in whole)

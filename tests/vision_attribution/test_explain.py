@@ -18,7 +18,7 @@ import attribution as at
 from vision_attribution import explain as explaining
 from vision_attribution.inputs import distinct_stems
 
-FAST = ["--regions", "grid", "--region-count", "9"]
+FAST = ["--model", "zoo:cnn", "--regions", "grid", "--region-count", "9"]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -36,22 +36,34 @@ def photo(tmp_path: Path, small_cat: Tensor) -> Path:
 
 
 def test_the_demo(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("explain", "--regions", "grid", "--region-count", 12, "--out", tmp_path)
+    code, out, err = run("explain", "--region-count", 6, "--evaluations", 12, "--out", tmp_path)
     assert (code, err) == (0, "")
-    assert "zoo:cnn" in out
-    assert "zoo:vit" in out
-    assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "chelsea-zoo-cnn.json",
-        "chelsea-zoo-cnn.npz",
-        "chelsea-zoo-vit.json",
-        "chelsea-zoo-vit.npz",
-        "chelsea.png",
-    ]
+    assert "zoo:imagenet" in out
+    files = [f"{name}{end}" for name in ("chelsea", "coffee") for end in ("-zoo-imagenet.json", "-zoo-imagenet.npz", ".png")]
+    assert sorted(f.name for f in tmp_path.iterdir()) == files
+    records = [json.loads((tmp_path / f"{name}-zoo-imagenet.json").read_text()) for name in ("chelsea", "coffee")]
+    assert [record["target"] for record in records] == ["tiger cat", "espresso"]
+    assert [record["confidence"] for record in records] == pytest.approx([0.399, 0.945], abs=0.01)
+    assert all(record["evaluations"] <= 12 and record["provenance"]["settings"]["search"] == "budget" for record in records)
+    assert np.asarray(Image.open(tmp_path / "coffee.png")).std() > 20
+
+
+def test_the_demo_of_another_model_and_search(run: Run, tmp_path: Path) -> None:
+    given = ["--model", "zoo:cnn", "--regions", "grid", "--region-count", 4, "--search", "greedy"]
+    assert run("explain", *given, "--out", tmp_path)[0] == 0
     record = json.loads((tmp_path / "chelsea-zoo-cnn.json").read_text())
-    assert record["target"] == "cat"
+    assert (record["target"], record["provenance"]["settings"]["search"]) == ("cat", "greedy")
     assert record["confidence"] == pytest.approx(0.858, abs=0.005)
-    assert json.loads((tmp_path / "chelsea-zoo-vit.json").read_text())["confidence"] == pytest.approx(0.42, abs=0.02)
-    assert np.asarray(Image.open(tmp_path / "chelsea.png")).std() > 20
+
+
+def test_the_default_model_knows_1000_classes(run: Run, photo: Path, tmp_path: Path) -> None:
+    given = ["--regions", "grid", "--region-count", 2, "--out", tmp_path]
+    assert run("explain", photo, *given, "--target", "EGYPTIAN")[0] == 0
+    assert json.loads((tmp_path / "cat-zoo-imagenet.json").read_text())["target"] == "Egyptian cat"
+    code, _, err = run("explain", photo, *given, "--target", "cat")
+    assert (code, "class name 'cat' stands for 6 classes of zoo:imagenet: tiger cat (282), Persian cat (283)" in err) == (2, True)
+    code, _, err = run("explain", photo, *given, "--target", "Egyptain cat")
+    assert (code, "zoo:imagenet has no class 'Egyptain cat': did you mean Egyptian cat" in err) == (2, True)
 
 
 def test_outputs_agree_with_the_library(run: Run, photo: Path, tmp_path: Path, cnn: at.Classifier) -> None:
@@ -164,7 +176,7 @@ def test_killed_at_any_moment(photo: Path, tmp_path: Path) -> None:
     [
         (["nowhere.jpg"], "nowhere.jpg: no such file or folder"),
         (["EMPTY"], "holds no images"),
-        (["--model", "zoo:rnn"], "unknown zoo model 'rnn': expected one of cnn, vit"),
+        (["--model", "zoo:rnn"], "unknown zoo model 'rnn': expected one of cnn, imagenet, vit"),
         (["--model", "resnet18"], "unknown model 'resnet18'"),
         (["--model", "timm:resnet1"], "timm has no model 'resnet1'"),
         (["--model", "timm:resnet10t", "--checkpoint", "missing.safetensors"], "no such checkpoint file"),
@@ -190,7 +202,8 @@ def test_one_line_and_exit_code_2(run: Run, photo: Path, tmp_path: Path, argumen
     given = [names.get(a, a) for a in arguments]
     image = [] if given[0].startswith("nowhere") or given[0] == names["EMPTY"] else [photo]
     out = [] if "--out" in given else ["--out", tmp_path / "out"]
-    code, printed, err = run("explain", *image, *given, *out)
+    model = [] if "--model" in given else ["--model", "zoo:cnn"]
+    code, printed, err = run("explain", *image, *given, *model, *out)
     assert code == 2
     assert message in err
     assert err.startswith("error: ")
@@ -218,7 +231,7 @@ def test_class_names_and_checkpoint(run: Run, photo: Path, tmp_path: Path) -> No
 def test_saliency_patches_from_a_saved_explanation(run: Run, photo: Path, tmp_path: Path) -> None:
     run("explain", photo, *FAST, "--out", tmp_path / "out")
     prior = tmp_path / "out" / "cat-zoo-cnn.npz"
-    arguments = ["explain", photo, "--preset", "smdl-cub", "--heatmap", prior, "--out", tmp_path / "patches"]
+    arguments = ["explain", photo, "--model", "zoo:cnn", "--preset", "smdl-cub", "--heatmap", prior, "--out", tmp_path / "patches"]
     assert run(*arguments)[0] == 0
     assert at.Explanation.load(tmp_path / "patches" / "cat-zoo-cnn.npz").regions.count == 25
 

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 import attribution as at
@@ -108,9 +109,9 @@ def test_names_are_drawn_as_they_are_written(name: str) -> None:
     assert rendered(figure).std() > 0
     shown = " ".join(name.replace("\x07", " ").split())
     short = shown if len(shown) <= 48 else shown[:47] + "…"
-    assert figure.axes[0].get_title().startswith(f"{shown}: {short}, p = ".removeprefix(": "))
+    assert figure.axes[0].get_title().replace("\n", " ").startswith(f"{shown}: {short}, p = ".removeprefix(": "))
     assert figure.axes[3].get_ylabel() == f"p({short})"
-    assert f"fill {shown}" in figure.axes[3].get_title()
+    assert f"fill {shown}" in figure.axes[3].get_title().replace("\n", " ")
     assert not any(text.get_parse_math() for text in figure.findobj(Text) if text.get_text())
 
 
@@ -140,3 +141,18 @@ def test_border_segments_of_two_pixels() -> None:
     assert border_segments(np.array([[0, 1]])).tolist() == [[[0.5, -0.5], [0.5, 0.5]]]
     assert border_segments(np.array([[0], [1]])).tolist() == [[[-0.5, 0.5], [0.5, 0.5]]]
     assert len(border_segments(np.zeros((4, 4)))) == 0
+
+
+def test_long_names_of_classes_stay_inside_the_figure() -> None:
+    """Names of 1000 classes and of their models: no title is cut off at an edge or lies over another one."""
+    names = ("American Staffordshire terrier", "soft-coated wheaten terrier")
+    model = {"model": "timm:vit_base_patch16_clip_224.openai_ft_in12k_in1k"}
+    explanation = replace(made(), class_names=names, probabilities=torch.tensor([0.3, 0.7]), provenance=model)
+    explanation = replace(explanation, target=0)
+    figure = plot_explanations([explanation, explanation])
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for ax in figure.axes for text in (ax.title, ax.yaxis.label) if text.get_text()]
+    left, bottom, right, top = figure.bbox.extents
+    assert all(box.x0 >= left and box.y0 >= bottom and box.x1 <= right and box.y1 <= top for box in boxes)
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert f"{names[0]}, p = 0.30" in titles(figure)[0]

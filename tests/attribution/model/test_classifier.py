@@ -274,7 +274,7 @@ def test_target_index(target: Any, index: int) -> None:
         ("bird", "mine has no class 'bird'"),
         ("", "mine has no class ''"),
         ("Dog", r"class name 'Dog' stands for 2 classes of mine: dog \(1\), DOG \(2\); give the index"),
-        ("crane", r"class name 'crane' stands for 2 classes of mine: crane \(3\), crane \(4\)"),
+        ("crane", r"class name 'crane' stands for 2 classes of mine: crane \(3\), crane \(4\); give the index"),
         (True, "target is bool: expected a class name, or an index from 0 to 5"),
         (np.bool_(True), "target is bool"),
         (1.0, "target is float"),

@@ -257,6 +257,8 @@ def test_killed_at_any_record_it_ends_with_the_same_tables(tmp_path: Path, monke
 
 def command(data: Path, out: Path) -> list[str]:
     options = [
+        "--model",
+        "zoo:cnn",
         "--methods",
         "grad_cam,saliency,rise,random",
         "--regions",
@@ -496,7 +498,9 @@ def test_a_library_call_and_a_command_give_one_table(tmp_path: Path, run_command
     data = image_folder(tmp_path / "data", 2, side=32)
     (data / "2.png").write_bytes(b"rubbish")
     toml = tmp_path / "mine.toml"
-    toml.write_text(f'data = "{data}"\nmethods = ["saliency", "grad_cam"]\nmetrics = ["insertion"]\nregions = "grid"\n')
+    toml.write_text(
+        f'data = "{data}"\nmodels = ["zoo:cnn"]\nmethods = ["saliency", "grad_cam"]\nmetrics = ["insertion"]\nregions = "grid"\n'
+    )
     code, out, err = run_command("benchmark", toml, "--region-count", 9, "--out", tmp_path / "a")
     assert code == 2  # the corrupt image
     assert "2 measurements failed" in err and "2.png" in err and len(err.strip().splitlines()) == 1

@@ -349,7 +349,19 @@ def test_settings_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], messa
 
 def test_command(data: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]) -> None:
     """The zoo knows none of these classes as the folder names them, so no grid can be made; the reason says so."""
-    arguments = ["benchmark", "--data", data, "--metrics", "gridpg,difull", "--layers", "input,final", "--out", tmp_path / "out"]
+    arguments = [
+        "benchmark",
+        "--data",
+        data,
+        "-m",
+        "zoo:cnn",
+        "--metrics",
+        "gridpg,difull",
+        "--layers",
+        "input,final",
+        "--out",
+        tmp_path / "out",
+    ]
     code, _, error = run_command(*arguments)
     assert code == 2
     assert len(error.strip().splitlines()) == 1

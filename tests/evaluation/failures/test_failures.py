@@ -866,7 +866,7 @@ def test_the_command(run_command: Run, animals: Path, tmp_path: Path) -> None:
     with Image.open(figure) as picture:
         assert min(picture.size) > 200 and np.asarray(picture.convert("L")).std() > 5
     file = tmp_path / "study.toml"
-    file.write_text(f'data = "{animals}"\nregions = "grid"\nregion_options = {{ count = 4 }}\n', encoding="utf-8")
+    file.write_text(f'data = "{animals}"\nmodel = "zoo:cnn"\nregions = "grid"\nregion_options = {{ count = 4 }}\n', encoding="utf-8")
     code, out, err = run_command("debug", file, "--only", failed["sample"], "--out", tmp_path)
     assert code == 0 and f"{failed['sample']}: {failed['text']}" in out, err
     code, out, err = run_command("debug", file, "--no-measure", "--most", 2, "--out", tmp_path)
@@ -880,7 +880,7 @@ def test_the_command_says_what_failed(run_command: Run, animals: Path, tmp_path:
         (data / path.parent.name).mkdir(parents=True, exist_ok=True)
         (data / path.parent.name / path.name).write_bytes(path.read_bytes())
     (data / "cat" / "1.png").write_bytes(b"no image")
-    arguments = ("debug", "--data", data, "--regions", "grid", "--region-count", 4, "--most", 1, "--out", tmp_path / "out")
+    arguments = ("debug", "--data", data, "-m", "zoo:cnn", "--regions", "grid", "--region-count", 4, "--most", 1, "--out", tmp_path / "out")
     code, out, err = run_command(*arguments)
     assert code == 2 and "1 measurement failed, such as cat/1.png" in err and len(err.strip().splitlines()) == 1
     assert "report:" in out, "the others count"
