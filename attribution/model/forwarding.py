@@ -330,8 +330,6 @@ class ModuleForward:
         failed: list[Exception] = []
         try:
             parts = self._first_parts(inputs)
-            if len(parts) == 1 and not self.takes(inputs[:1]):
-                self.fixed_batch = len(inputs)
         except Exception as error:  # a module may raise anything
             failed.append(error)
         for rows in self._other_batches(failed):
@@ -348,6 +346,8 @@ class ModuleForward:
     def _check_repeatable(self, first: Tensor) -> None:
         """Refuse scores that are random. Forward one image at a time where they depend on the other images of a batch.
 
+        A module that took both inputs at once, but takes none alone, always gets two.
+
         Args:
             first: [2, count], scores of the gray inputs.
         """
@@ -356,6 +356,7 @@ class ModuleForward:
         try:
             repeated = torch.cat([self._plainly(row[None]) for row in inputs.flip(0)]).flip(0)
         except Exception:  # it takes no single image
+            self.fixed_batch = self.fixed_batch or len(inputs)
             return
         if _differ(repeated, first, within) == 0:
             return

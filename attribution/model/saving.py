@@ -23,7 +23,7 @@ from attribution.model.source import Wanted
 
 _METADATA_KEY = "vision-attribution"
 _WAY = ("size", "mean", "std", "resize", "resized", "interpolation", "channels", "rounding", "padding")
-_SAVED_SETTINGS = (*_WAY, "head", "scores", "output", "forward_kwargs")
+_SAVED_SETTINGS = (*_WAY, "head", "scores", "output", "forward_kwargs", "channels_last")
 _LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 PROTOTYPES = "vision-attribution.prototypes"  # the name of their matrix among the weights
 _OF_FILES = ("path", "dir", "pretrained", "weights", "url", "file")  # options of libraries that read further files
@@ -134,6 +134,8 @@ def _card(classifier: Classifier, recipe: Recipe, prototypes: PrototypeForward |
         raise UserError(f"{classifier.name} takes its scores by a function, output=, which no file can hold: name the part instead")
     settings = {name: getattr(classifier.preprocessing, name) for name in _WAY}
     settings |= {"head": runner.head, "scores": runner.scores, "output": runner.output}
+    if runner.channels_last:
+        settings["channels_last"] = True
     if runner.forward_kwargs:
         settings["forward_kwargs"] = runner.forward_kwargs
     card: dict[str, Any] = {"model": recipe.model, "class_names": classifier.class_names, "settings": settings}

@@ -55,7 +55,8 @@ _NONLINEAR = (
 )
 _MOVES = frozenset(
     """view view_as reshape flatten unflatten permute transpose swapaxes squeeze unsqueeze movedim contiguous clone to float type_as chunk
-    split tensor_split unbind cat concat stack __getitem__ select narrow index_select flip roll pad requires_grad_ __get__""".split()  # noqa: SIM905
+    split tensor_split unbind cat concat stack __getitem__ select narrow index_select flip roll pad expand expand_as repeat unfold
+    requires_grad_ __get__""".split()  # noqa: SIM905
 )
 STRUCTURAL = ("residual sum", "product", "max_pool2d_with_indices")  # kinds that ``operations`` counts beside activations
 _ATTENTION = ("scaled_dot_product", "softmax", "native_layer_norm", "native_multi_head_attention")

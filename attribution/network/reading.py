@@ -127,9 +127,8 @@ def _misfit(calls: list[Attention], sequences: list[Tensor]) -> str:
         return "no attention was found in it"
     lengths, widths = {each.shape[1] for each in sequences}, {each.shape[2] for each in sequences}
     heads = [call.value.shape[:-2].numel() for call in calls]
-    if any(
-        call.value.shape[-1] in lengths and call.value.shape[-2] * each in widths - lengths for call, each in zip(calls, heads, strict=True)
-    ):
+    turned = [call.value.shape[-1] in lengths and call.value.shape[-2] not in lengths for call in calls]
+    if any(each and call.value.shape[-2] * count in widths - lengths for each, call, count in zip(turned, calls, heads, strict=True)):
         return "it has attention between channels, not between tokens (cross-covariance attention)"
     shapes = [(tuple(call.weights.shape[:-3]), *call.weights.shape[-2:]) for call in calls]
     tokens = shapes[0][2]

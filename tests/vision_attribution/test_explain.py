@@ -63,7 +63,7 @@ def test_the_default_model_knows_1000_classes(run: Run, photo: Path, tmp_path: P
     code, _, err = run("explain", photo, *given, "--target", "cat")
     assert (code, "class name 'cat' stands for 6 classes of zoo:imagenet: tiger cat (282), Persian cat (283)" in err) == (2, True)
     code, _, err = run("explain", photo, *given, "--target", "Egyptain cat")
-    assert (code, "zoo:imagenet has no class 'Egyptain cat': did you mean Egyptian cat" in err) == (2, True)
+    assert (code, "zoo:imagenet has no class 'Egyptain cat': expected one of" in err and "did you mean Egyptian cat?" in err) == (2, True)
 
 
 def test_outputs_agree_with_the_library(run: Run, photo: Path, tmp_path: Path, cnn: at.Classifier) -> None:
@@ -259,7 +259,7 @@ def test_the_output_folder_is_not_read_as_images(run: Run, photo: Path, tmp_path
 def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Classifier) -> None:
     assert "zoo:cnn was given twice" in run("explain", photo, "-m", "zoo:cnn", "-m", "zoo:cnn", "--out", tmp_path / "out")[2]
     at.save_classifier(cnn, tmp_path / "tuned.safetensors")
-    assert run("explain", photo, *FAST, "-m", "zoo:cnn", "-m", tmp_path / "tuned.safetensors", "--out", tmp_path / "out")[0] == 0
+    assert run("explain", photo, *FAST, "-m", tmp_path / "tuned.safetensors", "--out", tmp_path / "out")[0] == 0
     assert len(list((tmp_path / "out").glob("*.npz"))) == 2
 
 

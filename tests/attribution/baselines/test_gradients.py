@@ -280,7 +280,7 @@ class Gated(nn.Module):
         ("guided_backprop deconvolution guided_grad_cam lrp", Functional(nn.LeakyReLU()), "1 x leaky_relu"),
         ("guided_backprop deconvolution guided_grad_cam", nn.Sequential(nn.Conv2d(3, 4, 4), nn.Flatten(), nn.Linear(676, 3)), "no ReLU"),
         ("lrp", nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)), "GroupNorm"),
-        ("lrp", Functional(lambda x: x.clamp(-1, 1)), "none for its functions clamp, mean;"),
+        ("lrp", Functional(lambda x: x.clamp(-0.01, 0.01)), "none for its functions clamp, mean;"),
         ("lrp", Functional(lambda x: torch.maximum(x, x.flip(3)).square()), "none for its functions maximum, mean, square;"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

@@ -27,6 +27,8 @@ from evaluation.study.records import open_log, read_log
 NAMES = ("ant", "bee", "cow", "dog", "eel")
 SIDE = 4
 
+PROBE = 4  # images forwarded to find out what the module returns: two together, then each alone
+
 
 class Painted(nn.Module):
     """Reads its answer off the image: red says the class (in fifths), green the probability of it; blue of 1 is not a number.
@@ -137,7 +139,7 @@ def test_a_second_run_forwards_nothing(tmp_path: Path) -> None:
     with open_log(tmp_path / "log.jsonl") as log:
         first, again, other = painted(), painted(), painted(shift=0.05)
         values = label_confidences(first, dataset, range(20), log=log).values
-        assert first.module.forwarded == 2 + 20  # the probe of what the module returns takes two
+        assert first.module.forwarded == PROBE + 20
         assert np.array_equal(label_confidences(again, dataset, range(20), log=log, progress=lambda *a: progress.append(a)).values, values)
         assert again.module.forwarded == 0
         assert progress == [(3, 20), (6, 20), (9, 20), (12, 20), (15, 20), (18, 20), (20, 20)]
@@ -153,13 +155,13 @@ def test_a_second_run_forwards_nothing(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     dataset, path = painted_dataset(ROWS), tmp_path / "log.jsonl"
     killed, resumed = painted(), painted()
-    killed.module.most = 2 + 10
+    killed.module.most = PROBE + 10
     with open_log(path) as log, pytest.raises(KeyboardInterrupt):
         label_confidences(killed, dataset, range(20), log=log)
     assert len(read_log(path)) == 3
     with open_log(path) as log:
         values = label_confidences(resumed, dataset, range(20), log=log).values
-    assert resumed.module.forwarded == 2 + 11
+    assert resumed.module.forwarded == PROBE + 11
     assert np.array_equal(values, label_confidences(painted(), dataset, range(20)).values)
 
 
@@ -173,7 +175,7 @@ def test_a_mended_image_is_judged_and_the_others_are_not_forwarded_again(tmp_pat
         assert label_confidences(still, broken, range(6), log=log).failures == before.failures
         assert still.module.forwarded == 0
         found = label_confidences(mended, dataset, range(6), log=log)
-        assert found.failures == () and mended.module.forwarded == 2 + 1
+        assert found.failures == () and mended.module.forwarded == PROBE + 1
         assert np.array_equal(found.values, label_confidences(painted(), dataset, range(6)).values)
         label_confidences(last, dataset, range(6), log=log)
         assert last.module.forwarded == 0
@@ -202,7 +204,7 @@ def test_replaced_pixels_under_the_same_names_are_measured_again(tmp_path: Path)
     with open_log(tmp_path / "log.jsonl") as log:
         found = label_confidences(changed, dataset, range(7), log=log)
     assert found.values == pytest.approx([0.8, 0.4, 0.8, 0.8, 0.8, 0, 0.8], abs=1e-6) and found.failures == ()
-    assert changed.module.forwarded == 2 + 2, "only the replaced images"
+    assert changed.module.forwarded == PROBE + 2, "only the replaced images"
     with open_log(tmp_path / "log.jsonl") as log:
         assert np.array_equal(label_confidences(again, dataset, range(7), log=log).values, found.values)
     assert again.module.forwarded == 0
@@ -217,7 +219,7 @@ def test_a_lost_image_keeps_its_confidence_and_a_replaced_one_does_not(tmp_path:
         assert again.module.forwarded == 0 and lost.failures == () and np.array_equal(lost.values, values)
         write_painted(tmp_path / "002.png", 2, 0.6)
         found = label_confidences(back, dataset, range(5), log=log)
-    assert back.module.forwarded == 2 + 1 and found.values[2] == pytest.approx(0.6, abs=1e-6)
+    assert back.module.forwarded == PROBE + 1 and found.values[2] == pytest.approx(0.6, abs=1e-6)
     assert label_confidences(painted(), dataset, [2]).values == found.values[2]
 
 
@@ -241,7 +243,7 @@ def test_records_without_digests_are_measured_again(tmp_path: Path) -> None:
         for key, record in list(log.records.items()):
             log.append(key, {"model": record["model"], "data": record["data"], "values": [0.5] * len(record["values"])})
         assert np.array_equal(label_confidences(again, dataset, range(4), log=log).values, values)
-    assert again.module.forwarded == 2 + 4
+    assert again.module.forwarded == PROBE + 4
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,7 @@ def test_every_model_is_sure_of_every_image_chosen() -> None:
 def test_a_pool_is_the_start_of_the_seeded_permutation() -> None:
     dataset, classifier = many(), painted()
     grids = choose_grids(dataset, [classifier], count=None, pool=25, seed=1)
-    assert classifier.module.forwarded == 2 + 25
+    assert classifier.module.forwarded == PROBE + 25
     assert set(grids.indices.flatten().tolist()) <= set(dataset.choose(25, 1, labels_only=True))
     assert (grids.pool, grids.judged) == (25, 25)
     with pytest.raises(at.UserError, match="no classifier was given"):
@@ -418,13 +420,13 @@ def test_a_pool_is_the_start_of_the_seeded_permutation() -> None:
 
 def test_a_killed_choice_goes_on_and_ends_alike(tmp_path: Path) -> None:
     dataset, killed = many(), painted()
-    killed.module.most = 30
+    killed.module.most = PROBE + 28
     with open_log(tmp_path / "log.jsonl") as log, pytest.raises(KeyboardInterrupt):
         choose_grids(dataset, [killed], count=None, log=log)
     resumed = painted()
     with open_log(tmp_path / "log.jsonl") as log:
         found = choose_grids(dataset, [resumed], count=None, log=log)
-    assert resumed.module.forwarded == 2 + 60 - 27
+    assert resumed.module.forwarded == PROBE + 60 - 27
     assert found == choose_grids(dataset, [painted()], count=None)
 
 

@@ -282,7 +282,7 @@ def test_the_command_is_made_of_the_settings(
     call(example, file, "--out", out, "--no-measure")
     assert found == [] and json.loads((out / "brightness.json").read_text())["settings"]["fill"] == "blur"
     assert settings(example, data, fill="#102030").command_line("brightness") == (
-        f"attribution brightness --data {data} --device cpu --region-count 4 --fill '#102030'"
+        f"attribution brightness --device cpu --data {data} --region-count 4 --fill '#102030'"
     )
 
 
