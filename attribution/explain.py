@@ -58,15 +58,16 @@ def explain(
         target: class to explain, index or name; the predicted class by default.
         regions: a key of ``REGIONS`` (default "slico"), a callable, an int label map [H, W], bool masks [R, H, W] or
             ``Regions``.
-        search: a key of ``SEARCHES`` (default "bidirectional"), a ``Search``, or a callable from an objective to an order.
-        weights: weights of the four scores. Default: those of the search where it has its own (1, 1, 0, 0 for "budget", with which
-            the mean of F is Insertion - Deletion + 1), else LiMA's, consistency 20, collaboration 5, confidence 0.01, effectiveness 0.
+        search: a key of ``SEARCHES`` (default "budget"), a ``Search``, or a callable from an objective to an order.
+        weights: weights of the four scores. Default: those of the preset, else of the search: consistency 1 and collaboration 1 for
+            "budget", with which the mean of F is Insertion - Deletion + 1; LiMA's for the others, consistency 20, collaboration 5,
+            confidence 0.01.
         fill: what hidden regions show (see ``make_fill``); also "model_mean", the classifier's own mean colour; or several named
             fills such as "black+blur+mean": F and the trajectories are then means over them, and the images of each are counted; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
             ``follow_patches``).
-        pending: p of the bidirectional search, default 8.
-        evaluations: N, the images that a search with a budget forwards at most; 16 R for each fill by default.
+        pending: p of the bidirectional search, 8 by default. Other searches do not take it.
+        evaluations: N, the images that a search with a budget forwards at most; 8 R for each fill by default.
         seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
@@ -131,7 +132,7 @@ def polish(
         explanation: of any search, or a heatmap of any method. Where it has no order of these regions, its heatmap ranks them first.
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         regions: a label map int [H, W], bool masks or ``Regions`` of the explanation's image; its own by default.
-        evaluations: N, images forwarded at most; 16 R for each fill by default.
+        evaluations: N, images forwarded at most; 8 R for each fill by default.
         options: further arguments of ``explain``, such as fill, weights, seed, batch_size and progress.
 
     Returns:
@@ -195,7 +196,9 @@ def _resolved(
     search = chosen.search if search is None else search
     entry = _entry(search)
     if weights is None:
-        weights = chosen.weights if entry.weights is None or preset is not None else entry.weights
+        weights = entry.weights if name == "default" else chosen.weights
+    if pending is not None and "pending" not in entry.options:
+        raise UserError(f"pending is {pending!r}, but search {entry.name} has no p: give search='bidirectional', or leave it out")
     if not isinstance(weights, ScoreWeights):
         raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
     published = isinstance(regions, str) and regions == chosen.regions

@@ -39,6 +39,7 @@ class ScoreWeights:
             raise UserError("all four weights are 0: give at least one score a weight")
 
 
+PUBLISHED = ScoreWeights(consistency=20.0, collaboration=5.0, confidence=0.01, effectiveness=0.0)  # LiMA, models of one modality
 BALANCED = ScoreWeights(consistency=1.0, collaboration=1.0, confidence=0.0, effectiveness=0.0)  # mean F = Insertion - Deletion + 1
 
 

@@ -1,4 +1,4 @@
-"""Published settings by name: the weights, regions and search that the numbers of a paper were made with.
+"""Settings by name: those of ``explain`` where nothing is given, and the weights, regions and search of published numbers.
 
 The weights are those of the launch scripts. Where script and paper disagree, each has a preset of its own.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from attribution.objective import ScoreWeights
+from attribution.objective import BALANCED, PUBLISHED, ScoreWeights
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ _EVIDENTIAL_FACES = {"confidence": "evidential", "evidence_scale": 5.0}
 _EVIDENTIAL_CUB = {"confidence": "evidential", "evidence_scale": 1.0}
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset(_weights(0.01, 0.0, 20, 5), "slico", "bidirectional", "LiMA single-modal weights with p = 8"),
+    "default": Preset(BALANCED, "slico", "budget", "none: the search by budget, whose objective is Insertion - Deletion"),
+    "published": Preset(PUBLISHED, "slico", "bidirectional", f"{_LIMA}, weights for models of one modality, with p = 8"),
     "smdl-celeba": Preset(
         _weights(1, 1, 1, 1), "saliency_patches", "greedy", f"{_SMDL}, Celeb-A",
         region_options=_FACES, search_options={"count": 97}, objective_options=_EVIDENTIAL_FACES,

@@ -72,10 +72,10 @@ def explain(
         str | None,
         _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: {PRESETS['default'].search}; {DEMO_SEARCH} for the demo."),
     ] = None,
-    pending: Annotated[int | None, _option(min=1, help="p of the bidirectional search. Default: 8.")] = None,
+    pending: Annotated[int | None, _option(min=1, help="p of the bidirectional search, which takes it alone. Default: 8.")] = None,
     evaluations: Annotated[
         int | None,
-        _option(min=1, help=f"Images that search budget may forward. Default: 16 for each region; {DEMO_EVALUATIONS} for the demo."),
+        _option(min=1, help=f"Images that search budget may forward. Default: 8 for each region; {DEMO_EVALUATIONS} for the demo."),
     ] = None,
     weights: Annotated[
         str | None, _option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attribution.objective import BALANCED, ScoreWeights
+from attribution.objective import BALANCED, PUBLISHED, ScoreWeights
 from attribution.search.bidirectional import bidirectional_greedy, bidirectional_greedy_v1
 from attribution.search.budget import budget_search, default_budget
 from attribution.search.contract import Objective
@@ -23,12 +23,12 @@ class Search:
 
     Attributes:
         function: (objective, *, options) -> distinct region ids, most important first. It may return fewer than R.
-        weights: of the four scores where the user gives neither weights nor a preset; None for those of the default preset.
+        weights: of the four scores where the user gives neither weights nor a published preset; the published ones by default.
         default_budget: objective -> ``evaluations`` where the user gives none; None leaves that to the function.
     """
 
     function: Callable[..., Any]
-    weights: ScoreWeights | None = None
+    weights: ScoreWeights = PUBLISHED
     default_budget: Callable[[Objective], int] | None = None
 
     def __post_init__(self) -> None:

@@ -121,6 +121,7 @@ def _explained(settings: FailureSettings, classifier: Classifier, sample: Sample
         region_options=settings.region_options,
         search=settings.search,
         pending=settings.pending,
+        evaluations=settings.evaluations,
         seed=sample_seed(settings.seed, sample.id),
     )
 
@@ -134,7 +135,7 @@ class _Images:
         self.dataset = named_data(run.settings, self.classifier.class_names)
         self.identity = identity_of(self.classifier)
         fill = Protocol(fill=run.settings.fill).settings()["fill"]
-        self.ways = [fill, *(run.settings.plain()[name] for name in ("regions", "region_options", "search", "pending"))]
+        self.ways = [fill, *(run.settings.plain()[name] for name in ("regions", "region_options", "search", "pending", "evaluations"))]
         self.pixels: dict[int, str] = {}  # digests, known from the predictions on
         if self.dataset.label_sets is not None and not self.classifier.outputs.independent:
             raise UserError(

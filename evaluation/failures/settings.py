@@ -34,8 +34,11 @@ class FailureSettings(StudySettings):
         help="Further arguments of the region method.",
         keys={"count": (int, "About how many regions, at least 2. Default: the published 49 or 50.")},
     )
-    search: str = setting("bidirectional", short="-s", choices=SEARCHES, help="How regions are ordered.")
-    pending: int = setting(8, least=1, help="p of the bidirectional search.")
+    search: str = setting("budget", short="-s", choices=SEARCHES, help="How regions are ordered.")
+    pending: int | None = setting(None, least=1, help="p of the bidirectional search. Default: 8.")
+    evaluations: int | None = setting(
+        None, least=1, help="Images that search budget may forward, for each of the two classes of a failure. Default: 8 for each region."
+    )
     clusters: int | None = setting(
         None, least=1, help="Number of clusters of causes. Default: from 2 to 8, the one with the best silhouette."
     )
