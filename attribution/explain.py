@@ -66,7 +66,7 @@ def explain(
             fills such as "black+blur+mean": F and the trajectories are then means over them, and the images of each are counted; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
             ``follow_patches``).
-        pending: p of the bidirectional search, 8 by default. Other searches do not take it.
+        pending: p of the bidirectional search, 8 by default; without a search or a preset it chooses that search. Others do not take it.
         evaluations: N, the images that a search with a budget forwards at most; 8 R for each fill by default.
         seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
@@ -193,12 +193,14 @@ def _resolved(
     regions = chosen.regions if regions is None else regions
     if regions is None:
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
-    search = chosen.search if search is None else search
+    if search is None:
+        search = "bidirectional" if pending is not None and name == "default" else chosen.search
     entry = _entry(search)
     if weights is None:
         weights = entry.weights if name == "default" else chosen.weights
     if pending is not None and "pending" not in entry.options:
-        raise UserError(f"pending is {pending!r}, but search {entry.name} has no p: give search='bidirectional', or leave it out")
+        called = search if isinstance(search, str) else entry.name
+        raise UserError(f"pending is {pending!r}, but search {called} has no p: give search='bidirectional', or leave it out")
     if not isinstance(weights, ScoreWeights):
         raise UserError(f"weights are {describe(weights)}: expected ScoreWeights(consistency=..., collaboration=..., ...)")
     published = isinstance(regions, str) and regions == chosen.regions

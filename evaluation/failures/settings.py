@@ -34,7 +34,9 @@ class FailureSettings(StudySettings):
         help="Further arguments of the region method.",
         keys={"count": (int, "About how many regions, at least 2. Default: the published 49 or 50.")},
     )
-    search: str = setting("budget", short="-s", choices=SEARCHES, help="How regions are ordered.")
+    search: str | None = setting(
+        None, short="-s", choices=SEARCHES, help="How regions are ordered. Default: budget; bidirectional where its p is given."
+    )
     pending: int | None = setting(None, least=1, help="p of the bidirectional search. Default: 8.")
     evaluations: int | None = setting(
         None, least=1, help="Images that search budget may forward, for each of the two classes of a failure. Default: 8 for each region."

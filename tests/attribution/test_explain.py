@@ -168,11 +168,11 @@ def test_presets(name: str, cnn: at.Classifier, small_cat: Tensor) -> None:
 
 def test_what_is_given_overrides_the_preset(cnn: at.Classifier, small_cat: Tensor) -> None:
     weights = at.ScoreWeights(1, 0, 0, 0)
-    explanation = at.explain(small_cat, cnn, preset="lima-paper", weights=weights, regions="grid", search="greedy", pending=3)
+    explanation = at.explain(small_cat, cnn, preset="lima-paper", weights=weights, regions="grid", search="bidirectional_v1")
     settings = explanation.provenance["settings"]
     assert settings["weights"] == vars(weights)
     assert settings["regions"]["method"] == "grid"
-    assert settings["search"] == "greedy"
+    assert settings["search"] == "bidirectional_v1"
 
 
 @pytest.mark.parametrize(
@@ -303,3 +303,23 @@ def test_regions_outside_the_crop_of_the_model_are_counted(tmp_path: Path) -> No
 def test_search_options_of_a_wrong_type(cnn: at.Classifier, small_cat: Tensor, search: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(at.UserError, match=f"^{message}$"):
         at.explain(small_cat, cnn, regions="grid", search=search, search_options=options)
+
+
+def test_the_default_search(cnn: at.Classifier, small_cat: Tensor) -> None:
+    cut = {"regions": "grid", "region_options": {"count": 9}}
+    found = {
+        name: at.explain(small_cat, cnn, **cut, **given).provenance["settings"]
+        for name, given in {
+            "nothing": {},
+            "default": {"preset": "default"},
+            "p": {"pending": 2},
+            "published": {"preset": "published"},
+        }.items()
+    }
+    balanced = vars(at.ScoreWeights(consistency=1, collaboration=1))
+    lima = vars(at.ScoreWeights(consistency=20, collaboration=5, confidence=0.01))
+    assert [each["search"] for each in found.values()] == ["budget", "budget", "bidirectional", "bidirectional"]
+    assert [each["weights"] for each in found.values()] == [balanced, balanced, lima, lima]
+    assert [each["search_options"] for each in found.values()] == [{"evaluations": 72}, {"evaluations": 72}, {"pending": 2}, {"pending": 8}]
+    greedy = at.explain(small_cat, cnn, **cut, search="greedy").provenance["settings"]
+    assert greedy["weights"] == lima

@@ -254,7 +254,7 @@ def test_a_search_of_the_user_gets_what_it_takes_and_no_more() -> None:
     options = {"regions": labels, "weights": at.ScoreWeights(1, 0, 0, 0)}
     seen: list[tuple[int, int]] = []
     progress = lambda done, total: seen.append((done, total))  # noqa: E731
-    plain = at.explain(image, classifier, 0, search=single_regions, progress=progress, pending=3, seed=4, **options)
+    plain = at.explain(image, classifier, 0, search=single_regions, progress=progress, seed=4, **options)
     assert plain.order.tolist() == contributions.argsort(descending=True, stable=True).tolist()
     assert (plain.evaluations, seen) == (12, [])
     assert plain.provenance["settings"]["search_options"] == {}
@@ -266,6 +266,8 @@ def test_a_search_of_the_user_gets_what_it_takes_and_no_more() -> None:
     assert noisy.provenance["settings"]["search"] == "noisy_regions"
     given = at.explain(image, classifier, 0, search=noisy_regions, search_options={"seed": 4, "pending": 3}, seed=9, **options)
     assert torch.equal(given.order, noisy.order)
+    with pytest.raises(at.UserError, match="pending is 3, but search single_regions has no p"):
+        at.explain(image, classifier, 0, search=single_regions, pending=3, **options)
     with pytest.raises(at.UserError, match="search options evaluations are unknown: expected none"):
         at.explain(image, classifier, 0, search=single_regions, evaluations=9, **options)
 
