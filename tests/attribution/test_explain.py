@@ -307,17 +307,11 @@ def test_search_options_of_a_wrong_type(cnn: at.Classifier, small_cat: Tensor, s
 
 def test_the_default_search(cnn: at.Classifier, small_cat: Tensor) -> None:
     cut = {"regions": "grid", "region_options": {"count": 9}}
-    found = {
-        name: at.explain(small_cat, cnn, **cut, **given).provenance["settings"]
-        for name, given in {
-            "nothing": {},
-            "default": {"preset": "default"},
-            "p": {"pending": 2},
-            "published": {"preset": "published"},
-        }.items()
-    }
-    balanced = vars(at.ScoreWeights(consistency=1, collaboration=1))
-    lima = vars(at.ScoreWeights(consistency=20, collaboration=5, confidence=0.01))
+    ways: dict[str, dict[str, Any]] = {"nothing": {}, "default": {"preset": "default"}, "p": {"pending": 2}}
+    ways["published"] = {"preset": "published"}
+    found = {name: at.explain(small_cat, cnn, **cut, **given).provenance["settings"] for name, given in ways.items()}
+    balanced = vars(at.ScoreWeights(consistency=1, collaboration=1, confidence=0, effectiveness=0))
+    lima = vars(at.ScoreWeights(consistency=20, collaboration=5, confidence=0.01, effectiveness=0))
     assert [each["search"] for each in found.values()] == ["budget", "budget", "bidirectional", "bidirectional"]
     assert [each["weights"] for each in found.values()] == [balanced, balanced, lima, lima]
     assert [each["search_options"] for each in found.values()] == [{"evaluations": 72}, {"evaluations": 72}, {"pending": 2}, {"pending": 8}]
