@@ -66,8 +66,9 @@ def explain(
             fills such as "black+blur+mean": F and the trajectories are then means over them, and the images of each are counted; or
             "drop": the tokens of hidden patches leave a vision transformer's sequence (regions by name then follow its patches, see
             ``follow_patches``).
-        pending: p of the bidirectional search, 8 by default; without a search or a preset it chooses that search. Others do not take it.
-        evaluations: N, the images that a search with a budget forwards at most; 8 R for each fill by default.
+        pending: p of the bidirectional search, default 8; without search and preset it chooses this search.
+        evaluations: N, the images that a search with a budget forwards at most. Default: 8 R for each fill, and 32 R on inputs of fewer
+            than 128 x 128 pixels, where images are cheap.
         seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
@@ -98,7 +99,7 @@ def explain(
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
         objective = _objective(masked, wanted, plan, fill)
-        options = _search_options(plan, objective, evaluations, search_options)
+        options = _search_options(plan, objective, math.prod(classifier.preprocessing.size), evaluations, search_options)
         order = _ordered(plan.search, objective, {**plan.search.taken(seed=seed, progress=progress), **options})
         insertion, deletion = _trajectories(masked, order, wanted)
     settings = _recorded(plan, cut, classifier, options, fill, {"target": target, "preset": preset, "seed": seed, "max_side": max_side})
@@ -132,7 +133,7 @@ def polish(
         explanation: of any search, or a heatmap of any method. Where it has no order of these regions, its heatmap ranks them first.
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         regions: a label map int [H, W], bool masks or ``Regions`` of the explanation's image; its own by default.
-        evaluations: N, images forwarded at most; 8 R for each fill by default.
+        evaluations: N, images forwarded at most; as for ``explain`` by default.
         options: further arguments of ``explain``, such as fill, weights, seed, batch_size and progress.
 
     Returns:
@@ -258,7 +259,7 @@ def _objective(
 
 
 def _search_options(
-    plan: _Plan, objective: SubmodularObjective | MeanObjective, evaluations: int | None, given: Mapping[str, Any] | None
+    plan: _Plan, objective: SubmodularObjective | MeanObjective, pixels: int, evaluations: int | None, given: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Options of the search that the provenance records: those of the preset, then what is given."""
     pending = _pending(plan.pending, objective.size)
@@ -268,7 +269,7 @@ def _search_options(
     if evaluations is not None:
         options["evaluations"] = evaluations
     elif plan.search.default_budget is not None:
-        options.setdefault("evaluations", plan.search.default_budget(objective))
+        options.setdefault("evaluations", plan.search.default_budget(objective, pixels))
     _check_options(options, plan.search.options, "search")
     check_types(f"search {plan.search_name}", plan.search.function, options)
     return options

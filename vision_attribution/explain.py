@@ -40,7 +40,6 @@ from vision_attribution.progress import Bar
 from vision_attribution.studies import console
 
 DEMO_FILL = "gray"  # a black image is already a cat to zoo:vit (p = 0.79), a gray one to no zoo model
-DEMO_SEARCH, DEMO_EVALUATIONS, DEMO_REGIONS = "budget", 300, 36  # seconds for a photo instead of a minute
 SHARES = (0.5, 0.8, 0.95)
 _option = partial(typer.Option, show_default=False)  # of an option whose help says what happens without it
 
@@ -64,23 +63,24 @@ def explain(
         ),
     ] = None,
     regions: Annotated[str | None, _option("--regions", "-r", help=f"How the image is cut: {', '.join(REGIONS)}. Default: slico.")] = None,
-    region_count: Annotated[
-        int | None, _option(min=2, help=f"About how many regions. Default: the published 49 or 50; {DEMO_REGIONS} for the demo.")
-    ] = None,
+    region_count: Annotated[int | None, _option(min=2, help="About how many regions. Default: the published 49 or 50.")] = None,
     heatmap: Annotated[Path | None, _option(help="Saved explanation (.npz) whose heatmap is the prior of saliency_patches.")] = None,
     search: Annotated[
         str | None,
-        _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: {PRESETS['default'].search}; {DEMO_SEARCH} for the demo."),
+        _option("--search", "-s", help=f"{', '.join(SEARCHES)}. Default: {PRESETS['default'].search}."),
     ] = None,
-    pending: Annotated[int | None, _option(min=1, help="p of the bidirectional search, which takes it alone. Default: 8.")] = None,
+    pending: Annotated[
+        int | None, _option(min=1, help="p of the bidirectional search. Default: 8. Without --search it chooses this search.")
+    ] = None,
     evaluations: Annotated[
-        int | None,
-        _option(min=1, help=f"Images that search budget may forward. Default: 8 for each region; {DEMO_EVALUATIONS} for the demo."),
+        int | None, _option(min=1, help="Images that search budget may forward. Default: 8 for each region, 32 on small inputs.")
     ] = None,
     weights: Annotated[
         str | None, _option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.")
     ] = None,
-    preset: Annotated[str | None, _option(help=f"A published setting of weights, regions and search: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[
+        str | None, _option(help=f"Weights, regions and search by name, such as published, those of LiMA: {', '.join(PRESETS)}.")
+    ] = None,
     fill: Annotated[
         str | None,
         _option(
@@ -114,9 +114,6 @@ def explain(
 
     - `attribution explain photos/ --model torchvision:resnet50 --regions seeds --fill blur`
     """
-    if not images and search is preset is pending is None:
-        search, evaluations = DEMO_SEARCH, evaluations or DEMO_EVALUATIONS
-        region_count = region_count or DEMO_REGIONS
     options: dict[str, Any] = {
         "regions": regions,
         "search": search,

@@ -24,12 +24,13 @@ class Search:
     Attributes:
         function: (objective, *, options) -> distinct region ids, most important first. It may return fewer than R.
         weights: of the four scores where the user gives neither weights nor a published preset; the published ones by default.
-        default_budget: objective -> ``evaluations`` where the user gives none; None leaves that to the function.
+        default_budget: (objective, pixels of the model input) -> ``evaluations`` where the user gives none; None leaves that to the
+            function.
     """
 
     function: Callable[..., Any]
     weights: ScoreWeights = PUBLISHED
-    default_budget: Callable[[Objective], int] | None = None
+    default_budget: Callable[[Objective, int], int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__signature__", inspect.signature(self.function))  # what inspect.signature(search) returns

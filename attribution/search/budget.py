@@ -33,9 +33,10 @@ IMAGES_TO_ELIMINATE = 6
 IMAGES_TO_ELIMINATE_UNBOUNDED = 24
 # Images a region, both halves together, up to which gradients are used: with more, elimination is better. Chosen on development images.
 IMAGES_WITH_GRADIENTS = 1.5
-# Images a region where no budget is given. On photos at 224 pixels that reaches about the quality of the published search with a fifth
-# of its images (docs/results/default.md).
-IMAGES_BY_DEFAULT = 8
+# Images a region where no budget is given. At real resolution, where an image takes long, 8 reach about the quality of the published search
+# with a fifth of its images (docs/results/default.md). On smaller inputs images are cheap, and the budget is about that search's cost.
+IMAGES_BY_DEFAULT, IMAGES_OF_SMALL_INPUTS = 8, 32
+REAL_RESOLUTION = 128 * 128  # pixels of the model input
 
 
 def anytime_from(objective: Objective | DividedObjective) -> int:
@@ -49,10 +50,14 @@ def anytime_from(objective: Objective | DividedObjective) -> int:
     return math.ceil(images / 2 * sum(objective.needed) * objective.size) * objective.cost
 
 
-def default_budget(objective: Objective | DividedObjective) -> int:
-    """Images forwarded where no budget is given: 8 for each region and each fill, or ``anytime_from`` where that is more."""
+def default_budget(objective: Objective | DividedObjective, pixels: int = REAL_RESOLUTION) -> int:
+    """Images forwarded where no budget is given, for each region and each fill: 8, or 32 on inputs of fewer than 128 x 128 pixels.
+
+    Where ``anytime_from`` is more, it is that.
+    """
     objective = divided(objective)
-    return max(IMAGES_BY_DEFAULT * objective.size * objective.cost, anytime_from(objective))
+    images = IMAGES_BY_DEFAULT if pixels >= REAL_RESOLUTION else IMAGES_OF_SMALL_INPUTS
+    return max(images * objective.size * objective.cost, anytime_from(objective))
 
 
 def search_orders(

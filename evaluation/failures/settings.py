@@ -39,7 +39,9 @@ class FailureSettings(StudySettings):
     )
     pending: int | None = setting(None, least=1, help="p of the bidirectional search. Default: 8.")
     evaluations: int | None = setting(
-        None, least=1, help="Images that search budget may forward, for each of the two classes of a failure. Default: 8 for each region."
+        None,
+        least=1,
+        help="Images that search budget may forward for each of the two classes. Default: 8 for each region, 32 on small inputs.",
     )
     clusters: int | None = setting(
         None, least=1, help="Number of clusters of causes. Default: from 2 to 8, the one with the best silhouette."

@@ -314,6 +314,12 @@ def test_the_default_search(cnn: at.Classifier, small_cat: Tensor) -> None:
     lima = vars(at.ScoreWeights(consistency=20, collaboration=5, confidence=0.01, effectiveness=0))
     assert [each["search"] for each in found.values()] == ["budget", "budget", "bidirectional", "bidirectional"]
     assert [each["weights"] for each in found.values()] == [balanced, balanced, lima, lima]
-    assert [each["search_options"] for each in found.values()] == [{"evaluations": 72}, {"evaluations": 72}, {"pending": 2}, {"pending": 8}]
+    options = [each["search_options"] for each in found.values()]
+    assert options == [
+        {"evaluations": 288},
+        {"evaluations": 288},
+        {"pending": 2},
+        {"pending": 8},
+    ]
     greedy = at.explain(small_cat, cnn, **cut, search="greedy").provenance["settings"]
     assert greedy["weights"] == lima

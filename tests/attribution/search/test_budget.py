@@ -163,6 +163,7 @@ def test_without_a_bound_elimination_takes_longer() -> None:
     assert anytime_from(Unbounded(10)) == 240 and anytime_from(Halves(10)) == 60
     assert anytime_from(bare_objective(10)) == 120
     assert [default_budget(each) for each in (Halves(10), Unbounded(10), Placed(40, 3))] == [80, 240, 960]
+    assert [default_budget(each, 127 * 128) for each in (Halves(10), Unbounded(10))] == [320, 320]
     for images in (119, 120, 400):
         objective = bare_objective(20)
         order = run(objective, images)[-1].order.tolist()
@@ -477,5 +478,5 @@ def test_evaluations_belong_to_the_search_by_budget(cnn: at.Classifier, small_ca
         at.explain(small_cat, cnn, regions="grid", region_options={"count": 9}, search="greedy", evaluations=50)
     found = at.explain(small_cat, cnn, regions="grid", region_options={"count": 9})
     settings = found.provenance["settings"]
-    assert settings["search_options"]["evaluations"] == 72 and found.evaluations <= 72
+    assert settings["search_options"]["evaluations"] == 288 and found.evaluations <= 288
     assert settings["weights"] == {"consistency": 1.0, "collaboration": 1.0, "confidence": 0.0, "effectiveness": 0.0}

@@ -159,7 +159,7 @@ def check_order(name: str, size: int, f: reference.SetFunction) -> None:
     order = entry(Toy(size, f), **options)
     assert order.dtype == torch.int64
     assert sorted(order.tolist()) == list(range(size))
-    total = size if entry.default_budget is None else entry.default_budget(Toy(size, f))
+    total = size if entry.default_budget is None else entry.default_budget(Toy(size, f), 128**2)
     if "progress" in entry.options:
         assert reports[-1] == (total, total)
         assert reports == sorted(reports)
@@ -279,7 +279,7 @@ def test_an_entry_brings_its_weights_and_its_budget() -> None:
         return torch.arange(objective.size) if evaluations is None else torch.arange(objective.size).flip(0)
 
     weights = at.ScoreWeights(1, 2, 0, 0)
-    entry = Search(counted, weights=weights, default_budget=lambda objective: 5 * objective.size)
+    entry = Search(counted, weights=weights, default_budget=lambda objective, pixels: 5 * objective.size)
     for search, order, budget, wanted in ((counted, 0, None, at.ScoreWeights()), (entry, 11, 60, weights)):
         made = at.explain(image, classifier, 0, regions=labels, search=search)
         told = made.provenance["settings"]
