@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +11,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from attribution.errors import UserError, describe
 from attribution.model import huggingface, zero_shot, zoo
+from attribution.model.checkpoints import (
+    at_size,
+    beside_weights,
+    head_weight,
+    is_torchscript,
+    load_state,
+    read_safetensors,
+    read_state_dict,
+    with_checkpoint,
+)
 from attribution.model.class_names import carried_names, timm_names, unique
 from attribution.model.classifier import Classifier
 from attribution.model.factory import from_factory, names_factory
@@ -31,18 +36,6 @@ from attribution.model.saving import PROTOTYPES, Card, Recipe, read_card
 from attribution.model.source import Built, Checkpoint, Wanted, resized_to
 
 T = TypeVar("T")
-_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
-_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params", *_AVERAGES)
-_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.", "network.", "encoder.", "ema.", "ema_model.")
-_NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}  # how it pickles numbers and arrays
-_HARMLESS: list[Any] = [  # plain values that the checkpoints of training programs hold beside tensors
-    argparse.Namespace,
-    pathlib.PosixPath,
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"),
-    *((function, f"numpy.{core}.multiarray.{name}") for name, function in _NUMPY.items() for core in ("core", "_core")),
-]
 
 
 def load_classifier(
@@ -151,7 +144,7 @@ def _from_factory(
     if not isinstance(module, nn.Module):
         raise UserError(f"{spec} returned a Classifier of a function, which takes no checkpoint, device or batch size")
     if checkpoint is not None:
-        _load_state(module, read_state_dict(*checkpoint), checkpoint, spec)
+        load_state(module, read_state_dict(*checkpoint), checkpoint, spec)
     if card is not None and checkpoint is not None:
         return _carded(
             module, replace(card, recipe=Recipe(spec, dict(wanted.options))), checkpoint.path, device, batch_size, names, settings
@@ -173,19 +166,12 @@ def _meant(spec: str) -> str:
     import torchvision
 
     if Path(spec).is_file():
-        if _is_torchscript(Path(spec)):
+        if is_torchscript(Path(spec)):
             return f"; a TorchScript file becomes a classifier in Python, at.Classifier(torch.jit.load({spec!r}), size=...)"
         return f"; a file of weights goes with the name of its model, as --checkpoint {spec}"
     known = {"zoo": zoo.ZOO, "timm": timm.list_models(spec), "torchvision": torchvision.models.list_models(module=torchvision.models)}
     meant = [f"{source}:{spec}" for source, names in known.items() if spec in names]
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -205,7 +191,7 @@ def _zoo(name: str, wanted: Wanted) -> Built:
     fresh = name in zoo.ZOO and not wanted.pretrained and checkpoint is None
     module = zoo.ZOO[name].build().eval() if fresh else zoo.load_zoo_module(name)
     if checkpoint is not None:
-        _load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
+        load_state(module, read_state_dict(*checkpoint), checkpoint, f"zoo:{name}")
     return Built(module, dict(zoo.ZOO[name].settings), zoo.ZOO[name].class_names())
 
 
@@ -231,7 +217,7 @@ def _timm(name: str, wanted: Wanted) -> Built:
                 pass
         return _or_explain(create, f"timm:{name}", wanted)
 
-    module = _with_checkpoint(build, wanted.checkpoint, f"timm:{name}")
+    module = with_checkpoint(build, wanted.checkpoint, f"timm:{name}")
     size = wanted.size or wanted.options.get("img_size")
     args = {} if size is None else {"input_size": (3, *np.broadcast_to(size, 2).tolist())}
     config = timm.data.resolve_data_config(args, model=module)
@@ -264,10 +250,10 @@ def _torchvision(name: str, wanted: Wanted) -> Built:
         module = _or_explain(lambda: torchvision.models.get_model(name, weights=chosen, **options), f"torchvision:{name}", wanted)
         if published and sized:
             state = _or_explain(lambda: weights.get_state_dict(check_hash=True), f"torchvision:{name}", wanted)
-            module.load_state_dict(_at_size(module, state))
+            module.load_state_dict(at_size(module, state))
         return module
 
-    module = _with_checkpoint(build, wanted.checkpoint, f"torchvision:{name}")
+    module = with_checkpoint(build, wanted.checkpoint, f"torchvision:{name}")
     transform = weights.transforms()
     side, resized = int(transform.crop_size[0]), int(transform.resize_size[0])
     settings = {
@@ -278,7 +264,7 @@ def _torchvision(name: str, wanted: Wanted) -> Built:
         "resized": (resized, resized),
         "interpolation": transform.interpolation.value,
     }
-    head = _head_weight(module)
+    head = head_weight(module)
     classes = None if head is None else len(module.get_parameter(head))
     names, assumed = _names(wanted.checkpoint, classes, unique(weights.meta["categories"]))
     return Built(module, settings if wanted.size is None else resized_to(settings, wanted.size), names, assumed=assumed)
@@ -288,17 +274,9 @@ def _names(checkpoint: Checkpoint | None, classes: int | None, published: tuple[
     """The class names of a model by name, and whether they are assumed (see ``Built``)."""
     if checkpoint is None:
         return published, False
-    carried = carried_names(_beside_weights(checkpoint.path), classes, str(checkpoint.path))
+    carried = carried_names(beside_weights(checkpoint.path), classes, str(checkpoint.path))
     fits = published is not None and len(published) == classes
     return carried or (published if fits else None), carried is None and fits
-
-
-def _beside_weights(path: Path) -> Any:
-    """All that a checkpoint holds: the mapping of a torch file, or the metadata of a safetensors file."""
-    if path.suffix != ".safetensors":
-        return _read_torch(path)
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def _open_clip(name: str, _wanted: Wanted) -> Built:
@@ -335,7 +313,7 @@ def _rebuilt(recipe: Recipe, size: Any, path: Path) -> nn.Module:
         source, _, name = recipe.model.partition(":")
         return SOURCES[source](name, Wanted(Checkpoint(path), True, size, recipe.options)).module
     module = zero_shot.tower_of(recipe) if recipe.tower else huggingface.from_configuration(recipe.config or {}, recipe.model)
-    _load_state(module, read_state_dict(path), Checkpoint(path), recipe.model)
+    load_state(module, read_state_dict(path), Checkpoint(path), recipe.model)
     return module
 
 
@@ -349,214 +327,11 @@ def _carded(
     made.recipe = card.recipe
     if head is None:
         return made
-    matrix = _read_safetensors(path)[PROTOTYPES].float().to(device)
+    matrix = read_safetensors(path)[PROTOTYPES].float().to(device)
     forward = PrototypeForward(
         made.forward, matrix, float(head["scale"]), bool(head["normalize"]), float(head["bias"]), head["kind"], bool(head["takes_output"])
     )
     return made.with_forward(forward, class_names=names or card.class_names)
-
-
-def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Read weights by name from a safetensors file, or from a torch file of tensors and plain values. Pickled code is refused.
-
-    Args:
-        path: the file.
-        key: where the state dict is, such as "state_dict_ema" or "ema.module"; None finds the only one.
-
-    Raises:
-        UserError: a file that is missing or damaged, or holds something else or several state dicts.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    found = _state_dicts(loaded)
-    for state in found.values():
-        state.pop(PROTOTYPES, None)
-    if key is not None:
-        if key not in found:
-            prefixed = _below(found, key)
-            if prefixed:
-                return prefixed
-            raise UserError(f"{path} has no state dict {key!r}: expected one of {', '.join(filter(None, found)) or 'none, without a key'}")
-        return found[key]
-    if not found:
-        keys = f"; it has {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) and loaded else ""
-        raise UserError(f"{path} holds {describe(loaded)}: expected a state dict, names to tensors{keys}")
-    if len(found) > 1:
-        same = [{name: tuple(value.shape) for name, value in state.items()} for state in found.values()]
-        raise UserError(
-            f"{path} holds several state dicts, {', '.join(found)}{' of the same shapes' if same.count(same[0]) == len(same) else ''}: "
-            f"say which by checkpoint_key (--checkpoint-key), such as {next(iter(found))!r}"
-        )
-    return next(iter(found.values()))
-
-
-def _below(found: Mapping[str, dict[str, Tensor]], key: str) -> dict[str, Tensor]:
-    """The weights whose names begin with a key, without it: several sets of weights may lie in one state dict, under prefixes."""
-    for name, state in found.items():
-        prefix = key.removeprefix(f"{name}.") + "."
-        below = {each.removeprefix(prefix): value for each, value in state.items() if each.startswith(prefix)}
-        if below:
-            return below
-    return {}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
-
-
-def _read_torch(path: Path) -> Any:
-    if _is_torchscript(path):
-        raise UserError(
-            f"{path} is TorchScript, a program with its weights: give at.Classifier(torch.jit.load(...), size=...) in Python, or save "
-            "the model's state_dict() with torch.save"
-        )
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged or unsafe files
-        foreign = re.search(r"(?:GLOBAL|class) (\S+?) (?:was not an allowed|which)", str(error))
-        inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        reason = f"it holds an object of {foreign[1]}, whose code would run" if foreign else first_line(inner[1] if inner else error)
-        raise UserError(
-            f"{path} cannot be read as weights only ({reason}): save model.state_dict() with torch.save, or use safetensors"
-        ) from None
-
-
-def _state_dicts(loaded: Any) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a file by their keys; one that is the file itself, with "" as its key, or is under a usual key of another."""
-    if not isinstance(loaded, Mapping):
-        return {}
-    found = {}
-    others = [name for name, value in loaded.items() if name not in _WRAPPERS and _has_weights(value)]
-    for name in (*_WRAPPERS, *others):
-        for inner, state in _state_dicts(loaded.get(name)).items():
-            found[f"{name}.{inner}" if inner else name] = state
-    if found:
-        return found
-    own = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    return {"": own} if own else {}
-
-
-def _has_weights(value: Any) -> bool:
-    """Whether a value is a mapping of weights by name, under whatever key: several sets of weights must not be mixed up."""
-    named = [str(name) for name, each in value.items() if isinstance(each, Tensor)] if isinstance(value, Mapping) else []
-    return any(name.endswith(("weight", "bias")) for name in named)
-
-
-def _with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Checkpoint | None, name: str) -> nn.Module:
-    """Build the module with the number of classes of the checkpoint's final layer, and load the weights."""
-    if checkpoint is None:
-        return build(None)
-    state = read_state_dict(*checkpoint)
-    module = build(None)
-    expected = module.state_dict()
-    state = _without_prefix(state, expected, checkpoint)
-    heads = [key for key in expected if key in state and key.endswith("weight") and key == _head_weight(module)]
-    if missing := _missing_head(module, state):
-        module = build(int(state[missing].shape[0]))
-    elif heads and state[heads[0]].shape[0] != expected[heads[0]].shape[0]:
-        module = build(int(state[heads[0]].shape[0]))
-    _load_state(module, _at_size(module, state), checkpoint, name)
-    return module
-
-
-def _missing_head(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """The weight of a final layer that a headless timm backbone lacks and a checkpoint of it has."""
-    head = getattr(module, "pretrained_cfg", {}).get("classifier")
-    names = [f"{name}.weight" for name in ((head,) if isinstance(head, str) else head or ())]
-    headless = getattr(module, "num_classes", None) == 0
-    return next((name for name in names if headless and name in state and name not in module.state_dict()), None)
-
-
-def _at_size(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the position embeddings of a vision transformer resampled for its image size, as timm and torchvision do."""
-    expected = module.state_dict()
-    if (name := "pos_embed") in state and name in expected and hasattr(module, "patch_embed") and hasattr(module, "num_prefix_tokens"):
-        given, own = state[name], expected[name]
-        prefix = 0 if getattr(module, "no_embed_class", False) else int(module.num_prefix_tokens)
-        if given.shape != own.shape and given.ndim == own.ndim == 3 and given.shape[-1] == own.shape[-1]:
-            from timm.layers import resample_abs_pos_embed
-
-            grid = list(module.patch_embed.grid_size)
-            return {**state, name: resample_abs_pos_embed(given, new_size=grid, num_prefix_tokens=prefix)}
-    if (name := "encoder.pos_embedding") in state and name in expected and state[name].shape != expected[name].shape:
-        from torchvision.models.vision_transformer import interpolate_embeddings
-
-        return dict(interpolate_embeddings(module.image_size, module.patch_size, dict(state)))
-    return state
-
-
-def _head_weight(module: nn.Module) -> str | None:
-    """Name of the weight with a row per class: that of the last linear layer, or else of the last convolution."""
-    kinds = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    kinds = kinds or [name for name, m in module.named_modules() if isinstance(m, nn.Conv2d)]
-    return f"{kinds[-1]}.weight" if kinds else None
-
-
-def _without_prefix(state: dict[str, Tensor], expected: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Strip the prefixes of wrappers (DataParallel, Lightning, torch.compile) from the names, as long as no fewer names fit.
-
-    Where the names below one prefix are all that the model expects, those beside it, such as the weights of a loss, are left out.
-
-    Raises:
-        UserError: several prefixes below which is all that the model expects, such as weights and their running averages.
-    """
-    sets = _complete_sets(state, expected)
-    if len(sets) > 1 and checkpoint.key == "" and "" in sets:
-        return {name: state[name] for name in expected if name in state}
-    if len(sets) > 1:
-        named = ", ".join(repr(prefix.removesuffix(".")) for prefix in sets)
-        raise UserError(
-            f"{checkpoint} holds several sets of weights in one state dict, under the prefixes {named}: say which by checkpoint_key "
-            f"(--checkpoint-key), such as {sets[-1].removesuffix('.')!r}"
-        )
-    while not state.keys() <= expected.keys():
-        below = {p: {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in _PREFIXES}
-        whole = [o for o in below.values() if all(k in o or k.endswith("num_batches_tracked") for k in expected)]
-        if len(whole) == 1:
-            return whole[0]
-        same = [
-            o for o in below.values() if len(o) == len(state) and len(o.keys() & expected.keys()) >= len(state.keys() & expected.keys())
-        ]
-        if not same:
-            break
-        state = same[0]
-    return state
-
-
-def _complete_sets(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The prefixes below which a state dict has all weights that a model expects; "" where it has them without a prefix."""
-    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
-    if not needed:
-        return []
-    ends = [name.removesuffix(needed[0]) for name in state if name.endswith(needed[0])]
-    return [prefix for prefix in ends if (not prefix or prefix.endswith(".")) and all(prefix + name in state for name in needed)]
-
-
-def _load_state(module: nn.Module, state: dict[str, Tensor], path: Checkpoint, name: str) -> None:
-    expected = module.state_dict()
-    state = _without_prefix(state, expected, path)
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    reshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(expected)} weights are missing ({_first(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} are unknown ({_first(unexpected)})")
-    if reshaped:
-        key = reshaped[0]
-        problems.append(
-            f"{len(reshaped)} have another shape ({key}: {list(state[key].shape)} in the file, {list(expected[key].shape)} in the model)"
-        )
-    if problems:
-        raise UserError(f"{path} does not fit {name}: {'; '.join(problems)}; is it a checkpoint of this architecture?")
-    module.load_state_dict(state, strict=False)
-    module.eval()
 
 
 def _or_explain(build: Callable[[], T], name: str, wanted: Wanted) -> T:
@@ -578,10 +353,6 @@ def _or_explain(build: Callable[[], T], name: str, wanted: Wanted) -> T:
         raise UserError(
             f"the weights of {name} could not be loaded ({first_line(error)}): connect to the network once, or give --checkpoint FILE"
         ) from None
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
 
 
 SOURCES: dict[str, Callable[[str, Wanted], Built]] = {

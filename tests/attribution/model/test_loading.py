@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import attribution as at
 from attribution.model import zoo
-from attribution.model.loading import read_class_names, read_state_dict
+from attribution.model.checkpoints import read_state_dict
+from attribution.model.loading import read_class_names
 
 SMALL = "timm:resnet10t"
 
