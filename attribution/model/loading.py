@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,7 +209,9 @@ def _timm(name: str, wanted: Wanted) -> Built:
         options = dict(wanted.options) if classes is None else {**wanted.options, "num_classes": classes}
 
         def create(**size: Any) -> nn.Module:
-            return timm.create_model(name, pretrained=published, **size, **options)
+            place = timm.models.get_pretrained_cfg_value(name, "hf_hub_id") if published else None
+            with huggingface.fetching(place) if place else nullcontext():
+                return timm.create_model(name, pretrained=published, **size, **options)
 
         if wanted.size is not None and "img_size" not in options:
             try:
@@ -220,8 +223,8 @@ def _timm(name: str, wanted: Wanted) -> Built:
     module = with_checkpoint(build, wanted.checkpoint, f"timm:{name}")
     size = wanted.size or wanted.options.get("img_size")
     args = {} if size is None else {"input_size": (3, *np.broadcast_to(size, 2).tolist())}
-    config = timm.data.resolve_data_config(args, model=module)
-    settings = {**timm_geometry(config), "mean": config["mean"], "std": config["std"]}
+    data = timm.data.resolve_data_config(args, model=module)
+    settings = {**timm_geometry(data), "mean": data["mean"], "std": data["std"]}
     names, assumed = _names(wanted.checkpoint, getattr(module, "num_classes", None), timm_names(module))
     return Built(module, settings, names, assumed=assumed)
 

@@ -556,3 +556,19 @@ def test_a_card_does_not_make_a_library_read_further_files(tmp_path: Path) -> No
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": json.dumps(card)})
     with pytest.raises(at.UserError, match="a card that save_classifier did not write"):
         at.load_classifier(path)
+
+
+def test_without_a_network_timm_asks_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hub is asked once, then its cache alone: no retries, no lines about them, and one line for the user."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def unreachable(_self: object, place: str, **_: object) -> None:
+        asked.append(place)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(at.UserError, match=r"^the weights of timm:resnet10t could not be loaded .*: connect to the network once"):
+        at.load_classifier("timm:resnet10t")
+    assert asked == ["timm/resnet10t.c3_in1k"] and "Retrying" not in capsys.readouterr().err
