@@ -93,8 +93,11 @@ def test_points_are_what_each_method_finds(data: Path, classifier: at.Classifier
             assert (point.insertion, point.deletion) == pytest.approx(measured(explanation), abs=1e-6)
             assert point.evaluations == explanation.evaluations
 
-        check(by_name["bidirectional", 0], at.explain(found.image, classifier, found.label, regions=regions))
-        check(by_name["bidirectional 1:1", 0], at.explain(found.image, classifier, found.label, regions=regions, weights=BALANCED))
+        check(by_name["bidirectional", 0], at.explain(found.image, classifier, found.label, regions=regions, preset="published"))
+        check(
+            by_name["bidirectional 1:1", 0],
+            at.explain(found.image, classifier, found.label, regions=regions, search="bidirectional", weights=BALANCED),
+        )
         own = sample_seed(0, sample)
         for budget in (40, 120):
             check(by_name["rise", budget], at.attribute(found.image, classifier, "rise", found.label, samples=budget, seed=own))
