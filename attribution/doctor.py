@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +34,10 @@ _LEAST_PHOTOS = 4  # with fewer, nothing is said about other ways of preprocessi
 # Nats by which another way of preprocessing must tell more about photos. With 8 photos and five trained classifiers, no way told 0.15 more
 # than the right one on photos of the classifier's own kind, and 0.22 more on others.
 _TELLS_MORE = 0.3
-_OF_ITS_OWN = 0.5  # probability from which a fill is a class of its own
+_SHARP = 0.05  # by which the largest probability of an image differs between images of a classifier that knows something
 _SATURATED = 1e-4  # distance of the top probability from 1
-_IGNORED = 1e-6  # share of the size of the logits by which they differ at least between images
+_IGNORED = 1e-6  # share of the logits' size, or of the largest difference between images, which a live class exceeds
+_FAILED = "failed"  # name of the finding of a part that failed
 _FILLED = 3  # photos whose fills are drawn: a mean colour and a blur differ little from photo to photo
 _KINDS = {
     "softmax": "logits of classes",
@@ -94,7 +96,7 @@ class Examination:
         return "\n".join([f"{self.model}: {len(self.warnings)} warnings", *lines])
 
 
-def examine(images: Sequence[ImageSource] | None, classifier: Classifier) -> Examination:
+def examine(images: Sequence[ImageSource] | None, classifier: Classifier, *, found: Callable[[Finding], None] | None = None) -> Examination:
     """Find out what a person should know of a classifier before trusting an explanation of it.
 
     The classifier is run on the photos, on other ways of preprocessing them, on fills alone, and by each attribution method. Nothing of
@@ -104,6 +106,7 @@ def examine(images: Sequence[ImageSource] | None, classifier: Classifier) -> Exa
         images: photos of the kind that the classifier is for, as ``load_image`` takes them; at least 4 where other ways of preprocessing
             should be judged. None takes the demo photo.
         classifier: a ``Classifier``.
+        found: called with each finding as soon as its part is done.
 
     Raises:
         UserError: no ``Classifier``, or an image that cannot be read.
@@ -111,7 +114,7 @@ def examine(images: Sequence[ImageSource] | None, classifier: Classifier) -> Exa
     if not isinstance(classifier, Classifier):
         raise UserError(f"classifier is {describe(classifier)}: expected a Classifier, as load_classifier returns it")
     started = time.perf_counter()
-    given = list(images or (demo_image_path(),))
+    given = _listed(images)
     loaded = {_name_of(image, number): limit_size(load_image(image).cpu()) for number, image in enumerate(given, start=1)}
     parts: dict[str, Callable[[list[Tensor], Classifier], list[Finding]]] = {
         "model": _model,
@@ -125,18 +128,37 @@ def examine(images: Sequence[ImageSource] | None, classifier: Classifier) -> Exa
     }
     findings: list[Finding] = []
     for part, find in parts.items():
-        try:
-            with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-                warnings.simplefilter("always", UserWarning)
-                findings += find(list(loaded.values()), classifier)
-        except UserError as error:
-            findings.append(Finding(part, "failed", str(error), warning=True))
-            if part == "outputs":  # without scores nothing else can be found
-                break
-            continue
-        if part in ("outputs", "photos"):
-            findings += [Finding(part, "note", first_line(str(each.message)), True) for each in caught if each.category is UserWarning]
+        new = _of_part(part, partial(find, list(loaded.values()), classifier))
+        findings += new
+        if found is not None:
+            for each in new:
+                found(each)
+        if part == "outputs" and any(each.what == _FAILED for each in new):  # without scores nothing else can be found
+            break
     return Examination(classifier.name, tuple(findings), time.perf_counter() - started)
+
+
+def _listed(images: Any) -> list[ImageSource]:
+    """The photos of a list or a batch [n, 3, H, W]; one photo as a list of one; the demo photo for None."""
+    if images is None:
+        return [demo_image_path()]
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        return list(images)
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _of_part(part: str, find: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of a part, with what was warned of meanwhile, or the error with which it failed."""
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always", UserWarning)
+        try:
+            new = find()
+        except UserError as error:
+            return [Finding(part, _FAILED, str(error), warning=True)]
+        except Exception as error:  # a module may raise anything, on a black image for example
+            return [Finding(part, _FAILED, f"{type(error).__name__}: {first_line(error)}", warning=True)]
+    heard = [str(each.message) for each in caught if each.category is UserWarning and part in ("outputs", "photos")]
+    return new + [Finding(part, "note", first_line(text), warning=True) for text in dict.fromkeys(heard)]
 
 
 def _model(_: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
@@ -146,9 +168,10 @@ def _model(_: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
         return [*found, Finding("model", "kind", "a function: it is explained as a black box")]
     count = sum(parameter.numel() for parameter in module.parameters())
     found.append(Finding("model", "parameters", f"{count:,}"))
-    training = [name or "the module itself" for name, each in module.named_modules() if each.training]
+    layers = {name: each for name, each in module.named_modules() if not list(each.children())}
+    training = [name or "the module itself" for name, each in layers.items() if each.training]
     if training:
-        what = f"{len(training)} modules, such as {training[0]}; here it is evaluated all the same, elsewhere call eval() first"
+        what = f"{len(training)} of {len(layers)} layers, such as {training[0]}; here they are evaluated, elsewhere call eval() first"
         found.append(Finding("model", "in training mode", what, warning=True))
     if runner.opaque:
         found.append(Finding("model", "layers", f"cannot be looked at, {runner.opaque}"))
@@ -164,12 +187,11 @@ def _outputs(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
     found.append(Finding("outputs", "class names", "none: give class_names or --classes" if nameless else _some(names), warning=nameless))
     if fixed := classifier.runner.fixed_batch:
         found.append(Finding("outputs", "images in a batch", f"always {fixed}"))
-    if not meaning.independent and not meaning.two_sided and len(names) > 2 and _squashed_twice(logits):
+    varied = _varied(images, classifier)
+    if not meaning.independent and not meaning.two_sided and len(names) > 2 and _squashed_twice(varied):
         text = "probabilities are the softmax of probabilities, so that none can be high: give what comes before the last softmax"
         found.append(Finding("outputs", "softmax twice", text, warning=True))
-    varied = _varied(images, classifier)
-    size, between = float(varied.abs().max()), varied.amax(dim=0) - varied.amin(dim=0)
-    dead = int((between <= _IGNORED * max(size, 1e-30)).sum())
+    dead = _dead(varied)
     if dead:
         text = "no score depends on the image" if dead == len(names) else f"{dead} of {len(names)} have the same score for every image"
         found.append(Finding("outputs", "dead classes", text, warning=True))
@@ -181,13 +203,27 @@ def _outputs(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
     return found
 
 
+def _dead(logits: Tensor) -> int:
+    """How many classes have the same score for every image, by logits [n, C]; all where none differs beyond rounding."""
+    finite = logits[:, logits.isfinite().all(dim=0)]
+    between = finite.amax(dim=0) - finite.amin(dim=0) if finite.numel() else finite.new_zeros(1)
+    most = float(between.max())
+    if finite.numel() == 0 or most <= _IGNORED * float(finite.abs().median()):
+        return logits.shape[1]
+    return logits.shape[1] - int((between > _IGNORED * most).sum())
+
+
 def _squashed_twice(logits: Tensor) -> bool:
-    """Whether the softmax is taken of probabilities q [n, C]: of what the module returned, or inside it, where some q are near 0."""
+    """Whether the softmax is taken of probabilities q [n, C]: of what the module returned, or inside it.
+
+    Inside it, some q are near 0, and the largest q of an image depends on the image.
+    """
     logarithms = logits.log_softmax(dim=1)
     q = logarithms + (1 - logarithms.sum(dim=1, keepdim=True)) / logits.shape[1]
-    least = q.amin(dim=1)
+    least, most = q.amin(dim=1), q.amax(dim=1)
     returned = torch.allclose(q, logits, atol=1e-4)
-    return bool((least > -1e-3).all()) and (returned or bool((least < 1e-2).all()))
+    sharp = bool((least < 1e-2).all()) and float(most.max() - most.min()) > _SHARP
+    return bool((least > -1e-3).all()) and (returned or sharp)
 
 
 def _varied(images: Sequence[Tensor], classifier: Classifier) -> Tensor:
@@ -272,12 +308,15 @@ def _name_of(image: ImageSource, number: int) -> str:
 
 
 def _fills(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
-    """What the classifier sees in what hides regions: a fill that is a class of its own speaks for this class wherever it is shown."""
-    found = []
+    """What the classifier sees in what hides regions: a fill that is a class of its own speaks for this class wherever it is shown.
+
+    Its probability is then nearer to 1 than to chance.
+    """
+    found, chance = [], 0.5 if classifier.outputs.independent else 1 / classifier.num_classes
     for name in _FILLS:
         filled = [classifier_fill(image, name, classifier) for image in images[:_FILLED]]
         probabilities = classifier.probabilities(torch.cat([classifier.inputs(each) for each in filled])).mean(dim=0).cpu()
-        own = float(probabilities.max()) > _OF_ITS_OWN
+        own = float(probabilities.max()) > (1 + chance) / 2
         found.append(Finding("fills", name, _top(probabilities, classifier) + (", a class of its own" if own else ""), warning=own))
     return found
 
@@ -327,7 +366,7 @@ def _methods(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
                 found += [Finding("methods", name, str(each.message), True) for each in caught if "everywhere" in str(each.message)]
             if name not in _ALIKE or _ALIKE[name] in apply:
                 apply.append(name)
-        except NotApplicable as error:
+        except UserError as error:
             reason = str(error).removeprefix(f"{name} does not apply to {classifier.name}: ").partition(";")[0]
             refused.setdefault(reason, []).append(name)
     reasons = [Finding("methods", "do not apply", f"{', '.join(names)}: {reason}") for reason, names in refused.items()]
@@ -341,13 +380,14 @@ def _speed(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
         for count in _BATCHES:
             try:
                 rates[count] = _rate(classifier, classifier.inputs(images[0]).expand(count, -1, -1, -1), precision)
-            except UserError:
+            except (UserError, RuntimeError):  # it does not take so many at once, or not in this precision
                 break
         if rates:
             text = ", ".join(f"{rate:,.{0 if rate >= 10 else 1}f} in batches of {count}" for count, rate in rates.items())
             found.append(Finding("speed", f"images a second, {precision}", text))
             best = max(best, *rates.values()) if precision == "float32" else best
-    found.append(Finding("speed", "a search of 400 images", f"about {400 / best:.2g} s in float32"))
+    if best:
+        found.append(Finding("speed", "a search of 400 images", f"about {400 / best:.2g} s in float32"))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from attribution.doctor import Examination, examine
+from attribution.doctor import Finding, examine
 from attribution.model.zoo import DEFAULT_MODEL
 from evaluation.data.recipes import PHOTOS, open_dataset
 from evaluation.study.page import write_text
@@ -46,8 +46,10 @@ def doctor(
     - `attribution doctor photos/ --model timm:resnet50 --checkpoint mine.pt --classes names.txt --strict`
     """
     classifier = ModelSettings(**given).load(model)
-    found = examine(list(find_images(images, Path("."))) if images else _photos(), classifier)
-    _show(found)
+    found = examine(list(find_images(images)) if images else _photos(), classifier, found=_Screen())
+    count = len(found.warnings)
+    total = "nothing to look into" if not count else f"{count} {'line' if count == 1 else 'lines'} to look into, marked with !"
+    console().print(Text(f"\n{found.model}: {total} ({found.seconds:.0f} s)", style="bold"))
     if out is not None:
         write_text(out, json.dumps(found.plain(), indent=2) + "\n")
     if strict and found.warnings:
@@ -59,15 +61,15 @@ def _photos() -> list[Path]:
     return [Path(photos.read(index)) for index in range(len(photos))]
 
 
-def _show(found: Examination) -> None:
-    """Print the findings by part; those to look into are marked."""
-    screen, part = console(), ""
-    for finding in found.findings:
-        if finding.part != part:
-            part = finding.part
-            screen.print(Text(f"\n{part}", style="bold"))
+class _Screen:
+    """Prints findings as they come, by part; those to look into are marked."""
+
+    def __init__(self) -> None:
+        self._console, self._part = console(), ""
+
+    def __call__(self, finding: Finding) -> None:
+        if finding.part != self._part:
+            self._part = finding.part
+            self._console.print(Text(f"\n{finding.part}", style="bold"))
         mark = "! " if finding.warning else "  "
-        screen.print(Text(f"{mark}{finding.what}: {finding.value}", style="yellow" if finding.warning else ""))
-    count = len(found.warnings)
-    total = "nothing to look into" if not count else f"{count} {'line' if count == 1 else 'lines'} to look into, marked with !"
-    screen.print(Text(f"\n{found.model}: {total} ({found.seconds:.0f} s)", style="bold"))
+        self._console.print(Text(f"{mark}{finding.what}: {finding.value}", style="yellow" if finding.warning else ""))

@@ -196,7 +196,7 @@ class Job:
             if kept is None:
                 fresh = True
                 self.prepare(classifier, path)
-                with Bar(f"{prefix}{path.name} {classifier.name}", "region") as progress:
+                with Bar(f"{prefix}{path.name} {classifier.name}", self._unit) as progress:
                     kept = explain_image(path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=path.name, key=key)
                 kept.save(base.with_name(base.name + ".npz"))
@@ -206,6 +206,14 @@ class Job:
         if fresh or not figure.exists():
             save_figure(plot_explanations(explanations), figure)
         return explanations
+
+    @property
+    def _unit(self) -> str:
+        """What the search counts: images where it has a budget, else regions placed."""
+        name = self.options["search"] or (
+            "bidirectional" if self.options["pending"] else PRESETS[self.options["preset"] or "default"].search
+        )
+        return "image" if SEARCHES[name].budgeted else "region"
 
     def _key(self, path: Path, classifier: Classifier) -> str:
         """What the result depends on: the file's bytes, the model and every option."""

@@ -16,13 +16,13 @@ from attribution.files import whole_file
 from attribution.image import IMAGE_SUFFIXES, image_files
 
 
-def find_images(paths: list[Path], outside: Path) -> Iterator[Path]:
-    """List the given files, and the ``image_files`` of the given folders, without those in the output folder.
+def find_images(paths: list[Path], outside: Path | None = None) -> Iterator[Path]:
+    """List the given files, and the ``image_files`` of the given folders, without those in the output folder, if there is one.
 
     Raises:
         UserError: a path that does not exist, or a folder without images.
     """
-    own_figures = outside.resolve()
+    own_figures = None if outside is None else outside.resolve()
     for path in paths:
         if os.path.isdir(path):
             inside = [file for file in image_files(path) if own_figures not in (file.parent.resolve(), *file.parent.resolve().parents)]

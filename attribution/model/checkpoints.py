@@ -158,7 +158,8 @@ def with_checkpoint(build: Callable[[int | None], nn.Module], checkpoint: Checkp
 
 def _missing_head(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     """The weight of a final layer that a headless timm backbone lacks and a checkpoint of it has."""
-    head = getattr(module, "pretrained_cfg", {}).get("classifier")
+    config = getattr(module, "pretrained_cfg", None)
+    head = config.get("classifier") if isinstance(config, Mapping) else None
     names = [f"{name}.weight" for name in ((head,) if isinstance(head, str) else head or ())]
     headless = getattr(module, "num_classes", None) == 0
     return next((name for name in names if headless and name in state and name not in module.state_dict()), None)

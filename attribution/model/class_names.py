@@ -53,7 +53,8 @@ def timm_names(module: Any) -> tuple[str, ...] | None:
     """
     import timm
 
-    config = getattr(module, "pretrained_cfg", {})
+    config = getattr(module, "pretrained_cfg", None)
+    config = config if isinstance(config, Mapping) else {}
     classes = getattr(module, "num_classes", None)
     if not classes or classes != config.get("num_classes"):
         return None

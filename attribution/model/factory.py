@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def from_factory(spec: str, wanted: Wanted) -> Classifier | Built:
     factory = _find(spec)
     try:
         made = factory(**wanted.options)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise _raised(spec, error) from error
     if isinstance(made, Classifier):
         if wanted.size is not None and wanted.size != made.preprocessing.size:
@@ -72,7 +72,7 @@ def from_factory(spec: str, wanted: Wanted) -> Classifier | Built:
 
 
 def _settings(module: nn.Module, wanted: Wanted, spec: str) -> dict[str, Any]:
-    if hasattr(module, "pretrained_cfg"):
+    if isinstance(getattr(module, "pretrained_cfg", None), Mapping):
         import timm
 
         size = {} if wanted.size is None else {"input_size": (3, *wanted.size)}
@@ -92,7 +92,7 @@ def _find(spec: str) -> Callable[..., Any]:
     with _importing(path.parent if place.endswith(".py") else Path.cwd()):
         try:
             module = _run_file(path) if place.endswith(".py") else importlib.import_module(place)
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise _raised(place, error) from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -124,5 +124,5 @@ def _importing(folder: Path) -> Iterator[None]:
         sys.path.remove(entry)
 
 
-def _raised(what: str, error: Exception) -> UserError:
+def _raised(what: str, error: BaseException) -> UserError:
     return error if isinstance(error, UserError) else UserError(f"{what} raised {type(error).__name__}: {first_line(error)}")

@@ -26,7 +26,7 @@ from attribution.model.preprocessing import Preprocessing
 
 T = TypeVar("T")
 PRECISIONS = ("float32", "bfloat16", "float16")
-_EQUAL = 1e-3  # share of the largest score by which the scores of an image may differ from batch to batch, by rounding
+_UNMASKED = 0.7  # quantile of the scores' distances from their median that tells how far they spread, whatever one in four of them is
 _USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
 _MOST_FIXED = 256
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
@@ -344,7 +344,7 @@ class ModuleForward:
         return torch.cat(parts).detach(), self.scores, made_by(parts[0])
 
     def _check_repeatable(self, first: Tensor) -> None:
-        """Refuse scores that are random. Forward one image at a time where they depend on the other images of a batch.
+        """Refuse scores that depend on chance. Forward one image at a time where they depend on the other images of a batch.
 
         A module that took both inputs at once, but takes none alone, always gets two.
 
@@ -352,25 +352,23 @@ class ModuleForward:
             first: [2, count], scores of the gray inputs.
         """
         inputs = self.preprocessing.gray_inputs(self.device)
-        within = (0.05 if self.dtype in (torch.float16, torch.bfloat16) else _EQUAL) * float(first.abs().max())
-        try:
-            repeated = torch.cat([self._plainly(row[None]) for row in inputs.flip(0)]).flip(0)
-        except Exception:  # it takes no single image
+        if not self.takes(inputs[:1]):
             self.fixed_batch = self.fixed_batch or len(inputs)
-            return
-        if _differ(repeated, first, within) == 0:
-            return
-        again = torch.cat([self._plainly(row[None]) for row in inputs])
-        if (gap := _differ(again, repeated, within)) > 0:
+        alone, again = torch.cat([self._plainly(row[None]) for row in inputs]), self._plainly(inputs[:1])
+        if (gap := _differ(again, alone[:1], 1e-4, torch.finfo(self.dtype).eps)) > 0:
             raise UserError(
-                f"{self.name} returned scores that differ by {gap:.3g} for the same image, of a size of {first.abs().max():.3g}: it "
-                "draws random numbers in evaluation mode (such as F.dropout without training=self.training); give a model, or a function "
-                "of it, that returns the same scores at every call"
+                f"{self.name} returned scores that differ by {gap:.3g} for the same image: it draws random numbers in evaluation "
+                "mode (such as F.dropout without training=self.training), or keeps a state that each call changes; give a model, or a "
+                "function of it, that returns the same scores at every call"
             )
+        if _differ(alone, first, 1e-3, 32 * torch.finfo(self.dtype).eps) == 0:
+            return
+        depends = f"the scores of {self.name} depend on the other images of a batch"
+        if (self.fixed_batch or 1) > 1:
+            raise UserError(f"{depends}, and it takes no single image: give a model whose scores of an image are its own")
         self.fixed_batch = 1
         warnings.warn(
-            f"the scores of {self.name} depend on the other images of a batch, as with batch normalisation without running statistics "
-            "or dynamic quantisation: each image is forwarded alone",
+            f"{depends}, as with batch normalisation without running statistics or dynamic quantisation: each image is forwarded alone",
             stacklevel=2,
         )
 
@@ -465,12 +463,23 @@ class ModuleForward:
         return self._compiled_module[1]
 
 
-def _differ(some: Tensor, others: Tensor, within: float) -> float:
-    """The largest difference of finite scores, 0 where it is within what rounding explains."""
+def _differ(some: Tensor, others: Tensor, share: float, rounding: float) -> float:
+    """The largest difference of finite scores [n, count], 0 where it is within what rounding explains.
+
+    Args:
+        some, others: of the same images.
+        share: of the spread of an image's scores, which a class that is masked by a large negative score does not widen.
+        rounding: share of the size of the scores.
+    """
     gaps = (some - others).abs()
-    gaps = gaps[gaps.isfinite()]
-    largest = float(gaps.max()) if len(gaps) else 0.0
-    return largest if largest > within else 0.0
+    gaps, finite = gaps[gaps.isfinite()], others[others.isfinite()]
+    if not len(gaps):
+        return 0.0
+    centre = finite.median()
+    spread = float((finite - centre).abs().quantile(_UNMASKED, interpolation="nearest"))
+    size = float(centre.abs()) + spread
+    largest = float(gaps.max())
+    return largest if largest > max(share * (spread or size), rounding * size) else 0.0
 
 
 def modules_inside(function: Callable[..., Any]) -> list[nn.Module]:

@@ -98,9 +98,9 @@ def _environment() -> Environment:
         "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
         "distinct": lambda values: list(dict.fromkeys(values)),
         "link": lambda name: quote(name, errors="replace"),
-        "mean": lambda interval: tables.mean(interval) if has_interval(interval) else UNKNOWN,
+        "mean": lambda interval: tables.mean(interval) or UNKNOWN,
         "p_value": lambda p: tables.p_value(p) or UNKNOWN,
-        "percent": lambda interval: tables.percent(interval) if has_interval(interval) else UNKNOWN,
+        "percent": lambda interval: tables.percent(interval) or UNKNOWN,
         "whole": lambda value: f"{value:,.0f}",
         "words": lambda name: name.replace("_", " "),
     }

@@ -132,6 +132,14 @@ def test_black_boxes_and_other_outputs() -> None:
     assert "grad_cam" in refused and "rise" in facts(found, "methods")["apply"]
 
 
+def test_findings_come_as_they_are_known_and_modes_of_containers_do_not_count() -> None:
+    module = vgg().eval()
+    module.training = True  # of the container alone, whose layers are all in evaluation mode
+    heard: list[doctor.Finding] = []
+    found = at.examine([photo(16)], classifier(module), found=heard.append)
+    assert tuple(heard) == found.findings and warned(found, "model") == {}
+
+
 def test_a_part_that_fails_is_a_warning() -> None:
     found = at.examine([photo(16)], at.Classifier(vgg(), size=16, class_names=["a", "b"]))
     assert "2 class names were given" in warned(found, "outputs")["failed"] and "methods" not in {each.part for each in found.findings}

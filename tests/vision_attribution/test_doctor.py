@@ -47,3 +47,12 @@ def test_bad_input(run_command: Command, photo: Path, tmp_path: Path) -> None:
     assert code == 1 and "! failed: zoo:cnn returns 10 scores, but 2 class names were given" in out
     code, _, err = run_command("doctor", tmp_path / "none.png")
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_folder_below_the_current_one(run_command: Command, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photo.parent)
+    folder = Path("photos")
+    folder.mkdir()
+    photo.rename(folder / "a.png")
+    code, out, err = run_command("doctor", folder, "--model", "zoo:cnn")
+    assert (code, err) == (0, "") and "1 a.png: " in out

@@ -171,6 +171,81 @@ def test_scores_that_depend_on_chance() -> None:
         at.explain(photo(16), at.Classifier(module, size=16, scores="logits"))
 
 
+def conv_of(after: Any) -> nn.Module:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return after(self.body(x), self.head)
+
+    return Net().eval()
+
+
+def masked_class(logits: Tensor, value: float) -> Tensor:
+    return torch.cat([logits, logits.new_full((len(logits), 1), value)], dim=1)
+
+
+DROPPED: dict[str, Any] = {
+    "masked by -1e9": lambda f, head: masked_class(20 * head(nn.functional.dropout(f, 0.5)), -1e9),
+    "masked by -inf": lambda f, head: masked_class(20 * head(nn.functional.dropout(f, 0.5)), -torch.inf),
+    "an offset": lambda f, head: 1000 + 5 * head(nn.functional.dropout(f, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_chance_is_seen_beside_masked_classes_and_offsets(name: str) -> None:
+    with pytest.raises(at.UserError, match="draws random numbers in evaluation mode"):
+        at.Classifier(conv_of(DROPPED[name]), size=16, scores="logits").logits(rand(2, 3, 16, 16))
+
+
+def test_chance_is_seen_in_half_precision() -> None:
+    module = conv_of(lambda f, head: head(nn.functional.dropout(f, 0.5))).to(torch.float16)
+    with pytest.raises(at.UserError, match="draws random numbers in evaluation mode"):
+        at.Classifier(module, size=16, scores="logits").logits(rand(2, 3, 16, 16))
+
+
+def test_a_state_that_every_call_changes() -> None:
+    seen: list[int] = []
+
+    def drifting(f: Tensor, head: nn.Module) -> Tensor:
+        seen.append(len(f))
+        return head(f) * (1 + 0.05 * len(seen))
+
+    with pytest.raises(at.UserError, match="or keeps a state that each call changes"):
+        at.Classifier(conv_of(drifting), size=16, scores="logits").logits(rand(2, 3, 16, 16))
+
+
+def test_statistics_of_a_batch_that_takes_no_single_image() -> None:
+    norm = nn.BatchNorm1d(8, track_running_stats=False)
+    used = at.Classifier(conv_of(lambda f, head: head(norm(f))), size=16, scores="logits")
+    with pytest.raises(at.UserError, match="depend on the other images of a batch, and it takes no single image"):
+        used.logits(rand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda f, head: 1e-9 * head(f),
+        lambda f, head: 1 + 1e-9 * head(f),
+        lambda f, head: 1e30 * head(f),
+        lambda f, head: masked_class(head(f), -torch.inf),
+        lambda f, head: masked_class(head(f), -1e4),
+        lambda f, head: head(f)[:, :2],
+        lambda f, head: 0 * head(f),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_false_alarm(after: Any, dtype: torch.dtype) -> None:
+    used = at.Classifier(conv_of(after).to(dtype), size=16, scores="logits")
+    used.find_out(want_features=False)
+    assert used.runner.fixed_batch is None
+
+
 def test_features_are_those_before_a_head_that_works_in_place() -> None:
     module = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
     inputs = rand(3, 3, 8, 8)
