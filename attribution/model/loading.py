@@ -330,7 +330,10 @@ def _carded(
     made.recipe = card.recipe
     if head is None:
         return made
-    matrix = read_safetensors(path)[PROTOTYPES].float().to(device)
+    state = read_safetensors(path)
+    if PROTOTYPES not in state or not {"scale", "bias", "kind", "normalize", "takes_output"} <= set(head):
+        raise UserError(f"{path} says that it has prototypes, but lacks them or their scale: it was not written by save_classifier")
+    matrix = state[PROTOTYPES].float().to(device)
     forward = PrototypeForward(
         made.forward, matrix, float(head["scale"]), bool(head["normalize"]), float(head["bias"]), head["kind"], bool(head["takes_output"])
     )

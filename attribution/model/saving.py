@@ -8,23 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attribution.checks import is_whole
 from attribution.errors import UserError, describe
 from attribution.files import whole_file
 from attribution.model.classifier import Classifier
 from attribution.model.factory import from_factory
 from attribution.model.prototypes import PrototypeForward
-from attribution.model.source import Wanted
+from attribution.model.source import LARGEST_INPUT, Wanted
 
 _METADATA_KEY = "vision-attribution"
 _WAY = ("size", "mean", "std", "resize", "resized", "interpolation", "channels", "rounding", "padding")
 _SAVED_SETTINGS = (*_WAY, "head", "scores", "output", "forward_kwargs", "channels_last")
-_LARGEST_INPUT = 4096  # pixels a side that a file may ask for
 PROTOTYPES = "vision-attribution.prototypes"  # the name of their matrix among the weights
 _OF_FILES = ("path", "dir", "pretrained", "weights", "url", "file")  # options of libraries that read further files
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -118,14 +117,28 @@ def read_card(path: Path) -> Card | None:
     if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
         return None
     own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
-    parts = {name: card.get(name) for name in ("options", "config", "prototypes", "forward_kwargs")}
-    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(card.get("class_names"), list)
-    usable = usable and all(value is None or isinstance(value, dict) for value in parts.values())
+    parts = {name: card.get(name) for name in ("options", "config", "prototypes")}
+    names = card.get("class_names")
+    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(names, list) and all(isinstance(name, str) for name in names)
+    usable = usable and all(value is None or isinstance(value, dict) for value in (*parts.values(), own.get("forward_kwargs")))
     usable = usable and not any(word in key for key in parts["options"] or () for word in _OF_FILES)
-    if not usable or max(np.atleast_1d(own.get("size", 1)).tolist(), default=0) > _LARGEST_INPUT:
-        raise UserError(f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}")
+    usable = (
+        usable and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None) and own.get("size", 1) is not None
+    )
+    usable = usable and isinstance(own.get("head"), str | None)
+    if not usable:
+        raise UserError(
+            f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}, and sides of the "
+            f"input of at most {LARGEST_INPUT} pixels"
+        )
     recipe = Recipe(card["model"].partition("@")[0], parts["options"] or {}, parts["config"], bool(card.get("tower")))
-    return Card(recipe, tuple(map(str, card["class_names"])), own, parts["prototypes"])
+    return Card(recipe, tuple(names or ()), own, parts["prototypes"])
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a side, or (height, width), that a file may ask for."""
+    sides = value if isinstance(value, tuple) else (value,)
+    return 1 <= len(sides) <= 2 and all(is_whole(side) and 1 <= side <= LARGEST_INPUT for side in sides)
 
 
 def _card(classifier: Classifier, recipe: Recipe, prototypes: PrototypeForward | None) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from attribution.errors import UserError
 
+LARGEST_INPUT = 4096  # pixels a side of a model input that a file or an option may ask for
+
 
 class Checkpoint(NamedTuple):
     """A file of weights, and the key of the state dict in it; None for the usual ones."""
@@ -113,8 +115,11 @@ def parsed_size(value: int | str) -> tuple[int, int]:
         UserError: anything else.
     """
     parts = str(value).lower().split("x")
-    if isinstance(value, bool) or not 1 <= len(parts) <= 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"image size is {value!r}: expected pixels such as 224, or height x width such as 192x256")
+    sides = [int(part) if part.isdecimal() and len(part) < 6 else 0 for part in parts]
+    if isinstance(value, bool) or not 1 <= len(parts) <= 2 or not all(1 <= side <= LARGEST_INPUT for side in sides):
+        raise UserError(
+            f"image size is {value!r}: expected pixels such as 224, or height x width such as 192x256, of at most {LARGEST_INPUT} each"
+        )
     return int(parts[0]), int(parts[-1])
 
 

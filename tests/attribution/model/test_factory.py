@@ -144,3 +144,10 @@ def test_options_and_sizes_of_a_command_line() -> None:
     for size in ("0", "-3", "3x4x5", "x", "big", True):
         with pytest.raises(at.UserError, match="image size is"):
             parsed_size(size)
+
+
+def test_a_factory_that_exits(tmp_path: Path) -> None:
+    file = tmp_path / "leaving.py"
+    file.write_text("import sys\n\n\ndef make():\n    sys.exit(0)\n")
+    with pytest.raises(at.UserError, match="raised SystemExit: 0"):
+        at.load_classifier(f"{file}:make", size=16)

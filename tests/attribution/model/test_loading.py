@@ -13,6 +13,8 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import attribution as at
@@ -572,3 +574,37 @@ def test_without_a_network_timm_asks_once(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(at.UserError, match=r"^the weights of timm:resnet10t could not be loaded .*: connect to the network once"):
         at.load_classifier("timm:resnet10t")
     assert asked == ["timm/resnet10t.c3_in1k"] and "Retrying" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": "abc"},
+        {"size": None},
+        {"size": [[1, 2], [3]]},
+        {"size": 10**6},
+        {"resized": [10**6, 10**6]},
+        {"head": 3},
+        {"forward_kwargs": [1]},
+    ],
+)
+def test_edited_cards_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """What a received file says is checked: it takes no memory and ends in no traceback."""
+    path = tmp_path / "mine.safetensors"
+    at.save_classifier(at.load_classifier("zoo:cnn"), path)
+    with safe_open(path, framework="pt") as file:
+        card = json.loads(file.metadata()["vision-attribution"])
+    card["settings"].update(change)
+    save_file(load_file(path), path, metadata={"vision-attribution": json.dumps(card)})
+    with pytest.raises(at.UserError, match="has a card that save_classifier did not write"):
+        at.load_classifier(path)
+
+
+def test_a_card_that_promises_prototypes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    at.save_classifier(at.load_classifier("zoo:cnn"), path)
+    with safe_open(path, framework="pt") as file:
+        card = json.loads(file.metadata()["vision-attribution"])
+    save_file(load_file(path), path, metadata={"vision-attribution": json.dumps({**card, "prototypes": {}})})
+    with pytest.raises(at.UserError, match="says that it has prototypes, but lacks them"):
+        at.load_classifier(path)
