@@ -27,6 +27,9 @@ FORMAT = 1
 _MAX_FILE_VALUES = 2**28  # limit for one array of a file: a hostile header cannot make us allocate more
 
 
+_HARDLY = 0.05  # probability below which curves of a class are mostly those of other things
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """The result of a search or an attribution method for one image and one class.
@@ -80,10 +83,20 @@ class Explanation:
 
     @property
     def note(self) -> str:
-        """What a reader must know of the target: that no independent label is predicted, and the most probable is explained; else empty."""
+        """What a reader must know of the target: that it is hardly seen in the image, or that no independent label is predicted and the
+        most probable is explained; else empty.
+        """
+        if self.is_hardly_seen:
+            return f"the model hardly sees {self.target_name!r} in this image, p = {self.confidence:.2g}: the order says little"
         if self.predicted or self.target != int(self.probabilities.argmax()):
             return ""
         return "no label is above 0.5: the most probable is explained"
+
+    @property
+    def is_hardly_seen(self) -> bool:
+        """Whether the target, of classes of which one is right, is not predicted and has a probability below 0.05."""
+        one_right = self.provenance.get("labels") != "independent"
+        return one_right and self.target not in self.predicted and self.confidence < _HARDLY
 
     @property
     def fill_confidence(self) -> float:

@@ -294,7 +294,7 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
                 notes.append(f"note: {explanation.note} ({file})")
             if note := explanation.provenance["settings"]["regions"].get("note"):
                 notes.append(f"note: {note} ({file})")
-            if explanation.fill_is_informative:
+            if explanation.fill_is_informative and not explanation.is_hardly_seen:
                 notes.append(
                     f"note: to {model} the fill alone is {explanation.target_name} with p = {explanation.fill_confidence:.2f}, "
                     f"so few regions are needed ({file}); try another --fill"

@@ -163,7 +163,9 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
     style_curves(ax, "share of the image shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})")
     fill = explanation.provenance.get("settings", {}).get("fill")
     title = f"most important first{f', fill {one_line(fill)}' if isinstance(fill, str) else ''}"
-    if explanation.fill_is_informative:
+    if explanation.is_hardly_seen:
+        title += f"\nthe model hardly sees the class, p = {explanation.confidence:.2g}"
+    elif explanation.fill_is_informative:
         title += f"\nthe fill alone gives p = {explanation.fill_confidence:.2f}: try another"
     draw_title(ax, title)
 

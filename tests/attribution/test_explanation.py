@@ -291,3 +291,13 @@ def test_the_top_label_that_is_explained_where_none_is_predicted_is_noted(shift:
     assert summary(explanation).get("note", "") == explanation.note
     title = explanation.plot().axes[0].get_title()
     assert ("predicted no label, as none is above 0.5" in title.replace("\n", " ")) == (shift < 0)
+
+
+def test_a_class_that_is_hardly_seen(cnn: at.Classifier, small_cat: Tensor) -> None:
+    least = int(cnn.probabilities(cnn.inputs(small_cat))[0].argmin())
+    cut = {"regions": "grid", "region_options": {"count": 4}}
+    rare, seen = at.explain(small_cat, cnn, least, **cut), at.explain(small_cat, cnn, **cut)
+    assert rare.is_hardly_seen and rare.note.startswith(f"the model hardly sees {rare.target_name!r} in this image, p = ")
+    assert rare.note in repr(rare) and not seen.is_hardly_seen and seen.note == ""
+    drawn = " ".join(text.get_text() for ax in rare.plot().axes for text in (ax.title, *ax.texts))
+    assert "hardly sees the class" in " ".join(drawn.split()) and "try another" not in drawn
