@@ -538,6 +538,7 @@ def test_the_keyboard_is_enough(opened: Opener) -> None:
         assert outline != "none" or page.evaluate("() => document.activeElement === document.body")
     assert {"step", "previous", "next", "close", "copy", "command", "faint", "order", "kept"} <= reached
     page.keyboard.press("Escape")
+    page.wait_for_function("() => !location.hash.includes('sample=')")  # the address follows a moment later
     assert not page.is_visible("#detail") and "sample=" not in address(page) and "pair=0-1" in address(page)
     page.wait_for_function("() => document.activeElement.dataset.open === '1'")
 
