@@ -179,7 +179,8 @@ def _model(_: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
 
 
 def _outputs(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
-    meaning, logits = classifier.outputs, _logits(images, classifier)
+    meaning, varied = classifier.outputs, _varied(images, classifier)
+    logits = varied[: len(images)]
     names = classifier.class_names
     kind = _KINDS[meaning.kind] + (", the second of two classes" if meaning.two_sided else "")
     found = [Finding("outputs", "scores", f"{meaning.count}, read as {kind}")]
@@ -187,7 +188,6 @@ def _outputs(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:
     found.append(Finding("outputs", "class names", "none: give class_names or --classes" if nameless else _some(names), warning=nameless))
     if fixed := classifier.runner.fixed_batch:
         found.append(Finding("outputs", "images in a batch", f"always {fixed}"))
-    varied = _varied(images, classifier)
     if not meaning.independent and not meaning.two_sided and len(names) > 2 and _squashed_twice(varied):
         text = "probabilities are the softmax of probabilities, so that none can be high: give what comes before the last softmax"
         found.append(Finding("outputs", "softmax twice", text, warning=True))
@@ -230,11 +230,7 @@ def _varied(images: Sequence[Tensor], classifier: Classifier) -> Tensor:
     """Logits of the photos, of noise, and of plain images: [n, C]."""
     noise = torch.rand(images[0].shape, generator=torch.Generator().manual_seed(0))
     plain = [torch.full_like(images[0], value) for value in (0.0, 0.5, 1.0)]
-    return _logits([*images, noise, *plain], classifier)
-
-
-def _logits(images: Sequence[Tensor], classifier: Classifier) -> Tensor:
-    return classifier.logits(torch.cat([classifier.inputs(image) for image in images]))
+    return classifier.logits(torch.cat([classifier.inputs(image) for image in (*images, noise, *plain)]))
 
 
 def _preprocessing(images: Sequence[Tensor], classifier: Classifier) -> list[Finding]:

@@ -194,8 +194,7 @@ def _resolved(
     regions = chosen.regions if regions is None else regions
     if regions is None:
         raise UserError(f"preset {preset!r} works on masks: give regions as bool masks [R, H, W]")
-    if search is None:
-        search = "bidirectional" if pending is not None and name == "default" else chosen.search
+    search = search_meant(search, pending, name)
     entry = _entry(search)
     if weights is None:
         weights = entry.weights if name == "default" else chosen.weights
@@ -218,6 +217,14 @@ def _resolved(
         search_options=chosen.search_options if search == chosen.search else {},
         objective_options=scoring,
     )
+
+
+def search_meant(search: Any, pending: int | str | None, preset: str | None) -> Any:
+    """The search that the arguments of ``explain`` mean: the one given, that of p where p alone is given, else that of the preset."""
+    if search is not None:
+        return search
+    by_default = preset in (None, "default")
+    return "bidirectional" if by_default and pending is not None else PRESETS[preset or "default"].search
 
 
 def _entry(search: Any) -> Search:

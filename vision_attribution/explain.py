@@ -19,6 +19,7 @@ from attribution import __version__
 from attribution.checks import check_choice
 from attribution.errors import UserError
 from attribution.explain import explain as explain_image
+from attribution.explain import search_meant
 from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
 from attribution.files import slug
@@ -210,9 +211,7 @@ class Job:
     @property
     def _unit(self) -> str:
         """What the search counts: images where it has a budget, else regions placed."""
-        name = self.options["search"] or (
-            "bidirectional" if self.options["pending"] else PRESETS[self.options["preset"] or "default"].search
-        )
+        name = search_meant(self.options["search"], self.options["pending"], self.options["preset"])
         return "image" if SEARCHES[name].budgeted else "region"
 
     def _key(self, path: Path, classifier: Classifier) -> str:

@@ -92,7 +92,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, mapped: bool = False) -> Any:
+    """All that a torch file holds; mapped: with tensors that stay on the disk until they are used, where the format allows it."""
     if is_torchscript(path):
         raise UserError(
             f"{path} is TorchScript, a program with its weights: give at.Classifier(torch.jit.load(...), size=...) in Python, or save "
@@ -100,7 +101,7 @@ def _read_torch(path: Path) -> Any:
         )
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types for damaged or unsafe files
         foreign = re.search(r"(?:GLOBAL|class) (\S+?) (?:was not an allowed|which)", str(error))
         inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
@@ -260,7 +261,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Checkpoint, na
 def beside_weights(path: Path) -> Any:
     """All that a checkpoint holds: the mapping of a torch file, or the metadata of a safetensors file."""
     if path.suffix != ".safetensors":
-        return _read_torch(path)
+        return _read_torch(path, mapped=True)
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

@@ -20,6 +20,7 @@ from attribution.model.classifier import Classifier
 from attribution.model.forwarding import first_line, resolve_device
 from attribution.model.matching import matching_settings
 from attribution.model.outputs import Meaning
+from attribution.model.preprocessing import checked_sides
 from attribution.model.prototypes import PrototypeForward
 from attribution.model.saving import Recipe
 from attribution.model.source import Checkpoint, Wanted, optional_package
@@ -90,8 +91,7 @@ def zero_shot(
     spec = str(model)
     source, _, name = spec.partition(":")
     where = None if checkpoint is None else Checkpoint(Path(checkpoint))
-    sides = None if size is None else ((size, size) if isinstance(size, int) else tuple(size))
-    wanted = Wanted(where, pretrained, sides, dict(options or {}))  # type: ignore[arg-type]
+    wanted = Wanted(where, pretrained, None if size is None else checked_sides(size), dict(options or {}))
     if Path(spec).is_dir():
         towers = _of_transformers(spec, wanted)
     elif source in _SOURCES and name:

@@ -27,7 +27,7 @@ from evaluation.study.records import open_log, read_log
 NAMES = ("ant", "bee", "cow", "dog", "eel")
 SIDE = 4
 
-PROBE = 6  # images forwarded to find out what the module returns: two together, one to see if that is taken, each alone, one again
+PROBE = 5  # images forwarded to find out what the module returns: two together, each alone, one again
 
 
 class Painted(nn.Module):
