@@ -155,6 +155,9 @@ class FailureExplanation:
         values[order] = torch.cat([before, after])
         return values
 
+    def __repr__(self) -> str:
+        return f"FailureExplanation({self.text})"
+
     @property
     def text(self) -> str:
         """The failure in a few sentences with numbers."""

@@ -43,7 +43,7 @@ def main(
         keep([folder / "chelsea.png", folder / "coffee.png"], out / "photos.png")
         command("neurons", "--among", "photos", "--out", str(folder))
         keep([folder / "chelsea-zoo-vit-path.png"], out / "neurons.png")
-        failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:vit", true_class="dog", fill="gray")
+        failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:vit", true_class="dog", fill="gray", region_options={"count": 25})
         failure.plot().savefig(folder / "failure.png")
         keep([folder / "failure.png"], out / "failure.png")
     for option, study in {"benchmark": benchmark, "grids": grids, "neurons": neurons, "pareto": pareto}.items():

@@ -265,3 +265,8 @@ def test_several_fills_are_refused_before_anything_runs() -> None:
 def test_an_image_that_the_model_is_right_about_has_an_error_of_its_own() -> None:
     with pytest.raises(at.NotMisclassified, match="there is no failure to explain"):
         failure(planted(), "dog")
+
+
+def test_printing_a_failure_shows_words_and_no_tensors(vit: at.Classifier, small_cat: Tensor) -> None:
+    found = at.explain_failure(small_cat, vit, "dog", fill="gray", regions="grid", region_options={"count": 9})
+    assert repr(found) == f"FailureExplanation({found.text})" and "tensor" not in repr(found)
