@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TESTS  ?= -n 2 --dist loadfile  # processes of pytest-xdist; TESTS= runs one
 
 .PHONY: help env demo test test-all test-install lint types docs readme clean
 
@@ -20,13 +21,13 @@ demo: $(READY)  ## Explain two photos by an ImageNet classifier (under a minute 
 	$(BIN)/attribution explain --out out/demo
 
 test: $(READY)  ## Run the tests (under 8 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 test-install: $(READY)  ## Run the slow tests of the installed wheel and of several processes
 	$(BIN)/python -m pytest -m slow -k 'wheel or workers'
 
 test-all: $(READY)  ## Run the slow tests too
-	$(BIN)/python -m pytest -m 'not readme'
+	$(BIN)/python -m pytest $(TESTS) -m 'not readme'
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check .

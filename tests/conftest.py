@@ -19,7 +19,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True, scope="session")
 def two_threads() -> None:
-    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+    """Two threads in all: each of two processes of pytest-xdist takes one."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0))) // processes))
 
 
 @pytest.fixture(scope="session")

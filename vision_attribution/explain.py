@@ -104,8 +104,8 @@ def explain(
     """Show which regions of an image a classifier's decision rests on.
 
     For each image and model it writes a figure (.png), the explanation (.npz, for attribution.Explanation.load) and its
-    numbers (.json), and prints a table. Run again with the same settings it keeps what is already there. Exit code 2 and
-    one line for each image that could not be explained.
+    numbers (.json), and prints a table. With --target the names end in the class. Run again with the same settings it keeps
+    what is already there. Exit code 2 and one line for each image that could not be explained.
 
     Examples:
 
@@ -144,7 +144,8 @@ def explain(
     rows: list[tuple[Path, Path, list[Explanation]]] = []
 
     def explain_one(path: Path, stem: str, prefix: str) -> None:
-        figure = out / f"{stem}.png"
+        named = stem if target is None else f"{stem}-{slug(target).lower()}"  # so that two classes of one photo lie side by side
+        figure = out / f"{named}.png"
         rows.append((path, figure, job.run(path, figure, prefix)))
 
     try:

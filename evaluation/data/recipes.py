@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from attribution.checks import did_you_mean
 from attribution.errors import UserError
-from attribution.image import IMAGE_SUFFIXES, image_files
+from attribution.image import IMAGE_SUFFIXES, image_files, load_image
 from evaluation.data.dataset import ImageDataset, class_index, index_of_name, some_names
 from evaluation.data.lists import open_list
 
@@ -37,7 +39,8 @@ _PHOTO_FILES = (
 class Recipe:
     """What a data set is, and the layouts in which users store it. The fields are those of the TOML file.
 
-    ``model`` names a classifier of its classes, which studies of it take where they are given none.
+    ``model`` names a classifier of its classes, which studies of it take where they are given none; "" if there is none.
+    ``image_size`` is (width, height) in pixels where all images have the same.
     """
 
     name: str
@@ -45,11 +48,11 @@ class Recipe:
     classes: tuple[str, ...]
     splits: dict[str, int]
     layouts: tuple[dict[str, str], ...]
-    image_size: tuple[int, int]
-    model: str
     obtain: str
     citation: str
     licence: str
+    image_size: tuple[int, int] | None = None
+    model: str = ""
 
 
 def open_dataset(
@@ -118,7 +121,7 @@ def load_recipe(name: str) -> Recipe:
     if name not in recipes:
         raise UserError(f"unknown data set {name!r}: expected one of {', '.join(sorted(recipes))}{did_you_mean(name, recipes)}")
     fields = tomllib.loads(recipes[name].read_text(encoding="utf-8"))
-    sequences = {key: tuple(fields[key]) for key in ("classes", "layouts", "image_size")}
+    sequences: dict[str, Any] = {key: tuple(fields[key]) for key in ("classes", "layouts", "image_size") if key in fields}
     return Recipe(**{**fields, **sequences})
 
 
@@ -247,6 +250,36 @@ def _from_torchvision(recipe: Recipe, layout: dict[str, str], path: Path, split:
     return ImageDataset(recipe.name, recipe.classes, ids, tuple(int(label) for label in loaded.targets), lambda index: data[index])
 
 
+def _from_pets(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
+    """Open what torchvision's ``OxfordIIITPet`` writes. Animal and border of a trimap are inside the mask."""
+    root, lines = path.parents[1], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    ids, labels = [], []
+    for number, line in enumerate(lines, 1):
+        name, label, *_ = [*line.split(), "", ""]
+        if not label.isdecimal() or not 1 <= int(label) <= len(recipe.classes) or name != Path(name).name:
+            raise UserError(
+                f"{path} line {number}: {line[:60]!r}: expected NAME LABEL SPECIES BREED, a label from 1 to {len(recipe.classes)}"
+            )
+        ids.append(name)
+        labels.append(int(label) - 1)
+
+    def read_mask(index: int) -> Tensor | None:
+        trimap = path.parent / "trimaps" / f"{ids[index]}.png"
+        return None if not trimap.is_file() else _trimap(trimap)
+
+    return ImageDataset(
+        recipe.name, recipe.classes, tuple(ids), tuple(labels), lambda index: root / "images" / f"{ids[index]}.jpg", read_mask=read_mask
+    )
+
+
+def _trimap(path: Path) -> Tensor:
+    """The pixels of a trimap that are no background: bool [H, W]."""
+    values = (load_image(path)[0] * 255).round()
+    if not torch.isin(values, torch.tensor([1.0, 2.0, 3.0])).all():
+        raise UserError(f"the mask {path} is no trimap: expected pixels of 1 (animal), 2 (background) and 3 (border)")
+    return values != 2
+
+
 def _in_terms_of(dataset: ImageDataset, class_names: tuple[str, ...] | None) -> ImageDataset:
     """The same samples, their labels turned into indices into other class names."""
     if class_names is None or class_names == dataset.class_names:
@@ -273,4 +306,5 @@ LAYOUTS: dict[str, Callable[[Recipe, dict[str, str], Path, str], ImageDataset]] 
     "tar": _from_tar,
     "folder": _from_folder,
     "torchvision": _from_torchvision,
+    "pets": _from_pets,
 }

@@ -25,6 +25,7 @@ from attribution.baselines.smoothing import Smoothing
 from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from attribution.errors import UserError, describe
 from attribution.model.classifier import Classifier
+from attribution.model.forwarding import PRECISIONS
 from attribution.model.loading import load_classifier, read_class_names
 from attribution.model.outputs import SCORES, SCORES_HELP
 from attribution.model.source import parsed_options, parsed_size
@@ -156,6 +157,23 @@ class StudySettings(ModelSettings):
     samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
     workers: int = setting(1, least=1, numbers=False, help="Number of processes that measure side by side. It changes no number.")
+    precision: str = setting(
+        PRECISIONS[0],
+        choices=PRECISIONS,
+        help="float32, or bfloat16 or float16 for passes without gradients: faster on many machines, and no longer exact. Results say "
+        "which it was.",
+    )
+
+    def load(self, model: str | Classifier) -> Classifier:
+        """The classifier of a name under these settings; a classifier is returned as it is.
+
+        Raises:
+            UserError: see ``ModelSettings.load``; a precision that the device lacks.
+        """
+        made = super().load(model)
+        if not isinstance(model, Classifier):
+            made.precision = self.precision
+        return made
 
     def plain(self) -> dict[str, Any]:
         """The settings that numbers depend on, as JSON. The data set appears by its name, without its path."""
@@ -188,7 +206,8 @@ class StudySettings(ModelSettings):
         usual = {each.name: each.default for each in fields(cls) if each.default in (DEFAULT_MODEL, (DEFAULT_MODEL,))}
         if values.get("root") is None or values.get("data") not in recipe_names() or set(usual) <= set(values):
             return {}
-        model = load_recipe(values["data"]).model
+        if not (model := load_recipe(values["data"]).model):
+            return {}
         warnings.warn(f"no model was given: {model} is taken, which knows the classes of {values['data']}", stacklevel=4)
         return {name: (model,) if isinstance(default, tuple) else model for name, default in usual.items()}
 

@@ -298,7 +298,6 @@ def test_decompression_bomb(pixels: int, monkeypatch: pytest.MonkeyPatch) -> Non
         (None, "cannot read an image from NoneType"),
         ([[0.0]], "cannot read an image from list"),
     ],
-    ids=str,
 )
 def test_values_that_are_no_image(source: Any, message: str) -> None:
     with pytest.raises(at.UserError, match=message):

@@ -601,7 +601,6 @@ def test_make_regions_takes_labels_masks_regions_and_callables() -> None:
         (lambda image: "grid", {}, "regions are 'grid'"),
         (lambda image: torch.zeros(4, 4, dtype=torch.int64), {}, "the label map is 4x4, the image 8x8"),
     ],
-    ids=str,
 )
 def test_regions_that_cannot_be_used(regions: Any, options: dict, message: str) -> None:
     with pytest.raises(at.UserError, match=message):

@@ -59,7 +59,7 @@ def test_the_demo_of_another_model_and_search(run: Run, tmp_path: Path) -> None:
 def test_the_default_model_knows_1000_classes(run: Run, photo: Path, tmp_path: Path) -> None:
     given = ["--regions", "grid", "--region-count", 2, "--out", tmp_path]
     assert run("explain", photo, *given, "--target", "EGYPTIAN")[0] == 0
-    assert json.loads((tmp_path / "cat-zoo-imagenet.json").read_text())["target"] == "Egyptian cat"
+    assert json.loads((tmp_path / "cat-egyptian-zoo-imagenet.json").read_text())["target"] == "Egyptian cat"
     code, _, err = run("explain", photo, *given, "--target", "cat")
     assert (code, "class name 'cat' stands for 6 classes of zoo:imagenet: tiger cat (282), Persian cat (283)" in err) == (2, True)
     code, _, err = run("explain", photo, *given, "--target", "Egyptain cat")
@@ -70,12 +70,12 @@ def test_outputs_agree_with_the_library(run: Run, photo: Path, tmp_path: Path, c
     out = tmp_path / "out"
     options = ["--target", "dog", "--fill", "blur", "--weights", "consistency=1, collaboration=2", "--search", "greedy", "--seed", 3]
     assert run("explain", photo, *FAST, *options, "--out", out)[0] == 0
-    saved = at.Explanation.load(out / "cat-zoo-cnn.npz")
+    saved = at.Explanation.load(out / "cat-dog-zoo-cnn.npz")
     weights = at.ScoreWeights(1, 2, 0, 0)
     direct = at.explain(photo, cnn, "dog", regions="grid", region_options={"count": 9}, fill="blur", weights=weights, search="greedy")
     assert torch.equal(saved.order, direct.order)
     assert torch.allclose(saved.insertion_scores, direct.insertion_scores, atol=1e-6)
-    record = json.loads((out / "cat-zoo-cnn.json").read_text())
+    record = json.loads((out / "cat-dog-zoo-cnn.json").read_text())
     assert record["order"] == direct.order.tolist()
     assert record["regions_needed"] == {f"{s:.0%}": direct.regions_needed(s * direct.confidence) for s in (0.5, 0.8, 0.95)}
     assert record["insertion_auc"] == pytest.approx(direct.insertion_auc, abs=1e-6)
@@ -130,7 +130,8 @@ def test_finished_images_are_kept(run: Run, photo: Path, tmp_path: Path, monkeyp
         calls.clear()
         run(*arguments, *change)
         assert len(calls) == 1, change
-    (out / "cat-zoo-cnn.npz").write_bytes(b"half written")
+    assert {path.name for path in out.glob("*.png")} == {"cat.png", "cat-dog.png"}  # another class overwrites nothing
+    (out / "cat-dog-zoo-cnn.npz").write_bytes(b"half written")
     calls.clear()
     run(*arguments, "--target", "dog")
     assert len(calls) == 1

@@ -150,6 +150,20 @@ def test_what_a_number_depends_on_makes_it_a_new_one(tmp_path: Path, change: dic
     assert numbers(fresh) == numbers(results)
 
 
+def test_another_precision_is_measured_anew_and_named(tmp_path: Path) -> None:
+    """Models made by name take the precision. Its figures differ a little, and no stored figure of another precision is taken for them."""
+    data = image_folder(tmp_path / "data", 1, side=32)
+    given = {"models": ["zoo:cnn"], "methods": ["grad_cam"], "metrics": ["insertion"], "output": "probability"}
+    exact = ev.run_benchmark(settings(data, **given), tmp_path / "out")
+    lower = ev.run_benchmark(settings(data, **given, precision="bfloat16"), tmp_path / "out")
+    (one,), (other,) = (numbers(results).values() for results in (exact, lower))
+    assert 0 < abs(one - other) < 0.05
+    assert at.Explanation.load(lower.explained[0].path).provenance["precision"] == "bfloat16"
+    assert lower.settings.plain()["precision"] == "bfloat16"
+    with pytest.raises(at.UserError, match=r"precision 'bfloat' .*did you mean bfloat16|precision is 'bfloat'"):
+        settings(data, **given, precision="bfloat")
+
+
 def test_changed_pixels_under_the_same_name_are_measured_anew(tmp_path: Path) -> None:
     data = image_folder(tmp_path / "data", 1)
     first = ev.run_benchmark(settings(data), tmp_path / "out")

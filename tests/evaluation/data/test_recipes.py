@@ -15,7 +15,7 @@ from PIL import Image
 import attribution as at
 from attribution.model import zoo
 from evaluation.data.dataset import ImageDataset
-from evaluation.data.recipes import LAYOUTS, load_dataset, load_recipe
+from evaluation.data.recipes import LAYOUTS, load_dataset, load_recipe, recipe_names
 
 CLASSES = load_recipe("cifar10").classes
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 2, 32, 32, 3)).astype(np.uint8)
@@ -87,7 +87,7 @@ def test_the_recipe_names_the_zoo_classes_and_known_layouts() -> None:
     assert recipe.classes == zoo.CLASS_NAMES
     assert recipe.splits == {"train": 50_000, "test": 10_000}
     assert recipe.image_size == (zoo.INPUT_SIZE, zoo.INPUT_SIZE)
-    assert {layout["kind"] for layout in recipe.layouts} == set(LAYOUTS)
+    assert {layout["kind"] for name in recipe_names() for layout in load_recipe(name).layouts} == set(LAYOUTS)
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -247,3 +247,55 @@ def test_no_member_is_ever_written_to_disk(name: str, message: str | None, tmp_p
         with pytest.raises(at.UserError, match=message):
             load_dataset("cifar10", root)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["root", "root/test.tar"]
+
+
+def write_pets(root: Path) -> Path:
+    """Two photos in the layout of torchvision's OxfordIIITPet, the first with a trimap."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations" / "trimaps").mkdir(parents=True)
+    for name in ("Bengal_7", "pug_10"):
+        Image.fromarray(np.full((3, 4, 3), len(name), np.uint8)).save(root / "images" / f"{name}.jpg")
+    Image.fromarray(np.array([[1, 1, 3, 2], [1, 3, 2, 2], [2, 2, 2, 2]], np.uint8)).save(root / "annotations" / "trimaps" / "Bengal_7.png")
+    (root / "annotations" / "test.txt").write_text("Bengal_7 6 1 2\npug_10 26 2 17\n")
+    return root
+
+
+@pytest.mark.parametrize("folder", ["oxford-iiit-pet", "."])
+def test_pets_with_their_masks(folder: str, tmp_path: Path) -> None:
+    write_pets(tmp_path / "data" / folder)
+    dataset = load_dataset("pets", tmp_path / "data")
+    assert dataset.ids == ("Bengal_7", "pug_10")
+    assert [dataset.class_names[label] for label in dataset.labels] == ["Bengal", "Pug"]
+    first, second = dataset
+    assert first.mask.tolist() == [[True, True, True, False], [True, True, False, False], [False] * 4]  # the border belongs to the animal
+    assert second.mask is None
+    assert torch.equal(second.image, at.load_image(tmp_path / "data" / folder / "images" / "pug_10.jpg"))
+
+
+def test_pets_are_as_torchvision_lists_them(tmp_path: Path) -> None:
+    """The same photos, labels and names of classes as its own reader, which names only the classes that it finds."""
+    root = write_pets(tmp_path / "oxford-iiit-pet")
+    names = load_recipe("pets").classes
+    (root / "annotations" / "test.txt").write_text("".join(f"{name.replace(' ', '_')}_1 {k} 1 1\n" for k, name in enumerate(names, 1)))
+    theirs, ours = torchvision.datasets.OxfordIIITPet(tmp_path, split="test"), load_dataset("pets", tmp_path)
+    assert tuple(theirs.classes) == ours.class_names
+    assert tuple(theirs._labels) == ours.labels
+    assert [path.stem for path in theirs._images] == list(ours.ids)
+
+
+@pytest.mark.parametrize(
+    ("lines", "pixel", "message"),
+    [
+        ("Bengal_7 38 1 2", 1, "test.txt line 1: 'Bengal_7 38 1 2': expected NAME LABEL SPECIES BREED, a label from 1 to 37"),
+        ("Bengal_7 0 1 2", 1, "line 1"),
+        ("Bengal_7", 1, "line 1"),
+        ("../Bengal_7 6 1 2", 1, "line 1"),
+        ("Bengal_7 6 1 2", 9, "is no trimap"),
+    ],
+)
+def test_damaged_pets(lines: str, pixel: int, message: str, tmp_path: Path) -> None:
+    root = write_pets(tmp_path)
+    (root / "annotations" / "test.txt").write_text(lines + "\n")
+    Image.fromarray(np.full((3, 4), pixel, np.uint8)).save(root / "annotations" / "trimaps" / "Bengal_7.png")
+    with pytest.raises(at.UserError, match=message):
+        load_dataset("pets", tmp_path)[0]
