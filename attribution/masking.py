@@ -1,7 +1,8 @@
 """Subsets of regions become model inputs by one matrix product on the device.
 
-Preprocessing P is affine. With an image x, a fill f, the indicator m_r of region r, and the linear part L of P, the input of a subset
-s is P(f) + sum_r s_r L(m_r (x - f)). The R contributions L(m_r (x - f)) are computed once, and no image is preprocessed after that.
+Preprocessing begins with an affine P. With an image x, a fill f, the indicator m_r of region r, and the linear part L of P, a subset s
+gives P(f) + sum_r s_r L(m_r (x - f)). The R contributions L(m_r (x - f)) are computed once. Of the preprocessing only what follows the
+first clip of a bicubic resize is then left to do for each subset.
 """
 
 from __future__ import annotations
@@ -97,17 +98,19 @@ class MaskedInputs(RegionInputs):
         device, preprocess = classifier.device, classifier.preprocessing
         super().__init__(labels, math.prod(preprocess.shape))
         image, labels, fill = image.to(device), labels.to(device), fill.to(device)
-        self._shape = preprocess.shape
-        self._hidden = preprocess(fill[None]).flatten()
+        hidden = preprocess.begun(fill[None])
+        self._shape, self._hidden = hidden.shape[1:], hidden.flatten()
+        self._preprocess, self._sides = preprocess, (image.shape[-2], image.shape[-1])
         self._contributions = self._hidden.new_empty(self.size, self._hidden.numel())
         difference = image - fill
         step = max(1, _CHUNK_VALUES // difference.numel())
         for start in range(0, self.size, step):
             regions = torch.arange(start, min(start + step, self.size), device=device)
             masked = (labels == regions[:, None, None])[:, None] * difference
-            self._contributions[start : start + step] = preprocess.linear(masked).flatten(1)
+            self._contributions[start : start + step] = preprocess.begun_difference(masked).flatten(1)
 
     def __call__(self, subsets: Tensor) -> Tensor:
         """Inputs with the given regions shown on the fill: bool [n, R] -> float32 [n, 3, h, w]."""
         shown = subsets.to(self._contributions)
-        return torch.addmm(self._hidden, shown, self._contributions).unflatten(1, self._shape)
+        begun = torch.addmm(self._hidden, shown, self._contributions).unflatten(1, self._shape)
+        return self._preprocess.finished(begun, *self._sides)

@@ -37,7 +37,6 @@ edgenext_xx_small mobileone_s0 repvgg_a0 vovnet39a cspresnet50 darknet53 incepti
 fastvit_t8 tiny_vit_5m_224 visformer_tiny maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 rdnet_tiny starnet_s1 hgnetv2_b0 repvit_m0_9
 sequencer2d_s
 """
-_MOST_PARAMETERS = 60e6  # larger ones of torchvision are the same code with more blocks
 _QUICK_TIMM = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 
 
@@ -83,8 +82,6 @@ or a refusal, whose text is below the table. What right means:
 - **attn_lrp**: finite and not empty. Its rules are tested one by one elsewhere.
 - **neurons**: a neuron removed at the last layer gives the probabilities of a copy whose weights of that neuron are zero.
 
-torchvision's models of more than 60 million parameters are left out. They are the same code with more blocks.
-
 """
 
 
@@ -121,8 +118,6 @@ def torchvision_models() -> Iterator[Architecture]:
     import torchvision
 
     for name in torchvision.models.list_models(module=torchvision.models):
-        if torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"] > _MOST_PARAMETERS:  # type: ignore[attr-defined]
-            continue
         options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
         vit = name.startswith("vit_")
 

@@ -280,7 +280,7 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
                 [
                     *(file, model, explanation.target_name, f"{explanation.confidence:.3f}"),
                     f"{explanation.regions.count}/{explanation.regions.requested}",
-                    *("never" if count is None else str(count) for count in needed),
+                    *("-" if explanation.is_hardly_seen else "never" if count is None else str(count) for count in needed),
                     *(f"{explanation.insertion_auc:.3f}", f"{explanation.deletion_auc:.3f}", str(explanation.evaluations)),
                     f"{explanation.provenance['seconds']:.1f}",
                 ]

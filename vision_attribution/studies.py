@@ -148,7 +148,7 @@ def _choices(about: Setting) -> str:
 
 def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    if value is MISSING or value is None or value is False:
+    if value is MISSING or value is None or value is False or value == ():
         return ""
     if isinstance(value, tuple):
         words = [getattr(each, "label", each.name if isinstance(each, Classifier) else str(each)) for each in value]

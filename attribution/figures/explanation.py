@@ -82,7 +82,7 @@ def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
 def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     """Draw the image, with the class and its probability as title."""
     ax.imshow(shown_pixels(explanation.image))
-    if crop := explanation.provenance.get("settings", {}).get("regions", {}).get("crop"):
+    if crop := _crop(explanation):
         top, left, bottom, right = crop
         ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="white", linestyle="--"))
         ax.text(left, top, "the model's crop", color="white", fontsize=8, va="top", bbox={"color": "black", "alpha": 0.6, "pad": 1})
@@ -97,27 +97,40 @@ def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
 
 
 def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
-    """Draw the map over the gray photo. A signed map has two colours around zero. The title of a constant map says so."""
+    """Draw the map over the gray photo, without colour where the model's crop leaves pixels out.
+
+    A signed map has two colours around zero. The title of a constant map says so.
+    """
     signed = explanation.pixel_map if explanation.order is None else None
     values = (explanation.heatmap if signed is None else signed).detach().cpu().numpy().astype(float)
     broken = ~np.isfinite(values)
     values = np.where(broken, 0.0, values)
     ax.imshow(gray_photo(explanation.image), cmap="gray", vmin=0, vmax=1)
     top = float(np.abs(values).max())
+    seen = values
+    if crop := _crop(explanation):
+        inside = np.zeros(values.shape, dtype=bool)
+        inside[crop[0] : crop[2], crop[1] : crop[3]] = True
+        seen = np.where(inside, values, np.nan)
     note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
     if "layer" in explanation.provenance:
         note += f"\nlayer {explanation.provenance['layer']}"
     if top == 0 or np.ptp(values) == 0:
         draw_title(ax, f"heatmap: constant{note}")
     elif values.min() < 0:
-        image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, alpha=0.65, interpolation="nearest")
+        image = ax.imshow(seen, cmap="RdBu_r", vmin=-top, vmax=top, alpha=0.65, interpolation="nearest")
         draw_colorbar(ax, image, [-top, 0, top], ["against", "0", "for"])
         draw_title(ax, f"heatmap, signed{note}")
     else:
-        image = ax.imshow(values, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
+        image = ax.imshow(seen, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
         draw_colorbar(ax, image, [0, top], ["last", "first"] if explanation.order is not None else ["0", "max"])
         draw_title(ax, f"importance{note}")
     ax.set_axis_off()
+
+
+def _crop(explanation: DrawnExplanation) -> list[int] | None:
+    """The part of the photo that the model sees: top, left, bottom, right; None if it sees all of it."""
+    return explanation.provenance.get("settings", {}).get("regions", {}).get("crop")
 
 
 def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: float) -> None:

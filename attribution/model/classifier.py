@@ -1,7 +1,7 @@
 """A classifier with everything that belongs to it: preprocessing, class names, and how its scores are computed.
 
-Nothing else resizes, crops or normalises. Preprocessing is affine in the image (no rounding, no clipping after a bicubic resize), so
-that ``masking`` can build the input of any subset of regions by one matrix product.
+Nothing else resizes, crops or normalises. Preprocessing is affine in the image up to the clipping of a bicubic resize (nothing is
+rounded), so that ``masking`` can build the input of any subset of regions by one matrix product.
 """
 
 from __future__ import annotations

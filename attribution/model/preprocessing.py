@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,12 +39,12 @@ class Preprocessing:
         resize: "squash" resizes each side on its own. "short_side" and "long_side" keep the aspect ratio: the image is cropped to the
             input where it is larger, and padded where it is smaller.
         resized: (h, w) that the resize aims at, before the crop; None means size.
-        interpolation: "bilinear" or "bicubic", both antialiased as in Pillow, or "nearest".
+        interpolation: "bilinear" or "bicubic", both antialiased and clipped as in Pillow, or "nearest".
         channels: of the model input, made from the red, green and blue of an image: "RGB", "BGR", "L" (gray, as Pillow converts) or
             "RGBA" (opaque). None changes nothing: the mean has as many numbers as what is given has channels, such as maps of a layer.
         rounding: the library whose rules round. With the aspect ratio kept, "torchvision" and "transformers" round the free side down,
             "timm" to the nearest number. A crop that cannot be centred starts where half of the rest rounds to: to even for "torchvision"
-            and "timm", down for "transformers".
+            and "timm", down for "transformers". It also says which side a bicubic resize takes first, see ``begun``.
         padding: colour of the padding, "mean" (an input of zero) or "black".
     """
 
@@ -91,10 +92,61 @@ class Preprocessing:
         return {"L": values * 3, "BGR": values[::-1], "RGBA": values[:3]}.get(self.channels or "", values)
 
     def __call__(self, images: Tensor) -> Tensor:
-        mixed, mean = self._mixed(images, 1), images.new_tensor(self.mean)[:, None, None]
+        return self.finished(self.begun(images), images.shape[-2], images.shape[-1])
+
+    def begun(self, images: Tensor) -> Tensor:
+        """The affine part, up to the first clip: images [n, 3, H, W] -> values of which ``finished`` makes the model inputs.
+
+        A bicubic resize overshoots at edges. As in Pillow one side is resized and clipped to black and white, then the other. The values
+        are the images after the first resize. Where nothing overshoots they are the model inputs.
+        """
+        mixed = self._mixed(images, 1)
+        if self._overshoots(*images.shape[-2:]):
+            return self._along(mixed, self._sides(*images.shape[-2:])[0], images.shape[-2:])
+        mean = images.new_tensor(self.mean)[:, None, None]
         if self.padding == "black":
             return self._scaled(mixed) - mean / images.new_tensor(self.std)[:, None, None]
         return self._scaled(mixed - mean)
+
+    def begun_difference(self, images: Tensor) -> Tensor:
+        """What a difference of two images [n, 3, H, W] becomes as a difference of two values of ``begun``."""
+        size = images.shape[-2:]
+        return self._along(self._mixed(images, 0), self._sides(*size)[0], size) if self._overshoots(*size) else self.linear(images)
+
+    def finished(self, values: Tensor, height: int, width: int) -> Tensor:
+        """The model inputs [n, C, h, w], from what ``begun`` makes of images of this height and width."""
+        if not self._overshoots(height, width):
+            return values
+        values = self._along(values.clamp(0, 1), self._sides(height, width)[1], (height, width)).clamp_(0, 1)
+        mean, std = (values.new_tensor(each)[:, None, None] for each in (self.mean, self.std))
+        missing = [max(0, side) for side in self._padding(*self._resized_size(height, width))]
+        if any(missing) and self.padding == "black":
+            values = F.pad(values, missing)
+        inputs = values.sub_(mean).div_(std)
+        return F.pad(inputs, missing) if any(missing) and self.padding == "mean" else inputs
+
+    def _overshoots(self, height: int, width: int) -> bool:
+        return self.interpolation == "bicubic" and self.channels is not None and self._resized_size(height, width) != (height, width)
+
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        """The sides in the order in which they are resized: 1, the width, and 0, the height.
+
+        The width is first, except in Pillow 13, which torchvision and timm use, where the height shrinks by more than twice as many pixels.
+        """
+        new_height, new_width = self._resized_size(height, width)
+        lost = height - new_height
+        return (0, 1) if self.rounding != "transformers" and lost > 0 and lost > 2 * (width - new_width) else (1, 0)
+
+    def _along(self, images: Tensor, side: int, size: Sequence[int]) -> Tensor:
+        """Images of this size with one side resized, without the pixels that the crop leaves out there."""
+        resized = self._resized_size(size[0], size[1])
+        if resized[side] != size[side]:
+            shape = [images.shape[-2], images.shape[-1]]
+            shape[side] = resized[side]
+            images = self._interpolated(images, (shape[0], shape[1]))
+        left, right, top, bottom = (min(0, each) for each in self._padding(*resized))
+        cut = [left, right] if side else [0, 0, top, bottom]
+        return F.pad(images, cut) if any(cut) else images
 
     def _mixed(self, images: Tensor, one: float) -> Tensor:
         """The channels of the model input [n, C, H, W] from those of images, or of differences of images, where one is 0."""
@@ -117,11 +169,13 @@ class Preprocessing:
         """Resized, cropped or padded, and divided by the standard deviation."""
         target = self._resized_size(images.shape[-2], images.shape[-1])
         if target != tuple(images.shape[-2:]):
-            if self.interpolation == "nearest":
-                images = F.interpolate(images, size=target, mode="nearest-exact")
-            else:
-                images = F.interpolate(images, size=target, mode=self.interpolation, antialias=True, align_corners=False)
+            images = self._interpolated(images, target)
         return self._centred(images) / images.new_tensor(self.std)[:, None, None]
+
+    def _interpolated(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.interpolation == "nearest":
+            return F.interpolate(images, size=size, mode="nearest-exact")
+        return F.interpolate(images, size=size, mode=self.interpolation, antialias=True, align_corners=False)
 
     def placement(self, height: int, width: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """Where an image lies in the input: (scale, start) of its rows and of its columns. Row y of the image is at scale * y + start."""

@@ -61,6 +61,7 @@ class Cluster:
         members: sample ids, nearest to the centre first.
         medoid: the member with the least sum of distances to the others.
         top_pair: (label, predicted), the most frequent among the members.
+        top_count: members of that pair.
         tightness_p: p of ``tightness_test``, adjusted by Holm over the clusters; NaN where it cannot be tested.
     """
 
@@ -68,7 +69,13 @@ class Cluster:
     members: tuple[str, ...]
     medoid: str
     top_pair: tuple[int, int]
+    top_count: int
     tightness_p: float
+
+    @property
+    def has_main_pair(self) -> bool:
+        """Whether most members are of one pair."""
+        return 2 * self.top_count > len(self.members)
 
 
 @dataclass(frozen=True)
@@ -265,7 +272,7 @@ def _clusters(results: FailureResults) -> tuple[tuple[Cluster, ...], str]:
         medoid = failures[inside[medoid_of(points[inside])]].sample
         pairs = Counter((failed.label, failed.predicted) for failed in members)
         top = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        made.append(Cluster(number, tuple(failed.sample for failed in members), medoid, top, float(p)))
+        made.append(Cluster(number, tuple(failed.sample for failed in members), medoid, top, pairs[top], float(p)))
     return tuple(made), ""
 
 
@@ -325,8 +332,9 @@ def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[S
         if len(pairs) < _LEAST_PAIRS or len(cluster.members) < _LEAST_SHORTCUT or not cluster.tightness_p < SIGNIFICANCE:
             continue
         label, predicted = (names[index] for index in cluster.top_pair)
+        often = "most often" if cluster.has_main_pair else "such as"
         text = (
-            f"Causes look alike in {len(cluster.members)} failures of {len(pairs)} different pairs, most often {label} taken for "
+            f"Causes look alike in {len(cluster.members)} failures of {len(pairs)} different pairs, {often} {label} taken for "
             f"{predicted} (cluster {cluster.number}, typical: {cluster.medoid})."
         )
         made.append(Shortcut("appearance", text, cluster.members, cluster.tightness_p))

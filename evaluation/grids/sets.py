@@ -123,9 +123,7 @@ class GridSet:
     def image(self, dataset: ImageDataset, index: int, classifier: Classifier) -> Tensor:
         """One grid as an image whose cells have the classifier's input size (h, w).
 
-        Each cell is resized and cropped as the classifier does (padding has the mean colour), and not normalised. Values are
-        clamped to [0, 1], because bicubic resizing overshoots at sharp edges: there the model input made from the grid differs
-        from that made from the single image.
+        Each cell is resized and cropped as the classifier does (padding has the mean colour), and not normalised.
 
         Args:
             dataset: the data set that the grids were drawn from, with the same class names. Its order may have changed.

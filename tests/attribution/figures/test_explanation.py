@@ -53,6 +53,18 @@ def test_the_chosen_prefix_is_numbered() -> None:
     assert numbers == ["1", "2", "3", "4"]
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_the_crop_leaves_out_has_no_colour(signed: bool) -> None:
+    explanation = pixel_map(torch.linspace(-1, 2, 48).view(6, 8)) if signed else made()
+    whole = explanation.plot().axes[1].images[1].get_array()
+    settings = {**explanation.provenance.get("settings", {}), "regions": {"crop": [1, 2, 5, 7]}}
+    drawn = replace(explanation, provenance={**explanation.provenance, "settings": settings}).plot().axes[1].images[1].get_array()
+    outside = np.ones((6, 8), dtype=bool)
+    outside[1:5, 2:7] = False
+    assert np.array_equal(np.isnan(np.ma.filled(drawn, np.nan)), outside)
+    assert np.array_equal(np.asarray(drawn)[~outside], np.asarray(whole)[~outside])
+
+
 def test_chosen_prefix_where_none_reaches_enough() -> None:
     explanation = replace(made(), probabilities=torch.tensor([0.0, 1.0]))
     assert chosen_prefix(explanation) == 4

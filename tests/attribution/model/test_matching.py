@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 import skimage
 import timm
@@ -29,27 +30,28 @@ def pretrained_configurations(count: int) -> list[str]:
 
 
 def photos() -> list[Image.Image]:
-    """A photo in three shapes. Its contrast is lowered, so that no bicubic resize leaves the range of 8 bits."""
-    cat = Image.fromarray((40 + 0.7 * skimage.data.chelsea().astype(float)).round().astype(np.uint8))
+    """A photo in three shapes. Its contrast is raised until much of it is black or white, so that a bicubic resize overshoots."""
+    cat = Image.fromarray((4 * skimage.data.chelsea().astype(float) - 300).clip(0, 255).astype(np.uint8))
     return [cat, cat.rotate(90, expand=True), cat.crop((60, 40, 121, 80))]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow resizes the width first")
 def test_100_configurations_of_timm() -> None:
-    """Within 1.1 gray levels (and rounding) of timm's own evaluation transform: it rounds to 8 bits, ours does not."""
+    """Within 1.1 gray levels of timm's own evaluation transform: it rounds to 8 bits, ours does not."""
     names, apart = pretrained_configurations(100), {}
     assert len(names) == 100
     for name in names:
         config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
         transform = timm.data.create_transform(**config, is_training=False)
-        way = Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]), **timm_geometry(config))
+        way = Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]), channels="RGB", **timm_geometry(config))
         worst = 0.0
         for photo in photos():
             theirs, ours = transform(photo), way(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255)[0]
             assert ours.shape == theirs.shape, name
             worst = max(worst, float(((ours - theirs).abs() * torch.tensor(way.std)[:, None, None]).max()) * 255)
         apart[name] = worst
-    assert {name: worst for name, worst in apart.items() if worst > 1.15} == {}
+    assert {name: worst for name, worst in apart.items() if worst > 1.1} == {}
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])

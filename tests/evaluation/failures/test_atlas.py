@@ -100,7 +100,7 @@ def made(folder: Path, **changed: Any) -> FailureSummary:
             Pair(1, 0, 1, 0.1, 1, NO_INTERVAL, NO_INTERVAL),
             Pair(2, 1, 1, 0.1, 0, NO_INTERVAL, NO_INTERVAL),
         ),
-        (Cluster(0, (IDS[0], IDS[1]), IDS[1], (0, 1), 0.0004), Cluster(1, (IDS[2],), IDS[2], (1, 0), math.nan)),
+        (Cluster(0, (IDS[0], IDS[1]), IDS[1], (0, 1), 2, 0.0004), Cluster(1, (IDS[2],), IDS[2], (1, 0), 1, math.nan)),
         {IDS[0]: 0, IDS[1]: 0, IDS[2]: 1, IDS[3]: -1, IDS[4]: -1},
         (Suspect(IDS[4], 2, 1, 0.99, f"no set of regions reaches {HOSTILE}"),),
         (Shortcut("area", "the lower left corner causes 2 of 5 failures", (IDS[0], IDS[3]), 0.01),),
