@@ -334,7 +334,7 @@ def attended(used: at.Classifier, architecture: Architecture, image: Tensor, met
         return "right" if bool(found.isfinite().all()) and bool(found.any()) else "WRONG: empty"
     tokens = [0]
     with written_out(lambda q, k, v, a: tokens.append(a.shape[-1])):
-        used.logits(inputs)
+        used.logits(inputs.clone().requires_grad_())  # without gradients torch's own attention modules take another path
     patches = max(side * side for side in range(2, 40) if 0 <= tokens[1] - side * side <= 16)
     expected = derived(used, architecture, inputs, 1, tokens[1] - patches)[method]
     side = round(patches**0.5)

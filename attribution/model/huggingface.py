@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +180,12 @@ def weights_of(kind: Any, folder: Path, name: str, config: Any, pretrained: bool
             f"{name} lacks {len(missing)} weights of {type(module).__name__} ({', '.join(missing[:3])}): expected a trained classifier, "
             f"not a backbone{hint}"
         )
+    if unused := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"{name} holds {len(unused)} weights that {type(module).__name__} does not use ({unused[0]} and so on): is its configuration "
+            "right?",
+            stacklevel=2,
+        )
     return module.eval()
 
 
@@ -223,7 +230,12 @@ def processor_settings(processor: Any, name: str) -> dict[str, Any]:
             return torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
 
     config = getattr(processor, "data_config", None)
-    geometry = _geometry(processor, name) if config is None else timm_geometry(config)
+    try:
+        geometry = _geometry(processor, name) if config is None else timm_geometry(config)
+    except UserError:
+        raise
+    except Exception as error:  # of fields that are not what they should be
+        raise UserError(f"{name} does not say how it prepares images ({first_line(error)}): mend its preprocessor_config.json") from None
     return matching_settings(pipeline, geometry, name)
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from attribution.errors import UserError
+from attribution.model.forwarding import first_line
 from attribution.model.preprocessing import Preprocessing
+from attribution.model.source import LARGEST_INPUT
 
 Pipeline = Callable[[Image.Image], Tensor]
 _SIZES = ((240, 331), (333, 240), (75, 60))  # (height, width): landscape, portrait, small; their crops cannot be centred
@@ -34,11 +36,21 @@ def matching_settings(pipeline: Pipeline, geometry: Mapping[str, Any], name: str
     Raises:
         UserError: the preprocessing cannot be expressed; the message says why and what can be given instead.
     """
-    settings = {**geometry, **_normalisation(pipeline, name)}
+    sides = [*geometry["size"], *(geometry.get("resized") or ())]
+    if not all(1 <= side <= LARGEST_INPUT for side in sides):
+        raise _refused(name, f"it resizes to {max(sides, key=abs)} pixels, expected 1 to {LARGEST_INPUT}")
+
+    def tried(image: Image.Image) -> Tensor:
+        try:
+            return pipeline(image)
+        except Exception as error:  # configurations of all kinds raise many types
+            raise _refused(name, f"its own code fails ({first_line(error)})") from None
+
+    settings = {**geometry, **_normalisation(tried, name)}
     way = Preprocessing(**{key: value for key, value in settings.items() if key in Preprocessing.__dataclass_fields__})
     for height, width in _SIZES:
         pattern = _pattern(height, width)
-        theirs = pipeline(Image.fromarray(pattern)).float()
+        theirs = tried(Image.fromarray(pattern)).float()
         if tuple(theirs.shape) != way.shape:
             raise _refused(name, f"it makes an input {list(theirs.shape)} of a photo of {width}x{height}, not {list(way.shape)}")
         ours = way(torch.from_numpy(pattern).permute(2, 0, 1)[None] / 255)[0]

@@ -231,3 +231,46 @@ def test_without_the_package_one_line_says_which_extra(tmp_path: Path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(at.UserError, match=r"needs transformers .*: install it by pip install 'vision-attribution\[huggingface\]'"):
         at.load_classifier(tmp_path, device="cpu")
+
+
+DAMAGE: list[tuple[str, dict[str, Any] | bytes | None, str]] = [
+    ("config.json", None, "has no config.json"),
+    ("config.json", b"", "not a valid JSON file"),
+    ("config.json", b"\xff\xfe{}", "not a valid JSON file"),
+    ("config.json", b"[]", "could not be loaded"),
+    ("config.json", {"model_type": None}, "could not be loaded"),
+    ("config.json", {"model_type": "bert"}, "has no image classifier in transformers"),
+    ("config.json", {"hidden_size": "x"}, "could not be loaded"),
+    ("config.json", {"patch_size": 0}, "could not be loaded"),
+    ("config.json", {"hidden_act": "none of them"}, "could not be loaded"),
+    ("config.json", {"id2label": ["a", "b", "c"]}, "could not be loaded"),
+    ("config.json", {"id2label": {"0": "a", "7": "b"}}, "weights of another shape than its configuration says"),
+    ("config.json", {"num_hidden_layers": 3}, "lacks 16 weights"),
+    ("config.json", {"num_hidden_layers": 1}, "holds 16 weights that ViTForImageClassification does not use"),
+    ("model.safetensors", b"", "could not be loaded"),
+    ("model.safetensors", b"x" * 500, "could not be loaded"),
+    ("preprocessor_config.json", b"", "does not say how it prepares images"),
+    ("preprocessor_config.json", b"[]", "does not say how it prepares images"),
+    ("preprocessor_config.json", {"size": "large"}, "does not say how it prepares images"),
+    ("preprocessor_config.json", {"resample": "x"}, "does not say how it prepares images"),
+    ("preprocessor_config.json", {"resample": 99}, "its own code fails"),
+    ("preprocessor_config.json", {"image_mean": "x"}, "its own code fails"),
+    ("preprocessor_config.json", {"image_mean": [0.5, 0.5]}, "its own code fails"),
+    ("preprocessor_config.json", {"image_std": None}, "its own code fails"),
+    ("preprocessor_config.json", {"rescale_factor": 0}, "its own code fails"),
+    ("preprocessor_config.json", {"size": {"height": 0, "width": 0}}, "it resizes to 0 pixels, expected 1 to 4096"),
+    ("preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}}, "it resizes to 1000000 pixels, expected 1 to 4096"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), DAMAGE, ids=[f"{name}-{n}" for n, (name, _, _) in enumerate(DAMAGE)])
+def test_damaged_folders_are_one_line(name: str, change: dict[str, Any] | bytes | None, message: str, tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / name
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change if isinstance(change, bytes) else json.dumps(json.loads(path.read_text()) | change).encode())
+    with pytest.raises((at.UserError, UserWarning), match=message) as caught:  # warnings are errors here
+        at.load_classifier(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
