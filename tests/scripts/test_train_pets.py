@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import attribution as at
 from evaluation.data.recipes import load_recipe
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_pets.py"
 NAMES = load_recipe("pets").classes
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_pets", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+def script(script_named: Callable[[str], ModuleType]) -> ModuleType:
+    return script_named("train_pets")
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +44,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(script: ModuleType, photos: Path, out: Path, *options: str) -> tuple[int, str]:
-    app = typer.Typer(add_completion=False)
-    app.command()(script.main)
-    result = CliRunner().invoke(app, [str(photos), "--out", str(out), "--no-pretrained", *options])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
+Trained = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def trained(called: Callable[..., tuple[int, str]]) -> Trained:
+    return lambda script, photos, out, *options: called(script, str(photos), "--out", str(out), "--no-pretrained", *options)
 
 
 HEAD = ("--model", "timm:test_efficientnet")
@@ -69,7 +58,13 @@ BLOCKS = ("--model", "timm:test_vit", "--blocks", "2", "--epochs", "4")
 
 @pytest.mark.parametrize(("options", "stopped"), [(HEAD, "logistic"), (BLOCKS, "_thinned")], ids=["head", "blocks"])
 def test_interrupted_training_ends_with_the_same_weights(
-    options: tuple[str, ...], stopped: str, script: ModuleType, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...],
+    stopped: str,
+    script: ModuleType,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Trained,
 ) -> None:
     code, printed = trained(script, photos, tmp_path / "whole.safetensors", *options)
     assert code == 0, printed
@@ -96,7 +91,7 @@ def test_interrupted_training_ends_with_the_same_weights(
     ]
 
 
-def test_the_file_is_the_classifier_whose_accuracy_was_recorded(script: ModuleType, photos: Path, tmp_path: Path) -> None:
+def test_the_file_is_the_classifier_whose_accuracy_was_recorded(script: ModuleType, photos: Path, tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "pets.safetensors"
     code, printed = trained(script, photos, out, *HEAD)
     record = json.loads(out.with_suffix(".json").read_text())
@@ -112,7 +107,7 @@ def _test_photos(photos: Path) -> list[Path]:
     return [photos / "oxford-iiit-pet" / "images" / f"{name.replace(' ', '_')}_3.jpg" for name in NAMES]
 
 
-def test_only_the_last_blocks_are_trained(script: ModuleType, photos: Path, tmp_path: Path) -> None:
+def test_only_the_last_blocks_are_trained(script: ModuleType, photos: Path, tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "vit.safetensors"
     assert trained(script, photos, out, *BLOCKS)[0] == 0
     torch.manual_seed(0)
@@ -158,14 +153,16 @@ def test_dropped_tokens_are_patches(script: ModuleType) -> None:
         (("--model", "timm:test_efficientnet", "--limit", "20"), "of 37 breeds are among the train photos"),
     ],
 )
-def test_what_cannot_be_trained(options: tuple[str, ...], message: str, script: ModuleType, photos: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained(
+    options: tuple[str, ...], message: str, script: ModuleType, photos: Path, tmp_path: Path, trained: Trained
+) -> None:
     code, printed = trained(script, photos, tmp_path / "a.safetensors", *options)
     assert code == 2
     assert message in printed
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_no_data_other_settings_and_names(script: ModuleType, photos: Path, tmp_path: Path) -> None:
+def test_no_data_other_settings_and_names(script: ModuleType, photos: Path, tmp_path: Path, trained: Trained) -> None:
     code, printed = trained(script, tmp_path, tmp_path / "a.safetensors")
     assert (code, "no Oxford-IIIT Pet trainval images below" in printed) == (2, True)
     assert trained(script, photos, tmp_path / "a.pt")[0] == 2

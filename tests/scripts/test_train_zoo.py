@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,23 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import attribution as at
 from attribution.model import zoo
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_zoo.py"
-
 
 @pytest.fixture(scope="module")
-def train_zoo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_zoo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+def train_zoo(script_named: Callable[[str], ModuleType]) -> ModuleType:
+    return script_named("train_zoo")
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +35,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(train_zoo: ModuleType, images: Path, out: Path) -> tuple[int, str]:
-    import typer
+Trained = Callable[..., tuple[int, str]]
 
-    app = typer.Typer(add_completion=False)
-    app.command()(train_zoo.main)
-    result = CliRunner().invoke(app, [str(images), "--out", str(out), "--cnn-epochs", "3", "--vit-epochs", "3"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
+
+@pytest.fixture
+def trained(called: Callable[..., tuple[int, str]]) -> Trained:
+    return lambda script, images, out: called(script, str(images), "--out", str(out), "--cnn-epochs", "3", "--vit-epochs", "3")
 
 
 def test_interrupted_training_ends_with_the_same_weights(
-    train_zoo: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_zoo: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
 ) -> None:
     monkeypatch.setattr(train_zoo, "CHECKPOINT_SECONDS", 0.0)
     code, printed = trained(train_zoo, images, tmp_path / "whole")
@@ -86,7 +73,7 @@ def test_interrupted_training_ends_with_the_same_weights(
     assert not list((tmp_path / "parts").glob(".*"))
 
 
-def test_settings_of_a_checkpoint_must_agree(train_zoo: ModuleType, images: Path, tmp_path: Path) -> None:
+def test_settings_of_a_checkpoint_must_agree(train_zoo: ModuleType, images: Path, tmp_path: Path, trained: Trained) -> None:
     tmp_path.joinpath("cnn.checkpoint.pt").parent.mkdir(exist_ok=True)
     torch.save({"settings": {"epochs": 9}}, tmp_path / "cnn.checkpoint.pt")
     code, printed = trained(train_zoo, images, tmp_path)
@@ -94,7 +81,7 @@ def test_settings_of_a_checkpoint_must_agree(train_zoo: ModuleType, images: Path
     assert "give another --out" in printed
 
 
-def test_no_data(train_zoo: ModuleType, tmp_path: Path) -> None:
+def test_no_data(train_zoo: ModuleType, tmp_path: Path, trained: Trained) -> None:
     code, printed = trained(train_zoo, tmp_path, tmp_path / "out")
     assert code == 2
     assert "no CIFAR-10 train images below" in printed
