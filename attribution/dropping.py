@@ -159,7 +159,7 @@ class _DroppedInputs(RegionInputs):
 
     def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, owners: Tensor, patch: tuple[int, int]) -> None:
         whole = classifier.preprocessing(image[None].to(classifier.device))
-        super().__init__(labels, (len(whole[0]) + 1) * whole[0, 0].numel())
+        super().__init__(labels, classifier, (len(whole[0]) + 1) * whole[0, 0].numel())
         self._whole, self._patch = whole, patch
         self._owners, self._is_owned = owners.clamp(min=0).to(whole.device), (owners >= 0).to(whole)
 

@@ -19,7 +19,7 @@ from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, Fill, drops, several_fills
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
-from attribution.masking import RegionInputs, prefix_probabilities
+from attribution.masking import RegionInputs, as_seen, prefix_probabilities
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
@@ -246,13 +246,13 @@ def _entry(search: Any) -> Search:
 def _cut(
     image: ImageSource, classifier: Classifier, plan: _Plan, fill: Fill, max_side: int | None
 ) -> tuple[Tensor, Regions, tuple[int, int]]:
-    """The image [3, H, W] at the size at which it is cut, its regions, and the height and width of the original."""
+    """The image [3, H, W] at the size at which it is cut, its regions as the model sees them, and the height and width of the original."""
     original = load_image(image).cpu()
     loaded = limit_size(original, max_side) if is_method(plan.regions) else original
     cut = make_regions(loaded, plan.regions, **plan.region_options)
     if drops(fill) and is_method(plan.regions):
         cut = follow_patches(classifier, cut)
-    return loaded, several(cut), (original.shape[1], original.shape[2])
+    return loaded, as_seen(several(cut), classifier), (original.shape[1], original.shape[2])
 
 
 def _objective(
@@ -321,7 +321,7 @@ def _recorded(
     plan: _Plan, cut: Regions, classifier: Classifier, options: Mapping[str, Any], fill: Fill, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings that the provenance holds."""
-    notes = {**{name: value for name in ("note", "library") if (value := getattr(cut, name))}, **_cropped(cut, classifier)}
+    notes = {**{name: value for name in ("note", "library") if (value := getattr(cut, name))}, **_cropped(cut)}
     return {
         "regions": {"method": cut.method, "requested": cut.requested, "actual": cut.count, **notes, **plain_settings(plan.region_options)},
         "search": plan.search_name,
@@ -333,10 +333,6 @@ def _recorded(
     }
 
 
-def _cropped(cut: Regions, classifier: Classifier) -> dict[str, Any]:
+def _cropped(cut: Regions) -> dict[str, Any]:
     """The part of the image that the model sees, and the number of regions outside it; nothing if it sees the whole image."""
-    height, width = cut.labels.shape
-    top, left, bottom, right = seen = classifier.preprocessing.seen(height, width)
-    if seen == (0, 0, height, width):
-        return {}
-    return {"crop": list(seen), "unseen": cut.count - len(cut.labels[top:bottom, left:right].unique())}
+    return {} if cut.seen is None else {"crop": list(cut.seen), "unseen": int((cut.area == 0).sum())}

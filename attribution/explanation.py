@@ -110,7 +110,7 @@ class Explanation:
 
     @property
     def area(self) -> Tensor:
-        """float32 [R+1], exact share of the image's pixels in the first k regions, k = 0 to R."""
+        """float32 [R+1], exact share of the pixels that the model sees in the first k regions, k = 0 to R."""
         shares = self._need_regions().area[self._need(self.order, "order")]
         return torch.cat([shares.new_zeros(1), shares.cumsum(0)]).float().clamp(max=1)
 
@@ -256,10 +256,11 @@ class Explanation:
             tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in arrays.items()}
             if tensors["image"].dtype == torch.uint8:
                 tensors["image"] = tensors["image"].float() / 255
-            method, requested = plain.pop("regions")
+            method, requested, *seen = plain.pop("regions")
+            window = tuple(seen[0]) if seen and seen[0] is not None else None
             labels = tensors.pop("labels", None)
             explanation = cls(
-                regions=None if labels is None else Regions(labels, method, requested),
+                regions=None if labels is None else Regions(labels, method, requested, seen=window),
                 class_names=tuple(plain.pop("class_names")),
                 **tensors,
                 **plain,
@@ -273,7 +274,8 @@ class Explanation:
         return explanation
 
     def _plain(self) -> dict[str, Any]:
-        regions = (None, None) if self.regions is None else (self.regions.method, self.regions.requested)
+        cut = self.regions
+        regions = (None, None, None) if cut is None else (cut.method, cut.requested, cut.seen)
         plain = {
             "format": FORMAT,
             "target": self.target,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import even_chunks
+from attribution.regions import Regions
 
 
 def prefix_probabilities(classifier: Classifier, masked: RegionInputs, order: Tensor, target: int) -> tuple[Tensor, Tensor]:
@@ -52,25 +54,33 @@ def prefix_rows(order: Tensor) -> Tensor:
     return rows
 
 
+def as_seen(regions: Regions, classifier: Classifier) -> Regions:
+    """The same regions, their areas counted over the pixels that the classifier's crop leaves."""
+    height, width = regions.labels.shape
+    seen = classifier.preprocessing.seen(height, width)
+    return replace(regions, seen=None if seen == (0, 0, height, width) else seen)
+
+
 class RegionInputs:
     """Model inputs of any subsets of an image's regions.
 
     Args:
         labels: int64 [H, W], region ids 0 to R-1, none empty.
+        classifier: of which the crop decides which pixels are seen.
         values: how many floats one input has.
 
     Attributes:
         size: R, the number of regions.
-        area: float64 [R], share of the image's pixels in each, on the CPU.
+        area: float64 [R], share of the pixels that the classifier sees in each, on the CPU.
         centres: float64 [R, 2], mean row and column of each, pixels, on the CPU.
     """
 
-    def __init__(self, labels: Tensor, values: int) -> None:
+    def __init__(self, labels: Tensor, classifier: Classifier, values: int) -> None:
         self._values = values
         self.size = int(labels.max()) + 1
+        self.area = as_seen(Regions(labels.cpu()), classifier).area
         pixels = labels.flatten().cpu()
         count = pixels.bincount(minlength=self.size).double()
-        self.area = count / pixels.numel()
         places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in labels.shape))
         self.centres = torch.stack([pixels.bincount(place, self.size) / count for place in places.T], dim=1)
 
@@ -96,7 +106,7 @@ class MaskedInputs(RegionInputs):
 
     def __init__(self, classifier: Classifier, image: Tensor, labels: Tensor, fill: Tensor) -> None:
         device, preprocess = classifier.device, classifier.preprocessing
-        super().__init__(labels, math.prod(preprocess.shape))
+        super().__init__(labels, classifier, math.prod(preprocess.shape))
         image, labels, fill = image.to(device), labels.to(device), fill.to(device)
         hidden = preprocess.begun(fill[None])
         self._shape, self._hidden = hidden.shape[1:], hidden.flatten()

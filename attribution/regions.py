@@ -37,6 +37,7 @@ class Regions:
         requested: number of regions asked for; None where the method has no such number.
         note: what is not as asked for, such as another number of regions; empty where nothing is.
         library: where several can make this cut with other labels, the one that did, such as "OpenCV"; else empty.
+        seen: the part of the image whose pixels count in ``area``, (top, left, bottom, right), where a model crops; None for all of it.
 
     Raises:
         UserError: labels that are no integers [H, W]. Other ids than 0 to R-1 are renumbered (see ``partition``).
@@ -47,9 +48,14 @@ class Regions:
     requested: int | None = None
     note: str = ""
     library: str = ""
+    seen: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", partition(self.labels))
+        if self.seen is not None:
+            (height, width), (top, left, bottom, right) = self.labels.shape, self.seen
+            if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+                raise UserError(f"seen is {self.seen}: expected (top, left, bottom, right) inside an image of {width}x{height} pixels")
 
     @property
     def count(self) -> int:
@@ -58,8 +64,14 @@ class Regions:
 
     @property
     def area(self) -> Tensor:
-        """float64 [R], exact share of the image's pixels in each region; sums to 1."""
-        return torch.bincount(self.labels.flatten(), minlength=self.count).double() / self.labels.numel()
+        """float64 [R], exact share of the seen pixels in each region; sums to 1. A region that is not seen has 0."""
+        return torch.bincount(self.seen_labels.flatten(), minlength=self.count).double() / self.seen_labels.numel()
+
+    @property
+    def seen_labels(self) -> Tensor:
+        """The labels of the pixels that count."""
+        top, left, bottom, right = self.seen or (0, 0, *self.labels.shape)
+        return self.labels[top:bottom, left:right]
 
     @property
     def masks(self) -> Tensor:

@@ -150,7 +150,8 @@ def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: fl
         ax.text(x, y, str(rank), ha="center", va="center", fontsize=6.5, color=INK, bbox=badge)
     ax.set_xlim(-0.5, labels.shape[1] - 0.5)
     ax.set_ylim(labels.shape[0] - 0.5, -0.5)
-    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of the image"
+    whole = "what is seen" if _crop(explanation) else "the image"
+    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of {whole}"
     reached = float(scores[chosen])
     enough = explanation.fill_confidence < share * explanation.confidence <= reached
     verb = "gives" if chosen == 1 else "give"
@@ -173,7 +174,8 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
         ax.axvline(area[chosen], color=INK, linewidth=0.8, linestyle=":")
         point = (area[chosen], float(insertion[chosen]))
         ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
-    style_curves(ax, "share of the image shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})")
+    whole = "what is seen, shown" if _crop(explanation) else "the image shown"
+    style_curves(ax, f"share of {whole} / hidden", f"p({class_text(explanation.target_name, explanation.target)})")
     fill = explanation.provenance.get("settings", {}).get("fill")
     title = f"most important first{f', fill {one_line(fill)}' if isinstance(fill, str) else ''}"
     if explanation.is_hardly_seen:

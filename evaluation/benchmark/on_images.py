@@ -24,6 +24,7 @@ from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.files import slug
 from attribution.image import limit_size
+from attribution.masking import as_seen
 from attribution.model.classifier import Classifier
 from attribution.provenance import pixels_digest
 from attribution.regions import Regions, make_regions, several
@@ -172,7 +173,7 @@ class _Prepared:
             sample = replace(sample, mask=resized[0, 0] > 0.5)
         predicted = int(classifier.logits(classifier.inputs(image))[0].argmax())
         target = predicted if settings.target == "predicted" or sample.label is None else sample.label
-        regions = several(make_regions(image, settings.regions, **settings.region_options))
+        regions = as_seen(several(make_regions(image, settings.regions, **settings.region_options)), classifier)
         if settings.drops:
             with suppress(NotApplicable):  # methods and fills that drop tokens refuse such a model later
                 regions = follow_patches(classifier, regions)

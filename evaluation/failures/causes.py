@@ -51,13 +51,14 @@ def cause_place(regions: Regions, cause: Sequence[int], object_share: Sequence[f
         object_share: for each region, the share of its pixels that lies on the object; None without a mask.
         seed: of the random sets.
     """
-    labels, area, count = regions.labels.numpy(), regions.area.numpy(), regions.count
+    labels, area, count = regions.seen_labels.numpy(), regions.area.numpy(), regions.count
     chosen = np.zeros((1, count), dtype=bool)
     chosen[0, list(cause)] = True
-    draws = np.random.default_rng(seed).random((_DRAWS, count)).argsort(axis=1) < len(cause)
+    keys = np.random.default_rng(seed).random((_DRAWS, count)) + (area == 0)  # what a crop leaves out causes nothing
+    draws = keys.argsort(axis=1).argsort(axis=1) < len(cause)
 
     def share_of_area(sets: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return (sets * area * weight).sum(axis=1) / (sets * area).sum(axis=1)
+        return (sets * area * weight).sum(axis=1) / np.maximum((sets * area).sum(axis=1), _ROUNDING)
 
     touches = np.zeros(count)
     touches[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] = 1

@@ -142,7 +142,8 @@ def perturbation_curves(
     classifier, protocol = load_classifier(classifier), as_protocol(protocol)
     labels, order = perturbation_steps(explanation, protocol, regions)
     loaded, index = image_of_size(image, labels), classifier.target_index(target)
-    return _curves(loaded, labels, order, protocol, _prefix_scorer(classifier, loaded, labels, index, protocol, seed))
+    scorer = _prefix_scorer(classifier, loaded, labels, index, protocol, seed)
+    return _curves(classifier, loaded, labels, order, protocol, scorer)
 
 
 @image_first
@@ -179,7 +180,8 @@ def random_order_curves(
     for _ in range(count):
         order = torch.randperm(regions.count, generator=generator)
         steps = (labels, order) if region_steps else pixel_steps(-order.argsort()[labels], protocol.count)
-        found.append(_curves(loaded, *steps, protocol, scorer or _prefix_scorer(classifier, loaded, steps[0], index, protocol, seed)))
+        own = scorer or _prefix_scorer(classifier, loaded, steps[0], index, protocol, seed)
+        found.append(_curves(classifier, loaded, *steps, protocol, own))
     insertion, deletion = [c.insertion_auc for c in found], [c.deletion_auc for c in found]
     return torch.tensor(insertion, dtype=torch.float64), torch.tensor(deletion, dtype=torch.float64)
 
@@ -243,12 +245,18 @@ def _score(classifier: Classifier, output: Output) -> Callable[[Tensor], Tensor]
     return classifier.logits if output == "logit" else classifier.probabilities
 
 
-def _curves(image: Tensor, labels: Tensor, order: Tensor, protocol: Protocol, scorer: _Scorer) -> Curves:
+def _curves(classifier: Classifier, image: Tensor, labels: Tensor, order: Tensor, protocol: Protocol, scorer: _Scorer) -> Curves:
     insertion, deletion = scorer(order)
-    counted = torch.ones_like(labels) if protocol.axis == "area" else (image.sum(dim=0) != 0).long()
+    if protocol.axis == "area":
+        counted = torch.zeros_like(labels)
+        top, left, bottom, right = classifier.preprocessing.seen(*labels.shape)
+        counted[top:bottom, left:right] = 1  # pixels that the model crops away change nothing, and would only stretch a curve
+        total = int(counted.sum())
+    else:
+        counted, total = (image.sum(dim=0) != 0).long(), labels.numel()
     sizes = torch.zeros_like(order).scatter_add_(0, labels.flatten(), counted.flatten())
     revealed = torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
-    revealed_share, uncounted_share = revealed.double() / labels.numel(), 1 - counted.double().mean()
+    revealed_share, uncounted_share = revealed.double() / total, 1 - counted.sum().double() / total
     return Curves(revealed_share.float(), insertion, (revealed_share + uncounted_share).float(), deletion, protocol)
 
 
