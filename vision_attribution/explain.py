@@ -250,7 +250,7 @@ def summary(explanation: Explanation) -> dict[str, Any]:
         "insertion_auc": explanation.insertion_auc,
         "deletion_auc": explanation.deletion_auc,
         "protocol": {
-            "axis": "exact share of the image's pixels",
+            "axis": "exact share of the pixels that the model sees",
             "steps": "one region",
             "order": "most important first",
             "fill": explanation.provenance["settings"]["fill"],
@@ -287,8 +287,8 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
             )
             if unseen := explanation.provenance["settings"]["regions"].get("unseen"):
                 notes.append(
-                    f"note: {model} crops the photo, and never sees {unseen} of {explanation.regions.count} regions: their place in the "
-                    f"order means nothing ({file})"
+                    f"note: {model} crops the photo, and never sees {unseen} of {explanation.regions.count} regions: shares leave them "
+                    f"out, and their place in the order means nothing ({file})"
                 )
             if explanation.note:
                 notes.append(f"note: {explanation.note} ({file})")

@@ -1,7 +1,8 @@
 """Insertion, deletion and highest confidence: the score of the target while an image appears or vanishes in an explanation's order.
 
 Every explanation is measured by the same functions. They take its order or its map, never the scores that it may carry, and forward
-the images again. All curves run over the exact share of pixels. Insertion shows the most important first, deletion hides it first.
+the images again. All curves run over the exact share of the pixels that the model sees. Insertion shows the most important first,
+deletion hides it first.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Curves:
     """Insertion and deletion of one explanation, after k = 0 to K steps, most important first.
 
     Attributes:
-        insertion_area: float32 [K+1], share of pixels that the first k steps have revealed.
+        insertion_area: float32 [K+1], share of the pixels seen by the model that the first k steps have revealed.
         insertion: float32 [K+1], score of the target with only these shown.
-        deletion_area: float32 [K+1], share of pixels that the first k steps have removed.
+        deletion_area: float32 [K+1], share of these pixels that the first k steps have removed.
         deletion: float32 [K+1], score of the target with these hidden.
         protocol: how it was measured.
     """

@@ -22,8 +22,9 @@ class Protocol:
             "linear" (imputed from the pixels that are shown, noise 0.01, see ``evaluation.metrics.imputation``); or "drop" (the tokens
             of hidden patches leave a vision transformer's sequence; only region steps, with regions that follow its patches).
         output: the score that is followed, "probability" or "logit" of the target.
-        axis: "area", the exact share of pixels; or "black_unrevealed", LiMA's, which never counts pixels that are black in the
-            image: with b the share of the other pixels, insertion runs from 0 to b and deletion from 1 - b to 1.
+        axis: "area", the exact share of the pixels that the model sees (not those that it crops away); or "black_unrevealed", LiMA's,
+            which never counts pixels that are black in the image: with b the share of the other pixels, insertion runs from 0 to b and
+            deletion from 1 - b to 1.
 
     Raises:
         UserError: a value other than these, or "black_unrevealed" with a fill that is not black.

@@ -277,13 +277,19 @@ def test_several_fills_are_averaged(cnn: at.Classifier, small_cat: Tensor, searc
         at.explain(small_cat, cnn, fill="black+pink", **options)
 
 
-def test_regions_outside_the_crop_of_the_model_are_counted(tmp_path: Path) -> None:
+def test_regions_outside_the_crop_of_the_model_have_no_area(tmp_path: Path) -> None:
     """Of 3 x 6 cells of a photo of 60 x 120 pixels a square of 60 in the middle is seen: columns 1 (half), 2, 3 and 4 (half)."""
     photo = torch.rand(3, 60, 120, generator=torch.Generator().manual_seed(0))
     cells = {"regions": "grid", "region_options": {"rows": 3, "columns": 6}, "search": "greedy"}
     module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 3))
     cropping = at.Classifier(module, size=20, resize="short_side")
-    found = at.explain(photo, cropping, **cells).provenance["settings"]["regions"]
+    explanation = at.explain(photo, cropping, **cells)
+    explanation.save(tmp_path / "a.npz")
+    assert at.Explanation.load(tmp_path / "a.npz") == explanation
+    by_column = explanation.regions.area.view(3, 6).sum(dim=0)
+    assert torch.allclose(by_column, torch.tensor([0, 1 / 6, 1 / 3, 1 / 3, 1 / 6, 0], dtype=torch.float64))
+    assert float(explanation.area[-1]) == pytest.approx(1)
+    found = explanation.provenance["settings"]["regions"]
     assert (found["crop"], found["unseen"]) == ([0, 30, 60, 90], 6)
     assert "crop" not in at.explain(photo, at.Classifier(module, size=20), **cells).provenance["settings"]["regions"]
     padded = at.explain(photo, at.Classifier(module, size=20, resize="long_side"), **cells)

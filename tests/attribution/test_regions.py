@@ -672,3 +672,13 @@ def test_regions_of_a_file(tmp_path: Path) -> None:
 def test_options_of_a_wrong_type(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(at.UserError, match=f"^{message}$"):
         at.make_regions(torch.rand(3, 32, 32), method, **options)
+
+
+def test_areas_of_a_part_that_is_seen() -> None:
+    labels = torch.tensor([[0, 0, 1, 1], [0, 0, 2, 2]])
+    assert at.Regions(labels).area.tolist() == [0.5, 0.25, 0.25]
+    assert at.Regions(labels, seen=(0, 1, 2, 3)).area.tolist() == [0.5, 0.25, 0.25]
+    assert at.Regions(labels, seen=(1, 2, 2, 4)).area.tolist() == [0, 0, 1]
+    for wrong in ((0, 0, 0, 4), (0, 0, 3, 4), (-1, 0, 2, 4)):
+        with pytest.raises(at.UserError, match=r"expected \(top, left, bottom, right\) inside an image of 4x2 pixels"):
+            at.Regions(labels, seen=wrong)

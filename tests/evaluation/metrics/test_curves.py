@@ -54,6 +54,30 @@ def random_image(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("fill", ["black", "linear"])
+def test_what_the_model_crops_away_changes_no_score(fill: str) -> None:
+    """Regions outside the crop may stand anywhere in the order. The curves are those of the crop alone, cut out by hand."""
+    image = random_image(12, 24)
+    labels = torch.arange(6).repeat_interleave(4).expand(12, 24)  # six columns; the square in the middle shows 1 (half), 2, 3, 4 (half)
+    module = linear_classifier(12, 12, 0).module
+    cropping, whole = (at.Classifier(module, size=12, resize=way) for way in ("short_side", "squash"))
+    protocol = Protocol(fill=fill)
+    seen, cut = [2, 4, 1, 3], labels[:, 6:18] - 1
+    expected = perturbation_curves(image[:, :, 6:18], whole, [1, 3, 0, 2], 0, replace(protocol, fill="black"), regions=cut)
+    found = []
+    for places in ((0, 1), (2, 5), (4, 5)):
+        order = seen.copy()
+        for place, region in zip(places, (0, 5), strict=True):
+            order.insert(place, region)
+        curves = perturbation_curves(image, cropping, order, 0, protocol, regions=labels)
+        found.append((curves.insertion_auc, curves.deletion_auc))
+        assert float(curves.insertion_area[-1]) == float(curves.deletion_area[-1]) == 1
+    if fill == "black":
+        assert found == [pytest.approx((expected.insertion_auc, expected.deletion_auc), abs=1e-6)] * 3
+        area = at.MaskedInputs(cropping, image, labels, torch.zeros_like(image)).area
+        assert area.tolist() == pytest.approx([0, 1 / 6, 1 / 3, 1 / 3, 1 / 6, 0])
+
+
 def naive_curves(classifier: at.Classifier, image: Tensor, labels: Tensor, fill: Tensor, order: list[int]) -> tuple[list, list]:
     """Probability of class 0 of every masked image, built pixel by pixel and preprocessed and forwarded on its own."""
 
