@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,15 @@ from torch import Tensor
 from attribution.checks import check_seed, check_whole
 from attribution.errors import UserError, describe
 from attribution.search.chains import Found, all_known, best_chain, chain_of, found
-from attribution.search.contract import DividedObjective, Objective, Progress, divided, report_progress
+from attribution.search.contract import (
+    DividedObjective,
+    Objective,
+    PartialObjective,
+    Progress,
+    UndividedObjective,
+    divided,
+    report_progress,
+)
 from attribution.search.elimination import eliminate, halve, pace_within
 from attribution.search.gradients import PREFIXES_IN_A_STEP, soften
 from attribution.search.improvement import improve
@@ -47,17 +56,25 @@ def anytime_from(objective: Objective | DividedObjective) -> int:
     objective = divided(objective)
     bounded = all(math.isfinite(float(highest)) for highest in objective.highest)
     images = IMAGES_TO_ELIMINATE if bounded else IMAGES_TO_ELIMINATE_UNBOUNDED
-    return math.ceil(images / 2 * sum(objective.needed) * objective.size) * objective.cost
+    return math.ceil(images / 2 * sum(objective.needed) * len(regions_that_count(objective))) * objective.cost
 
 
 def default_budget(objective: Objective | DividedObjective, pixels: int = REAL_RESOLUTION) -> int:
-    """Images forwarded where no budget is given, for each region and each fill: 8, or 32 on inputs of fewer than 128 x 128 pixels.
+    """Images forwarded where no budget is given: 8 for each region and each fill, 32 on inputs below 128 x 128 pixels.
 
     Where ``anytime_from`` is more, it is that.
     """
     objective = divided(objective)
     images = IMAGES_BY_DEFAULT if pixels >= REAL_RESOLUTION else IMAGES_OF_SMALL_INPUTS
     return max(images * objective.size * objective.cost, anytime_from(objective))
+
+
+def regions_that_count(objective: DividedObjective) -> Tensor:
+    """The regions that the search orders, int64 [k]. Those without area, which a model crops away, change nothing and are left out."""
+    if objective.area is None or isinstance(objective, UndividedObjective):
+        return torch.arange(objective.size)
+    counted = torch.as_tensor(objective.area).cpu().nonzero()[:, 0]
+    return counted if len(counted) > 1 else torch.arange(objective.size)
 
 
 def search_orders(
@@ -90,10 +107,20 @@ def search_orders(
     """
     check_whole("evaluations", evaluations, 1)
     check_seed(seed)
-    sets = Sets(divided(objective), evaluations)
-    order = list(range(sets.size)) if start is None else [int(region) for region in start]
-    if sorted(order) != list(range(sets.size)):
-        raise UserError(f"start is {describe(start)}: expected each region from 0 to {sets.size - 1} once")
+    objective = divided(objective)
+    order = list(range(objective.size)) if start is None else [int(region) for region in start]
+    if sorted(order) != list(range(objective.size)):
+        raise UserError(f"start is {describe(start)}: expected each region from 0 to {objective.size - 1} once")
+    counted = regions_that_count(objective)
+    if len(counted) < objective.size:
+        place = {int(region): index for index, region in enumerate(counted)}
+        begin = None if start is None else [place[region] for region in order if region in place]
+        last = torch.tensor([region for region in order if region not in place], dtype=torch.int64)
+        part = PartialObjective(objective, counted)
+        for each in search_orders(part, evaluations=evaluations, start=begin, seed=seed, gradients=gradients):
+            yield replace(each, order=torch.cat([counted[each.order], last]))
+        return
+    sets = Sets(objective, evaluations)
     if gradients:
         _check_gradients(sets, start)
     try:

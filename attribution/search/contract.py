@@ -98,6 +98,27 @@ class UndividedObjective:
         return values, torch.zeros_like(values)
 
 
+class PartialObjective:
+    """A ``DividedObjective`` of some of the regions; the others are never shown.
+
+    Args:
+        whole: F over all regions.
+        regions: int64 [k], ids; region i of this objective is region ``regions[i]`` of the whole.
+    """
+
+    def __init__(self, whole: DividedObjective, regions: Tensor) -> None:
+        self._whole, self._regions = whole, regions
+        self.size = len(regions)
+        self.needed, self.highest, self.cost = whole.needed, whole.highest, whole.cost
+        self.area, self.centres = (None if each is None else each[regions] for each in (whole.area, whole.centres))
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Shown and hidden of each image."""
+        full = rows.new_zeros(len(rows), self._whole.size)
+        full[:, self._regions] = rows
+        return self._whole.parts(full)
+
+
 def divided(objective: Objective | DividedObjective) -> DividedObjective:
     """The objective itself where it is divided, else an ``UndividedObjective`` around it."""
     return objective if isinstance(objective, DividedObjective) else UndividedObjective(objective)

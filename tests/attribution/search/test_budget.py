@@ -85,6 +85,33 @@ def test_values_are_means_along_the_order_and_never_fall(size: int, seed: int) -
     assert all(later.value >= earlier.value - 1e-9 for earlier, later in itertools.pairwise(known))
 
 
+@pytest.mark.parametrize("start", [None, [5, 1, 0, 6, 4, 3, 2]])
+def test_regions_without_area_are_not_searched(start: list[int] | None) -> None:
+    """A model crops regions 1 and 4 away. The search is that of the others alone, none of its images shows the two, and they come last."""
+    whole, alone = Halves(7, 3, [0.1, 0, 0.3, 0.2, 0, 0.3, 0.1]), Halves(5, 3, [0.1, 0.3, 0.2, 0.3, 0.1])
+    seen = [0, 2, 3, 5, 6]
+    alone.half = lambda name, shown: Halves.half(whole, name, frozenset(seen[region] for region in shown))  # type: ignore[method-assign]
+    begin = None if start is None else [seen.index(region) for region in start if region in seen]
+    found, expected = run(whole, 60, start=start), run(alone, 60, start=begin)
+    last = [1, 4] if start is None else [region for region in start if region not in seen]
+    assert [each.order.tolist() for each in found] == [[seen[region] for region in each.order] + last for each in expected]
+    assert [each.value for each in found] == pytest.approx([each.value for each in expected], nan_ok=True)
+    assert [each.evaluations for each in found] == [each.evaluations for each in expected]
+    assert all(image <= set(seen) for image in whole.images)
+    assert anytime_from(whole) == anytime_from(alone)
+    assert default_budget(whole) == 8 * 7
+
+
+def test_an_area_of_zero_says_nothing_of_an_objective_that_is_not_divided() -> None:
+    class Plain:
+        size, area = 3, torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
+
+        def __call__(self, subsets: Tensor) -> Tensor:
+            return subsets[:, 1].double() + 0.1 * subsets[:, 2]
+
+    assert budget_search(Plain(), evaluations=50).tolist() == [1, 2, 0]
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_larger_budget_begins_like_a_smaller_one(seed: int) -> None:
     whole = run(Halves(12, seed), 500)
