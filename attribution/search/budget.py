@@ -43,7 +43,7 @@ IMAGES_TO_ELIMINATE_UNBOUNDED = 24
 # Images a region, both halves together, up to which gradients are used: with more, elimination is better. Chosen on development images.
 IMAGES_WITH_GRADIENTS = 1.5
 # Images a region where no budget is given. At real resolution, where an image takes long, 8 reach about the quality of the published search
-# with a fifth of its images (docs/results/default.md). On smaller inputs images are cheap, and the budget is about that search's cost.
+# with a quarter of its images (docs/results/default.md). On smaller inputs images are cheap, and the budget is about that search's cost.
 IMAGES_BY_DEFAULT, IMAGES_OF_SMALL_INPUTS = 8, 32
 REAL_RESOLUTION = 128 * 128  # pixels of the model input
 
