@@ -48,7 +48,7 @@ class Repair:
 
     Attributes:
         regions: int64, their ids, most important first.
-        area: their share of the image's pixels.
+        area: their share of the pixels that the model sees.
         true, predicted: probabilities of the true and of the wrongly predicted class after the correction.
     """
 
@@ -163,18 +163,20 @@ class FailureExplanation:
         """The failure in a few sentences with numbers."""
         probabilities = self.truth.probabilities
         wrong, right = float(probabilities[self.mistake.target]), float(probabilities[self.truth.target])
+        regions = self.truth.regions
+        whole = "the image" if regions is None or regions.seen is None else "what it sees"
         sentences = [f"The model says {self.predicted_name} ({wrong:.2f}), the image shows {self.true_name} ({right:.2f})."]
         if bool(self.shown.right[0]):
             sentences.append(f"The fill alone is predicted as {self.true_name}, so few regions suffice.")
         if self.cause is not None:
             sentences.append(
-                f"Hiding {_share(self.cause.area)} of the image, {_these(self.cause)}, turns {self.predicted_name} {wrong:.2f} into "
+                f"Hiding {_share(self.cause.area)} of {whole}, {_these(self.cause)}, turns {self.predicted_name} {wrong:.2f} into "
                 f"{self.true_name} {self.cause.true:.2f}."
             )
         else:
             sentences.append("No set of regions was found whose removal makes the model right.")
         if self.sufficient is not None:
-            alone = f"{_share(self.sufficient.area)} of the image alone, {_these(self.sufficient)}"
+            alone = f"{_share(self.sufficient.area)} of {whole} alone, {_these(self.sufficient)}"
             sentences.append(f"{alone}, gives {self.true_name} {self.sufficient.true:.2f}.")
         else:
             best = self.highest_confidence()[1.0]

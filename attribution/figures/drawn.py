@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 class DrawnRegions(Protocol):
-    """A partition of the image: labels int64 [H, W] from 0 to R-1, and the count R."""
+    """A partition of the image: labels int64 [H, W] from 0 to R-1, the count R, and the part that a model's crop leaves, if it crops."""
 
     @property
     def labels(self) -> Tensor: ...
     @property
     def count(self) -> int: ...
+    @property
+    def seen(self) -> tuple[int, int, int, int] | None: ...
 
 
 class DrawnExplanation(Protocol):
@@ -108,3 +110,8 @@ class DrawnFailure(Protocol):
     def peak(self) -> int: ...
     @property
     def fill(self) -> Tensor: ...
+
+
+def whole_of(regions: DrawnRegions) -> str:
+    """What shares are shares of."""
+    return "the image" if regions.seen is None else "what is seen"

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from scipy.ndimage import distance_transform_edt
 
 from attribution.errors import UserError
-from attribution.figures.drawn import DrawnExplanation, DrawnRegions
+from attribution.figures.drawn import DrawnExplanation, DrawnRegions, whole_of
 from attribution.figures.style import (
     DELETION,
     INK,
@@ -150,8 +150,7 @@ def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: fl
         ax.text(x, y, str(rank), ha="center", va="center", fontsize=6.5, color=INK, bbox=badge)
     ax.set_xlim(-0.5, labels.shape[1] - 0.5)
     ax.set_ylim(labels.shape[0] - 0.5, -0.5)
-    whole = "what is seen" if _crop(explanation) else "the image"
-    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of {whole}"
+    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of {whole_of(regions)}"
     reached = float(scores[chosen])
     enough = explanation.fill_confidence < share * explanation.confidence <= reached
     verb = "gives" if chosen == 1 else "give"
@@ -174,8 +173,10 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
         ax.axvline(area[chosen], color=INK, linewidth=0.8, linestyle=":")
         point = (area[chosen], float(insertion[chosen]))
         ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
-    whole = "what is seen, shown" if _crop(explanation) else "the image shown"
-    style_curves(ax, f"share of {whole} / hidden", f"p({class_text(explanation.target_name, explanation.target)})")
+    assert explanation.regions is not None
+    style_curves(
+        ax, f"share of {whole_of(explanation.regions)} shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})"
+    )
     fill = explanation.provenance.get("settings", {}).get("fill")
     title = f"most important first{f', fill {one_line(fill)}' if isinstance(fill, str) else ''}"
     if explanation.is_hardly_seen:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from attribution.figures.drawn import DrawnFailure, DrawnRepair
+from attribution.figures.drawn import DrawnFailure, DrawnRepair, whole_of
 from attribution.figures.style import (
     INK,
     Figure,
@@ -72,7 +72,7 @@ def _draw_repair(ax: Axes, failure: DrawnFailure, repair: DrawnRepair | None, hi
     shown = ~inside if hide else inside
     _draw_image(ax, np.where(shown[:, :, None], shown_pixels(failure.truth.image), shown_pixels(failure.fill)))
     ax.add_collection(LineCollection(border_segments(np.where(inside, 1, 0)), colors=_PREDICTED if hide else _TRUE, linewidths=1.4))
-    count = f"{len(repair.regions)} region{'s' if len(repair.regions) > 1 else ''}, {repair.area:.0%} of the image"
+    count = f"{len(repair.regions)} region{'s' if len(repair.regions) > 1 else ''}, {repair.area:.0%} of {whole_of(regions)}"
     draw_title(ax, f"{'without' if hide else 'only'} {count}:\n{_true(failure)}, p = {repair.true:.2f}")
 
 
@@ -88,7 +88,8 @@ def _draw_curves(ax: Axes, failure: DrawnFailure) -> None:
     peak = failure.peak
     ax.plot(area[peak], float(failure.shown.true[peak]), "o", color=_TRUE, markeredgecolor="white", markersize=8, zorder=3)
     ax.axvline(area[peak], color=INK, linewidth=0.8, linestyle=":")
-    style_curves(ax, "share of the image shown, support of the truth first", "probability", fontsize=8.5)
+    assert failure.truth.regions is not None
+    style_curves(ax, f"share of {whole_of(failure.truth.regions)} shown, support of the truth first", "probability", fontsize=8.5)
     draw_title(ax, f"highest p({_true(failure)}) = {float(failure.shown.true[1:].max()):.2f}\nshaded: the model is right")
 
 

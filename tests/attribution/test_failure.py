@@ -270,3 +270,20 @@ def test_an_image_that_the_model_is_right_about_has_an_error_of_its_own() -> Non
 def test_printing_a_failure_shows_words_and_no_tensors(vit: at.Classifier, small_cat: Tensor) -> None:
     found = at.explain_failure(small_cat, vit, "dog", fill="gray", regions="grid", region_options={"count": 9})
     assert repr(found) == f"FailureExplanation({found.text})" and "tensor" not in repr(found)
+
+
+def test_shares_of_a_model_that_crops_are_shares_of_what_it_sees() -> None:
+    """Of a wide photo the model sees the square in the middle, half red and half blue; hiding all the red makes it say blue."""
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        module[2].weight.copy_(torch.tensor([[30.0, 0, 0], [0, 0, 29.0]]))
+    classifier = at.Classifier(module, size=8, resize="short_side", class_names=("red", "blue"))
+    photo = torch.zeros(3, 16, 48)
+    photo[0, :, :24], photo[2, :, 24:] = 1, 1
+    columns = torch.arange(6).repeat_interleave(8).expand(16, 48)  # the middle two are seen
+    failure = at.explain_failure(photo, classifier, "blue", regions=columns)
+    assert failure.cause is not None
+    assert (failure.cause.regions.tolist(), failure.cause.area) == ([2], pytest.approx(0.5))
+    assert "Hiding 50% of what it sees" in failure.text or "Hiding 50 % of what it sees" in failure.text
+    titles = [ax.get_title() for ax in failure.plot().axes]
+    assert any("50% of what is seen" in title for title in titles)
