@@ -6,6 +6,7 @@ of a transformer count as a map, without class and register tokens.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from attribution.task import Output, Task, enlarged
 
 Layer = str | nn.Module | FeatureLayer | None
 _LEAST_SCORE = 1e-6  # of Ablation-CAM's denominator
+_FEW_PLACES = 4  # of a map so small that a single place may matter
 
 
 def grad_cam(task: Task, *, layer: Layer = None, output: Output = "logit") -> Tensor:
@@ -146,7 +148,14 @@ def _activation_and_gradient(task: Task, layer: Layer, output: Output) -> tuple[
         score = task.scores(output)(task.leaf())[0, task.target]
     tensor = calls[-1][1]
     (gradient,) = torch.autograd.grad(score, tensor)
-    return found.to_map(tensor.detach())[0], found.to_map(gradient)[0], score.detach()
+    gradient = found.to_map(gradient)[0]
+    if (places := gradient[0].numel()) > _FEW_PLACES and int((gradient != 0).any(dim=0).sum()) == 1:
+        warnings.warn(
+            f"the score of {task.classifier.name} has a gradient at one of {places} places of layer {found.name!r} (a maximum over places?): "
+            "a class activation map says little there; name an earlier layer, or use occlusion or a region search",
+            stacklevel=2,
+        )
+    return found.to_map(tensor.detach())[0], gradient, score.detach()
 
 
 METHODS: dict[str, Method] = {

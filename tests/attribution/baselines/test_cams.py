@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import captum.attr
@@ -354,3 +355,16 @@ def test_the_layer_stands_in_what_is_kept(cnn: at.Classifier, small_cat: Tensor,
     assert "layer layer3" in "".join(text.get_text() for ax in found.plot().axes for text in [ax.title])
     assert "layer" not in attribute(small_cat, cnn, "saliency", 3).provenance
     assert attribute(small_cat, cnn, "layer_cam", 3, layer="layer2").provenance["layer"] == "layer2"
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_plus_plus", "layer_cam"])
+def test_a_head_that_reads_one_place_is_told(method: str) -> None:
+    """Each class's logit is the maximum of its own map. With their mean in its place nothing is told."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+    for pool, told in ((nn.AdaptiveMaxPool2d(1), True), (nn.AdaptiveAvgPool2d(1), False)):
+        used = at.Classifier(nn.Sequential(*body, pool, nn.Flatten()).eval(), size=8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attribute(photo(8), used, method, 1)
+        assert any("at one of 64 places of layer" in str(each.message) for each in caught) == told
