@@ -151,8 +151,8 @@ def _activation_and_gradient(task: Task, layer: Layer, output: Output) -> tuple[
     gradient = found.to_map(gradient)[0]
     if (places := gradient[0].numel()) > _FEW_PLACES and int((gradient != 0).any(dim=0).sum()) == 1:
         warnings.warn(
-            f"the score of {task.classifier.name} has a gradient at one of {places} places of layer {found.name!r} (a maximum over them?): a "
-            "class activation map says little there; name an earlier layer, or use occlusion or a region search",
+            f"the score of {task.classifier.name} has a gradient at one of {places} places of layer {found.name!r} (a maximum over them?): "
+            "a class activation map says little there; name an earlier layer, or use occlusion or a region search",
             stacklevel=2,
         )
     return found.to_map(tensor.detach())[0], gradient, score.detach()
