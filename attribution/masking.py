@@ -78,7 +78,9 @@ class RegionInputs:
     def __init__(self, labels: Tensor, classifier: Classifier, values: int) -> None:
         self._values = values
         self.size = int(labels.max()) + 1
-        self.area = as_seen(Regions(labels.cpu()), classifier).area
+        top, left, bottom, right = classifier.preprocessing.seen(*labels.shape)
+        seen = labels[top:bottom, left:right].flatten().cpu()
+        self.area = seen.bincount(minlength=self.size).double() / seen.numel()
         pixels = labels.flatten().cpu()
         count = pixels.bincount(minlength=self.size).double()
         places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in labels.shape))

@@ -233,13 +233,12 @@ def work_folder(out: Path, settings: Settings) -> Path:
 
 def train(data: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Train, write the file and its record, and remove the work folder."""
-    load_dataset("pets", data, "trainval")  # data that are missing are said before a model is loaded
+    names = load_dataset("pets", data, "trainval").class_names  # data that are missing are said before a model is loaded
     classifier = at.load_classifier(
         settings.model, checkpoint=settings.checkpoint, pretrained=settings.backbone == "pretrained", device="cpu"
     )
     check_backbone(classifier, settings.blocks)
     work = work_folder(out, settings)
-    names = load_dataset("pets", data, "trainval").class_names
     features, labels = extract(classifier, "trainval", data, work, settings)
     module = classifier.module
     if settings.blocks:
