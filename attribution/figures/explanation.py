@@ -175,7 +175,7 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
         ax.plot(*point, "o", color=INSERTION, markeredgecolor="white", markersize=8, zorder=3)
     assert explanation.regions is not None
     style_curves(
-        ax, f"share of {whole_of(explanation.regions)} shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})"
+        ax, f"share of {whole_of(explanation.regions)}, shown / hidden", f"p({class_text(explanation.target_name, explanation.target)})"
     )
     fill = explanation.provenance.get("settings", {}).get("fill")
     title = f"most important first{f', fill {one_line(fill)}' if isinstance(fill, str) else ''}"

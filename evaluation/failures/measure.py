@@ -280,17 +280,18 @@ class _Images:
 
 
 def object_shares(mask: Tensor, regions: Regions) -> Tensor:
-    """The share of each region's pixels that lies on the object.
+    """The share of each region's pixels that lies on the object, among the pixels that the model sees.
 
     Args:
         mask: bool [H, W], True on the object; resized to the regions' size where it has another one.
         regions: of the image.
 
     Returns:
-        float64 [R].
+        float64 [R]; 0 for regions that a crop leaves out.
     """
-    labels = regions.labels
-    if mask.shape != labels.shape:
-        mask = F.interpolate(mask[None, None].float(), size=tuple(labels.shape), mode="nearest-exact")[0, 0] > 0.5
+    if mask.shape != regions.labels.shape:
+        mask = F.interpolate(mask[None, None].float(), size=tuple(regions.labels.shape), mode="nearest-exact")[0, 0] > 0.5
+    top, left, bottom, right = regions.seen or (0, 0, *regions.labels.shape)
+    labels, mask = regions.seen_labels, mask[top:bottom, left:right]
     inside = torch.bincount(labels[mask], minlength=regions.count).double()
-    return inside / torch.bincount(labels.flatten(), minlength=regions.count)
+    return inside / torch.bincount(labels.flatten(), minlength=regions.count).clamp(min=1)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.checks import check_choice, check_number, check_seed, check_whole, is_number
@@ -21,6 +22,7 @@ from attribution.fills import DEFAULT_FILL, Fill, classifier_fill, is_drop
 from attribution.image import ImageSource, load_image
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
+from attribution.regions import Regions
 from attribution.regions import grid as grid_regions
 from attribution.task import Output
 from evaluation.metrics.judged import Judged, Partition, judged_on
@@ -48,7 +50,8 @@ def mu_fidelity(
     """Rank correlation between the score lost when random cells are hidden and the attribution of these cells; higher is better.
 
     Bhatt et al., "Evaluating and aggregating feature-based model explanations", IJCAI 2020, equation 3. As in xplique, the cells of a
-    grid replace pixels, their number is random rather than fixed, and the correlation is Spearman's.
+    grid replace pixels, their number is random rather than fixed, and the correlation is Spearman's. The grid lies on the part of the
+    image that the model sees: what its crop leaves out has no attribution.
 
     Args:
         image: what was explained, at the resolution of the map.
@@ -76,7 +79,10 @@ def mu_fidelity(
     check_whole("grid", grid, 1)
     check_number("drop", drop, 0, 1)
     loaded, claim = judged_on(image, explanation, regions)
-    cells = grid_regions(loaded, rows=grid, columns=grid)
+    top, left, bottom, right = classifier.preprocessing.seen(*loaded.shape[1:])
+    inside = grid_regions(loaded[:, top:bottom, left:right], rows=grid, columns=grid)
+    beyond = (left, loaded.shape[2] - right, top, loaded.shape[1] - bottom)
+    cells = Regions(F.pad(inside.labels[None, None].double(), beyond, mode="replicate")[0, 0].long(), seen=(top, left, bottom, right))
     if is_drop(fill):
         cells = follow_patches(classifier, cells)
     hiding, masked = masked_inputs(classifier, loaded, cells.labels, fill)
@@ -88,7 +94,8 @@ def mu_fidelity(
     drops = scores[:1] - scores[1:]
     if drops.max() - drops.min() <= _ROUNDING * scores.abs().max():  # ranks of rounding errors would look like a correlation
         return 0.0
-    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, cells.labels.flatten(), claim.heat.double().flatten())
+    heat = claim.heat[top:bottom, left:right].double()
+    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, cells.labels[top:bottom, left:right].flatten(), heat.flatten())
     return _spearman(drops.numpy(), (dropped * worth).sum(dim=1).numpy())
 
 

@@ -20,7 +20,7 @@ from attribution.model.classifier import Classifier
 from attribution.regions import Regions
 from evaluation.metrics.curves import Curves, perturbation_curves
 from evaluation.metrics.fidelity import infidelity, mu_fidelity, sensitivity
-from evaluation.metrics.judged import Judged
+from evaluation.metrics.judged import Judged, judged
 from evaluation.metrics.localization import energy_pointing_game, pointing_game
 from evaluation.metrics.protocol import Protocol
 from evaluation.metrics.road import road
@@ -204,14 +204,18 @@ def _road(case: Case, protocol: Protocol) -> Measurement:
     return Measurement(found.score)
 
 
-def _pointing_game(case: Case, protocol: Protocol) -> Measurement:
-    assert case.mask is not None
-    return Measurement(pointing_game(case.explanation, case.mask))
+def _pointing(score: Callable[[Tensor, Tensor], float]) -> Callable[[Case, Protocol], Measurement]:
+    """A pointing game on the pixels that the model sees: what its crop leaves out is neither map nor object."""
 
+    def measure(case: Case, protocol: Protocol) -> Measurement:
+        assert case.mask is not None
+        heat, mask, seen = judged(case.explanation).heat, case.mask, case.regions.seen
+        if seen is not None and mask.shape == heat.shape:
+            top, left, bottom, right = seen
+            heat, mask = heat[top:bottom, left:right], mask[top:bottom, left:right]
+        return Measurement(score(heat, mask))
 
-def _energy_pointing_game(case: Case, protocol: Protocol) -> Measurement:
-    assert case.mask is not None
-    return Measurement(energy_pointing_game(case.explanation, case.mask))
+    return measure
 
 
 METRICS: dict[str, Metric] = {
@@ -237,8 +241,10 @@ METRICS: dict[str, Metric] = {
         default=False,
     ),
     "sensitivity": Metric(_sensitivity, "lower", "largest relative change of the map under small noise (Captum)", default=False),
-    "pointing_game": Metric(_pointing_game, "higher", "the maximum lies on the object", mask=True, default=False),
-    "energy_pointing_game": Metric(_energy_pointing_game, "higher", "share of the positive map on the object", mask=True, default=False),
+    "pointing_game": Metric(_pointing(pointing_game), "higher", "the maximum lies on the object", mask=True, default=False),
+    "energy_pointing_game": Metric(
+        _pointing(energy_pointing_game), "higher", "share of the positive map on the object", mask=True, default=False
+    ),
     "gridpg": Metric(None, "higher", "share of the map in the class's cell; heads see the whole grid", "GridPG", default=False, grid=True),
     "difull": Metric(None, "higher", "share of the map in the head's cell; it sees nothing else", "DiFull", default=False, grid=True),
     "dipart": Metric(None, "higher", "share of the map in the head's cell of the final map", "DiPart", default=False, grid=True),

@@ -13,7 +13,7 @@ from torch import Tensor
 from attribution.checks import check_choice, check_seed
 from attribution.deprecation import image_first
 from attribution.errors import UserError
-from attribution.image import ImageSource, limit_size
+from attribution.image import ImageSource
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.task import Output
@@ -64,8 +64,8 @@ def road(
     """Remove and debias (Rong et al., ICML 2022): score the target after pixels were replaced by noisy linear imputation.
 
     Pixels are ranked as in pixel steps; the least relevant are the last of that ranking. With P percentages, 2 P images are forwarded.
-    An image larger than the model's input is shrunk first, and its map with it, to the long side of that input: the model would not
-    see the pixels between.
+    An image larger than the model sees it is first shrunk to the size at which the model sees it, and its map with it: the model would
+    not see the pixels between. Pixels that a crop leaves out are neither counted nor removed.
 
     Args:
         image, classifier, explanation, target: see ``perturbation_curves``.
@@ -86,17 +86,24 @@ def road(
         raise UserError(f"percentages are {list(percentages)}: expected ascending numbers in (0, 99] (nothing is left to impute 100 from)")
     classifier = load_classifier(classifier)
     loaded, claim = judged_on(image, explanation, regions)
-    small, index = limit_size(loaded, max(classifier.preprocessing.size)), classifier.target_index(target)
-    values = claim.values
-    if values.shape != small.shape[1:]:
-        values = F.interpolate(values[None, None], size=tuple(small.shape[1:]), mode="bilinear", antialias=True)[0, 0]
-    ranking = pixel_steps(values, values.numel())[0]
+    small, values, index = loaded, claim.values, classifier.target_index(target)
+    sides = [
+        max(1, round(side * min(1.0, scale)))
+        for side, (scale, _) in zip(values.shape, classifier.preprocessing.placement(*values.shape), strict=True)
+    ]
+    if sides != list(values.shape):
+        both = torch.cat([loaded, values[None]])[None]
+        small, values = F.interpolate(both, size=sides, mode="bilinear", antialias=True)[0].split([3, 1])
+        small, values = small.clamp(0, 1), values[0]
+    top, left, bottom, right = classifier.preprocessing.seen(*small.shape[1:])
+    ranking = pixel_steps(values[top:bottom, left:right], (bottom - top) * (right - left))[0]
     removed = [math.floor(p * ranking.numel() / 100 + 1e-9) for p in percentages]  # 57 / 100 * 100 is below 57 in floats
     most, least = torch.tensor(removed), ranking.numel() - torch.tensor(removed)
+    beyond = (left, small.shape[2] - right, top, small.shape[1] - bottom)
     std = classifier.preprocessing.std_colour
 
     def imputed(shown: Tensor) -> Tensor:
-        return impute(small.to(classifier.device), shown, noise=noise, std=std, seed=seed)
+        return impute(small.to(classifier.device), F.pad(shown, beyond, value=True), noise=noise, std=std, seed=seed)
 
     morf = composed_scores(classifier, imputed, lambda k: ranking >= k, most, index, output)
     lerf = composed_scores(classifier, imputed, lambda k: ranking < k, least, index, output)

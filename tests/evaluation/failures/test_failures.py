@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,14 @@ def test_object_shares_of_a_mask_of_another_size() -> None:
     regions = Regions(torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]]))
     mask = torch.tensor([[True] * 6 + [False] * 2] * 4)
     assert object_shares(mask, regions).tolist() == [1.0, 0.5]
+
+
+def test_object_shares_count_the_pixels_that_the_model_sees() -> None:
+    labels = torch.tensor([[0, 0, 1, 2], [0, 0, 1, 2]])
+    mask = torch.tensor([[True, False, True, True], [True, False, False, True]])
+    whole = at.Regions(labels)
+    assert object_shares(mask, whole).tolist() == [0.5, 0.5, 1.0]
+    assert object_shares(mask, replace(whole, seen=(0, 1, 2, 3))).tolist() == [0.0, 0.5, 0.0]
 
 
 def test_one_sample_is_explained_as_in_the_run(folder: Path, results: FailureResults) -> None:

@@ -581,9 +581,11 @@ def test_published_aucs_of_all_records(shared: Path, records: list[dict], cnn: a
 def test_road_of_a_large_photo_works_at_the_size_of_the_input(cat: Tensor, cnn: at.Classifier) -> None:
     """The same as shrinking photo and map by hand."""
     explanation = at.attribute(cat, cnn, "edge_filter")
-    small = at.image.limit_size(cat, 32)
-    values = torch.nn.functional.interpolate(explanation.pixel_map[None, None], size=small.shape[1:], mode="bilinear", antialias=True)[0, 0]
-    by_hand = replace(explanation, image=small, pixel_map=values)
+    small, values = (
+        torch.nn.functional.interpolate(each[None], size=(32, 32), mode="bilinear", antialias=True)[0]
+        for each in (cat, explanation.pixel_map[None])
+    )
+    by_hand = replace(explanation, image=small, pixel_map=values[0])
     large, expected = road(cat, cnn, explanation, explanation.target), road(small, cnn, by_hand, explanation.target)
     assert torch.equal(large.morf, expected.morf)
     assert torch.equal(large.lerf, expected.lerf)

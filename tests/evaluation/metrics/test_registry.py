@@ -12,6 +12,7 @@ from toys import SIDE, linear_classifier
 
 import attribution as at
 import evaluation as ev
+from attribution.masking import as_seen
 from evaluation.metrics.judged import judged
 from evaluation.metrics.protocol import Protocol
 from evaluation.metrics.registry import METRICS, Case, Measurement, Metric, expand_metrics, measures_of, metric_title
@@ -137,6 +138,39 @@ def test_a_metric_that_hides_pixels_states_its_fill() -> None:
             METRICS[name].function(made, linear)
     with pytest.raises(at.NotApplicable, match="infidelity cannot hide pixels by fill 'drop'"):
         METRICS["infidelity"].function(made, drop)
+
+
+@pytest.mark.parametrize("name", ["mu_fidelity", "road", "energy_pointing_game", "pointing_game"])
+def test_what_the_model_crops_away_changes_no_score(name: str) -> None:
+    """Whatever the map says there, and whatever the mask; other pixels count."""
+    classifier = at.Classifier(linear_classifier(0).module, size=SIDE, resize="short_side")
+    image = torch.rand(3, SIDE, SIDE + 10, generator=torch.Generator().manual_seed(1))
+    values = torch.rand(SIDE, SIDE + 10, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(SIDE, SIDE + 10, dtype=torch.bool)
+    mask[:, : SIDE // 2 + 5] = True
+    regions = as_seen(at.make_regions(image, "grid", count=12), classifier)
+
+    def score(values: torch.Tensor, mask: torch.Tensor) -> float:
+        explanation = at.Explanation(image, 0, ("a", "b"), torch.tensor([0.5, 0.5]), pixel_map=values)
+        made = Case(classifier, explanation, 0, regions, lambda picture: values, mask)
+        return METRICS[name].function(made, PROTOCOL).value
+
+    beyond, inside = values.clone(), values.clone()
+    beyond[:, :5], beyond[:, -5:] = 9.0, -9.0
+    inside[:, 5:-5] = values[:, 5:-5].flip(1)
+    masked = mask.clone()
+    masked[:, :5], masked[:, -5:] = False, True
+    assert score(beyond, masked) == score(values, mask)
+    assert score(inside, mask) != score(values, mask) or name == "pointing_game"
+
+
+def test_mu_fidelity_with_a_crop_is_that_of_the_crop() -> None:
+    module = linear_classifier(0).module
+    cropping, whole = (at.Classifier(module, size=SIDE, resize=way) for way in ("short_side", "squash"))
+    image = torch.rand(3, SIDE, SIDE + 10, generator=torch.Generator().manual_seed(1))
+    values = torch.rand(SIDE, SIDE + 10, generator=torch.Generator().manual_seed(2))
+    black = ev.mu_fidelity(image[:, :, 5:-5], whole, values[:, 5:-5], 0, grid=4)
+    assert ev.mu_fidelity(image, cropping, values, 0, grid=4) == pytest.approx(black)
 
 
 def test_titles() -> None:
