@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.checks import check_choice, check_seed, check_types, did_you_mean, is_whole
+from attribution.checks import check_choice, check_number, check_seed, check_types, did_you_mean, is_whole
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, Fill, drops, several_fills
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
-from attribution.masking import RegionInputs, as_seen, prefix_probabilities
+from attribution.masking import RegionInputs, as_seen, prefix_rows
 from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.objective import MeanObjective, ScoreWeights, SubmodularObjective
 from attribution.presets import PRESETS
+from attribution.priors import Prior, PriorMap, best_prior, prior_maps
 from attribution.provenance import plain_settings, provenance
 from attribution.regions import Regions, is_method, make_regions, several
 from attribution.search import SEARCHES, Search
 from attribution.search.contract import Objective, Progress
+
+_SEARCHING = 0.97  # share of the time given that is over when the search ends; reading its result takes the rest
 
 
 def explain(
@@ -41,6 +44,8 @@ def explain(
     fill: Fill = DEFAULT_FILL,
     pending: int | None = None,
     evaluations: int | None = None,
+    seconds: float | None = None,
+    prior: Prior | Sequence[Prior] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     preset: str | None = None,
@@ -68,7 +73,13 @@ def explain(
             ``follow_patches``).
         pending: p of the bidirectional search, default 8; without search and preset it chooses this search.
         evaluations: N, the images that a search with a budget forwards at most. Default: 8 R for each fill, and 32 R on inputs of fewer
-            than 128 x 128 pixels, where images are cheap.
+            than 128 x 128 pixels, where images are cheap. With ``seconds`` as many as there is time for.
+        seconds: time for the whole call, for a search that looks at the clock ("budget"). It returns the best order found, which
+            depends on the machine. One image takes as long as it takes: a time too short for the R + 1 prefixes is exceeded.
+        prior: where a search that takes one ("budget") begins, in place of forwarding R images: the name of an attribution method, such
+            as "grad_cam", a heatmap [H, W], or an ``Explanation``, of this image or a similar one, such as the last frame of a film. Of
+            several, the one whose prefixes score best. "auto" takes the first of ``PRIORS`` that applies to the model, if any does.
+            What it forwards is counted, an image with its gradient as three.
         seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.
@@ -90,6 +101,8 @@ def explain(
     started = time.perf_counter()
     plan = _resolved(preset, regions, search, weights, pending, region_options, objective_options)
     check_seed(seed)
+    if seconds is not None:
+        check_number("seconds", seconds, 0)
     if isinstance(classifier, torch.nn.Module):
         raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
     classifier = load_classifier(classifier)
@@ -99,10 +112,21 @@ def explain(
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()
         wanted = int(probabilities.argmax()) if target is None else classifier.target_index(target)
         objective = _objective(masked, wanted, plan, fill)
-        options = _search_options(plan, objective, math.prod(classifier.preprocessing.size), evaluations, search_options)
-        order = _ordered(plan.search, objective, {**plan.search.taken(seed=seed, progress=progress), **options})
-        insertion, deletion = _trajectories(masked, order, wanted)
-    settings = _recorded(plan, cut, classifier, options, fill, {"target": target, "preset": preset, "seed": seed, "max_side": max_side})
+        options = _search_options(plan, objective, math.prod(classifier.preprocessing.size), evaluations, seconds, search_options)
+        begun: dict[str, Any] = {}
+        counted = objective.evaluations
+        if (begin := _prior(prior, plan, objective, loaded, classifier, cut, wanted, seed)) is not None:
+            begun["prior"] = begin.over(cut)
+            if options.get("evaluations") is not None:
+                begun["evaluations"] = max(1, options["evaluations"] - begin.images - (objective.evaluations - counted))
+        if seconds is not None:
+            begun["seconds"] = max(0.0, _SEARCHING * seconds - (time.perf_counter() - started))
+        order = _ordered(plan.search, objective, {**plan.search.taken(seed=seed, progress=progress), **options, **begun})
+        insertion, deletion = _trajectories(objective, order)
+    given: dict[str, Any] = {"target": target, "preset": preset, "seed": seed, "max_side": max_side}
+    given |= {} if seconds is None else {"seconds": seconds}
+    given |= {} if prior is None else {"prior": None if begin is None else begin.name}
+    settings = _recorded(plan, cut, classifier, options, fill, given)
     return Explanation(
         image=loaded,
         target=wanted,
@@ -112,7 +136,7 @@ def explain(
         order=order,
         insertion_scores=insertion,
         deletion_scores=deletion,
-        evaluations=objective.evaluations,
+        evaluations=objective.evaluations + (0 if begin is None else begin.images),
         provenance=provenance(classifier, settings, started),
     )
 
@@ -266,20 +290,46 @@ def _objective(
 
 
 def _search_options(
-    plan: _Plan, objective: SubmodularObjective | MeanObjective, pixels: int, evaluations: int | None, given: Mapping[str, Any] | None
+    plan: _Plan,
+    objective: SubmodularObjective | MeanObjective,
+    pixels: int,
+    evaluations: int | None,
+    seconds: float | None,
+    given: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Options of the search that the provenance records: those of the preset, then what is given."""
     pending = _pending(plan.pending, objective.size)
     options = plan.search.taken(pending=pending)
     options.update({key: min(value, objective.size) if key == "count" else value for key, value in plan.search_options.items()})
     options.update(given or {})
+    if seconds is not None and "seconds" not in plan.search.options:
+        raise UserError(f"seconds is {seconds!r}, but search {plan.search_name} has no clock: give search='budget', or leave it out")
     if evaluations is not None:
         options["evaluations"] = evaluations
-    elif plan.search.default_budget is not None:
+    elif plan.search.default_budget is not None and seconds is None:
         options.setdefault("evaluations", plan.search.default_budget(objective, pixels))
     _check_options(options, plan.search.options, "search")
     check_types(f"search {plan.search_name}", plan.search.function, options)
     return options
+
+
+def _prior(
+    prior: Prior | Sequence[Prior] | None,
+    plan: _Plan,
+    objective: SubmodularObjective | MeanObjective,
+    image: Tensor,
+    classifier: Classifier,
+    cut: Regions,
+    target: int,
+    seed: int,
+) -> PriorMap | None:
+    """What the search begins with, if anything."""
+    if prior is None:
+        return None
+    if "prior" not in plan.search.options:
+        raise UserError(f"a prior was given, but search {plan.search_name} takes none: give search='budget', or leave it out")
+    found = prior_maps(prior, image, classifier, target, seed)
+    return best_prior(found, cut, objective) if found else None
 
 
 def _pending(value: int | str, size: int) -> int:
@@ -310,10 +360,10 @@ def _ordered(search: Search, objective: SubmodularObjective | MeanObjective, opt
     return torch.cat([order, missing.nonzero()[:, 0]])
 
 
-def _trajectories(masked: Sequence[tuple[Classifier, RegionInputs]], order: Tensor, target: int) -> tuple[Tensor, Tensor]:
+def _trajectories(objective: SubmodularObjective | MeanObjective, order: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities of the target with the first k regions shown, and with them hidden, as means over the fills: [R + 1] each."""
-    along = [prefix_probabilities(hiding, each, order, target) for hiding, each in masked]
-    insertion, deletion = (torch.stack(scores).mean(dim=0) for scores in zip(*along, strict=True))
+    shown = prefix_rows(order)
+    insertion, deletion = objective.target_probabilities(torch.cat([shown, ~shown])).split(len(shown))
     return insertion, deletion
 
 

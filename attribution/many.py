@@ -16,10 +16,11 @@ from attribution.errors import UserError
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, drops
-from attribution.image import ImageSource
+from attribution.image import ImageSource, limit_size, load_image
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import Relay
 from attribution.model.loading import load_classifier
+from attribution.priors import prior_maps
 from attribution.search.contract import Progress
 
 
@@ -56,6 +57,8 @@ def explain_many(
     if isinstance(images, str | bytes | Tensor) or not isinstance(images, Sequence):
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
     check_whole("together", together, 1)
+    if options.get("seconds") is not None:
+        raise UserError("seconds are those of one image, and several searches wait for each other: give evaluations, or explain one by one")
     if drops(options.get("fill", DEFAULT_FILL)):
         raise UserError("fill 'drop' changes the model under each search: explain images one by one with it")
     if "confidence_classifier" in (options.get("objective_options") or {}):
@@ -68,11 +71,20 @@ def explain_many(
     options.setdefault("batch_size", None)
     with base.forwarding(options.pop("batch_size")):
         meeting = _Meeting(base)
+        prior, seed = options.pop("prior", None), options.get("seed", 0)
 
-        def job(at: int) -> Callable[[Classifier], Explanation]:
-            return lambda lane: explain(images[at], lane, wanted[at], **options)
+        def job(at: int) -> _Prepare:
+            def prepared() -> _Job:
+                begin = prior if prior is None else prior_maps(prior, limit_size(load_image(images[at])), base, wanted[at], seed)
+                return lambda lane: explain(images[at], lane, wanted[at], prior=begin or None, **options)
+
+            return prepared
 
         return meeting.run([job(at) for at in range(len(images))], together, progress)
+
+
+_Job = Callable[[Classifier], Explanation]
+_Prepare = Callable[[], _Job]
 
 
 class _Meeting:
@@ -88,8 +100,10 @@ class _Meeting:
         self.threads: list[threading.Thread] = []
         self.running = 0
 
-    def run(self, jobs: Sequence[Callable[[Classifier], Explanation]], together: int, progress: Progress | None) -> list[Explanation]:
-        """Run all jobs, at most ``together`` at a time. Each is given a classifier whose forward passes are made here."""
+    def run(self, jobs: Sequence[_Prepare], together: int, progress: Progress | None) -> list[Explanation]:
+        """Run all jobs, at most ``together`` at a time: what each prepares in this thread is given a classifier, in a thread of its own,
+        whose forward passes are made here.
+        """
         own_threads = torch.get_num_threads()
         try:
             self._serve(jobs, together, progress)
@@ -103,7 +117,7 @@ class _Meeting:
                 raise outcome
         return [outcome for _, outcome in sorted(self.found.items()) if isinstance(outcome, Explanation)]
 
-    def _serve(self, jobs: Sequence[Callable[[Classifier], Explanation]], together: int, progress: Progress | None) -> None:
+    def _serve(self, jobs: Sequence[_Prepare], together: int, progress: Progress | None) -> None:
         """Start jobs and forward what they ask for, until all are done or one has failed."""
         reported = 0
         while len(self.found) < len(jobs):
@@ -123,8 +137,15 @@ class _Meeting:
         if progress is not None and reported < len(jobs) == len(self.found):
             progress(len(jobs), len(jobs))
 
-    def _start(self, job: Callable[[Classifier], Explanation]) -> None:
+    def _start(self, prepare: _Prepare) -> None:
         at, grad = len(self.threads), torch.is_grad_enabled()
+        try:
+            job = prepare()
+        except Exception as error:  # of this image alone, as if its search had raised it
+            failure = error
+
+            def job(_: Classifier) -> Explanation:
+                raise failure
 
         def work() -> None:
             try:

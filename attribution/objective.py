@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,6 +128,8 @@ class SubmodularObjective:
         self._consistency, self._confidence = consistency, confidence
         self._evidence_scale = evidence_scale
         self._confidence_classifier = confidence_classifier
+        self._known: dict[bytes, float] = {}  # the target's probability in each image forwarded, by the regions that can be seen in it
+        self._seen = self.area.gt(0).numpy()
         self._feature: Tensor | None = None
         if self.weights.consistency and consistency == "cosine":
             self._feature = self._semantic_feature(semantic_feature)
@@ -186,8 +189,34 @@ class SubmodularObjective:
             effectiveness=self._effectiveness(subsets) if weights.effectiveness else zeros,
         )
 
+    def target_probabilities(self, rows: Tensor) -> Tensor:
+        """The target's probability where each row of regions is shown: bool [n, R] -> float32 [n] on the CPU.
+
+        An image that was forwarded for F is not forwarded again. Nothing is counted.
+        """
+        keys = self._keys(rows)
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        if new:
+            inputs = self._masked.parts(torch.stack(list(new.values())).to(self._classifier.device))
+            self._remember(list(new), torch.cat([self._classifier.logits(part) for part in inputs]))
+        return torch.tensor([self._known[key] for key in keys])
+
+    def _keys(self, rows: Tensor) -> list[bytes]:
+        """What tells the images of rows bool [n, R] apart: two that differ only where the model's crop hides it are the same."""
+        return [row.tobytes() for row in np.packbits(rows.cpu().numpy() & self._seen, axis=1)]
+
+    def _remember(self, keys: Sequence[bytes], logits: Tensor) -> None:
+        found = self._classifier.outputs.probabilities(logits)[:, self._target]
+        self._known.update(zip(keys, found.detach().float().cpu().tolist(), strict=True))
+
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [n, C] of the subsets and, where the consistency needs them, features [n, D]. Every image is counted."""
+        logits, features = self._forwarded(rows)
+        if rows.dtype == torch.bool:
+            self._remember(self._keys(rows), logits)
+        return logits, features
+
+    def _forwarded(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         self._count(rows)
         if self._feature is None:
             parts = [self._classifier.logits(inputs) for inputs in self._masked.parts(rows)]
@@ -279,6 +308,10 @@ class MeanObjective:
         self.highest = (sum(shown) / len(objectives), sum(hidden) / len(objectives))
         self.needed = (any(each.needed[0] for each in objectives), any(each.needed[1] for each in objectives))
         self.cost = sum(each.cost for each in objectives)
+
+    def target_probabilities(self, rows: Tensor) -> Tensor:
+        """The target's probability in each image, as a mean over the objectives; see ``SubmodularObjective.target_probabilities``."""
+        return torch.stack([each.target_probabilities(rows) for each in self._objectives]).mean(dim=0)
 
     @property
     def evaluations(self) -> int:

@@ -76,6 +76,13 @@ def explain(
     evaluations: Annotated[
         int | None, _option(min=1, help="Images that search budget may forward. Default: 8 for each region, 32 on small inputs.")
     ] = None,
+    seconds: Annotated[
+        float | None,
+        _option(min=0, help="Time for each explanation in place of a number of images: search budget finds the best order within it."),
+    ] = None,
+    prior: Annotated[
+        str | None, _option(help="Attribution method whose map search budget begins with, such as grad_cam; or auto, by the model.")
+    ] = None,
     weights: Annotated[
         str | None, _option(help="Weights by name, such as 'consistency=20,collaboration=5,confidence=0.01'; others are 0.")
     ] = None,
@@ -126,7 +133,7 @@ def explain(
         "seed": seed,
         "max_side": max_side,
         "region_options": {} if region_count is None else {"count": region_count},
-        **({} if evaluations is None else {"evaluations": evaluations}),
+        **{name: value for name, value in (("evaluations", evaluations), ("seconds", seconds), ("prior", prior)) if value is not None},
     }
     if heatmap is not None:
         options["region_options"]["heatmap"] = Explanation.load(heatmap).heatmap

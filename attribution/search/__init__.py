@@ -11,6 +11,7 @@ from attribution.objective import BALANCED, PUBLISHED, ScoreWeights
 from attribution.search.bidirectional import bidirectional_greedy, bidirectional_greedy_v1
 from attribution.search.budget import budget_search, default_budget
 from attribution.search.contract import Objective
+from attribution.search.exact import exact_search
 from attribution.search.greedy import greedy, lazy_greedy, stochastic_greedy
 
 
@@ -73,4 +74,5 @@ SEARCHES: dict[str, Search] = {
     "greedy": Search(greedy),
     "lazy_greedy": Search(lazy_greedy),
     "stochastic_greedy": Search(stochastic_greedy),
+    "exact": Search(exact_search, weights=BALANCED),
 }

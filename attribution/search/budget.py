@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attribution.checks import check_seed, check_whole
+from attribution.checks import check_number, check_seed, check_whole
 from attribution.errors import UserError, describe
 from attribution.search.chains import Found, all_known, best_chain, chain_of, found
 from attribution.search.contract import (
@@ -31,10 +31,10 @@ from attribution.search.contract import (
     divided,
     report_progress,
 )
-from attribution.search.elimination import eliminate, halve, pace_within
+from attribution.search.elimination import eliminate, halve, pace_within, survey
 from attribution.search.gradients import PREFIXES_IN_A_STEP, soften
 from attribution.search.improvement import improve
-from attribution.search.sets import Sets, Spent
+from attribution.search.sets import Clock, Sets, Spent
 
 # Images a region, both halves of F together, with which elimination one by one comes to its end. Chosen on development images.
 IMAGES_TO_ELIMINATE = 6
@@ -46,6 +46,7 @@ IMAGES_WITH_GRADIENTS = 1.5
 # with a quarter of its images (docs/results/default.md). On smaller inputs images are cheap, and the budget is about that search's cost.
 IMAGES_BY_DEFAULT, IMAGES_OF_SMALL_INPUTS = 8, 32
 REAL_RESOLUTION = 128 * 128  # pixels of the model input
+_ANY_NUMBER = 2**31  # images that no time is enough for
 
 
 def anytime_from(objective: Objective | DividedObjective) -> int:
@@ -82,8 +83,10 @@ def search_orders(
     *,
     evaluations: int,
     start: Sequence[int] | None = None,
+    prior: Sequence[float] | Tensor | None = None,
     seed: int = 0,
     gradients: bool = False,
+    seconds: float | None = None,
 ) -> Iterator[Found]:
     """Yield better and better orders until the budget is spent. The caller may stop at any of them.
 
@@ -92,9 +95,14 @@ def search_orders(
             counts as one image (see ``UndividedObjective``).
         evaluations: N, images forwarded at most.
         start: an order to begin with: each region id once. By default backward elimination makes one.
+        prior: float [R], a guess of how important each region is, such as the mean of a heatmap in it. Elimination then begins with this
+            ranking in place of a survey, which would forward R images. A ``start`` is kept where nothing better is found; a prior only
+            says which regions are tried first.
         seed: of the windows of the local search, and of the gradient steps.
         gradients: white box: begin with gradient steps (``soften``) where the budget is at most 1.5 images a region. That may pay
             where the gradients of the model tell much, as those of transformers do. Larger budgets are spent as without it.
+        seconds: time after which the search ends, if the budget is not spent before. What it forwards is timed as it goes, and the time
+            is kept free to forward those prefixes of the order that it does not come to know.
 
     Yields:
         At least one order. Once F of all prefixes is known, which with ``start`` holds from the first order on, the value never
@@ -102,12 +110,15 @@ def search_orders(
         know all prefixes.
 
     Raises:
-        UserError: N below 1, a start that is no order of the regions, an objective that returns NaN, or gradients with one that has
-            none.
+        UserError: N below 1, a start that is no order of the regions, a prior that is not R finite numbers, both of them, an objective
+            that returns NaN, or gradients with one that has none.
     """
     check_whole("evaluations", evaluations, 1)
     check_seed(seed)
+    if seconds is not None:
+        check_number("seconds", seconds, 0)
     objective = divided(objective)
+    ranked = None if prior is None else _ranked(prior, objective.size, start)
     order = list(range(objective.size)) if start is None else [int(region) for region in start]
     if sorted(order) != list(range(objective.size)):
         raise UserError(f"start is {describe(start)}: expected each region from 0 to {objective.size - 1} once")
@@ -117,15 +128,18 @@ def search_orders(
         begin = None if start is None else [place[region] for region in order if region in place]
         last = torch.tensor([region for region in order if region not in place], dtype=torch.int64)
         part = PartialObjective(objective, counted)
-        for each in search_orders(part, evaluations=evaluations, start=begin, seed=seed, gradients=gradients):
+        guess = None if prior is None else torch.as_tensor(prior)[counted]
+        for each in search_orders(part, evaluations=evaluations, start=begin, prior=guess, seed=seed, gradients=gradients, seconds=seconds):
             yield replace(each, order=torch.cat([counted[each.order], last]))
         return
-    sets = Sets(objective, evaluations)
+    sets = Sets(objective, evaluations, None if seconds is None else Clock(seconds))
     if gradients:
-        _check_gradients(sets, start)
+        _check_gradients(sets, start if prior is None else ranked)
     try:
+        sets.keep_time_for(chain_of(order))
         if start is None:
-            for order in _first_orders(sets, seed, gradients):
+            for order in _first_orders(sets, seed, gradients, ranked):
+                sets.keep_time_for(chain_of(order))
                 yield found(sets, order)
             if evaluations < anytime_from(sets.objective) and not sets.reaches(chain_of(order)):
                 return
@@ -136,9 +150,19 @@ def search_orders(
         yield found(sets, best_chain(sets, order) if all_known(sets, chain_of(order)) else order)
 
 
+def _ranked(prior: Sequence[float] | Tensor, size: int, start: Sequence[int] | None) -> list[int]:
+    """The regions by a prior, least important first; of equals the highest id first."""
+    if start is not None:
+        raise UserError("a prior and a start: give one of them, since a prior is there to make a start")
+    values = torch.as_tensor(prior).detach().cpu()
+    if values.shape != (size,) or not values.isfinite().all():
+        raise UserError(f"prior is {describe(prior)}: expected {size} finite numbers, one for each region")
+    return values.double().argsort(descending=True, stable=True).flip(0).tolist()
+
+
 def _check_gradients(sets: Sets, start: Sequence[int] | None) -> None:
     if start is not None:
-        raise UserError("gradients=True and a start: give one of them, since gradients are there to make a start")
+        raise UserError("gradients=True and a start or a prior: give one of them, since gradients are there to make a start")
     if not math.isfinite(sets.range):
         raise UserError(
             "gradients=True with an objective that has none: expected SubmodularObjective without a weight on the effectiveness"
@@ -147,14 +171,17 @@ def _check_gradients(sets: Sets, start: Sequence[int] | None) -> None:
         raise UserError("gradients=True within torch.inference_mode: call it outside")
 
 
-def _first_orders(sets: Sets, seed: int, gradients: bool) -> Iterator[list[int]]:
-    """Orders made from nothing: by gradients, or by elimination in steps as small as the budget allows."""
+def _first_orders(sets: Sets, seed: int, gradients: bool, ranked: Sequence[int] | None) -> Iterator[list[int]]:
+    """Orders made from nothing or a ranking: by gradients, or by elimination in steps as small as the budget allows."""
     most = IMAGES_WITH_GRADIENTS / 2 * sum(sets.needed) * sets.size * sets.objective.cost
     if gradients and sets.slope_cost(PREFIXES_IN_A_STEP) <= sets.left <= most:
         return soften(sets, seed)
-    if sets.left < anytime_from(sets.objective):
-        return halve(sets, pace_within(sets))
-    return eliminate(sets)
+    if sets.clock is not None:
+        sets.know([sets.full])
+        ranked = survey(sets) if ranked is None else ranked  # what they take tells how many images there is time for
+    if sets.used + sets.affordable < anytime_from(sets.objective):
+        return halve(sets, pace_within(sets, surveyed=ranked is None), ranked)
+    return eliminate(sets, ranked)
 
 
 def budget_search(
@@ -162,18 +189,20 @@ def budget_search(
     *,
     evaluations: int | None = None,
     start: Sequence[int] | None = None,
+    prior: Sequence[float] | Tensor | None = None,
     seed: int = 0,
     gradients: bool = False,
+    seconds: float | None = None,
     callback: Callable[[Found], bool | None] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """The best order for a budget of forwarded images: backward elimination, then local search with the rest of the budget.
 
     Args:
-        objective, start, seed, gradients: see ``search_orders``.
-        evaluations: N, images forwarded at most; see ``default_budget``.
+        objective, start, prior, seed, gradients, seconds: see ``search_orders``.
+        evaluations: N, images forwarded at most; see ``default_budget``. With ``seconds`` any number by default.
         callback: called with the best order so far after each round. The search ends when it returns True.
-        progress: called with (images forwarded, N).
+        progress: called with (images forwarded, N), or with a clock as many as there is time for, which changes.
 
     Returns:
         int64 [R], region ids, most important first.
@@ -182,12 +211,14 @@ def budget_search(
         UserError: see ``search_orders``.
     """
     objective = divided(objective)
-    budget = default_budget(objective) if evaluations is None else evaluations
-    best = torch.arange(objective.size)
-    for step in search_orders(objective, evaluations=budget, start=start, seed=seed, gradients=gradients):
-        best = step.order
-        report_progress(progress, step.evaluations, budget)
+    budget = evaluations
+    if budget is None:
+        budget = default_budget(objective) if seconds is None else _ANY_NUMBER
+    best, total = torch.arange(objective.size), budget
+    for step in search_orders(objective, evaluations=budget, start=start, prior=prior, seed=seed, gradients=gradients, seconds=seconds):
+        best, total = step.order, step.within
+        report_progress(progress, step.evaluations, total)
         if callback is not None and callback(step):
             break
-    report_progress(progress, budget, budget)
+    report_progress(progress, total, total)
     return best

@@ -26,18 +26,20 @@ class Found:
         order: int64 [R], region ids, most important first.
         value: mean of F along the order, over the area; NaN while F of some of its prefixes is unknown.
         evaluations: images forwarded so far.
+        within: the same and those that budget and time are still enough for.
     """
 
     order: Tensor
     value: float
     evaluations: int
+    within: int
 
 
 def found(sets: Sets, order: Sequence[int]) -> Found:
     """The order with its value and the images used."""
     chain = chain_of(order)
     value = mean_along(sets, chain) if all_known(sets, chain) else math.nan
-    return Found(torch.tensor(order, dtype=torch.int64), value, sets.used)
+    return Found(torch.tensor(order, dtype=torch.int64), value, sets.used, sets.used + max(0, sets.affordable))
 
 
 def chain_of(order: Sequence[int]) -> list[int]:

@@ -46,7 +46,7 @@ def survey(sets: Sets) -> list[int]:
     everything = range(sets.size)
     count = round(sets.size / NEIGHBOURHOODS_IN_AN_IMAGE)
     hidden: Sequence[int] = everything
-    if (affordable := sets.left // sets.objective.cost) < sets.size:
+    if (affordable := sets.affordable // sets.objective.cost) < sets.size:
         hidden = np.random.default_rng(0).permutation(sets.size)[:affordable].tolist()
         count = max(count, math.ceil(2 * sets.size / max(1, affordable)))  # so that each region is hidden about twice
     values = _without(sets, hidden, everything, count, both=False)
@@ -89,13 +89,18 @@ def _neighbourhoods(sets: Sets, candidates: Sequence[int], shown: Sequence[int],
     return there[distances.argsort(dim=1, stable=True)[:, :count]].tolist()
 
 
-def halve(sets: Sets, pace: Pace) -> Iterator[list[int]]:
+def halve(sets: Sets, pace: Pace, ranked: Sequence[int] | None = None) -> Iterator[list[int]]:
     """Backward elimination in large steps: each round hides a share of the regions for good, those that mattered least.
+
+    Args:
+        sets: what is known; the images that this needs are forwarded.
+        pace: how large the steps are.
+        ranked: all regions, least important first; ``survey`` ranks them by default.
 
     Yields:
         The order after each round.
     """
-    left, hidden = survey(sets)[::-1], list[int]()
+    left, hidden = list(survey(sets) if ranked is None else ranked)[::-1], list[int]()
     yield left
     while (kept := len(left) - max(1, int(pace.share * len(left)))) > 1:
         left, hidden = left[:kept], left[kept:] + hidden
@@ -105,28 +110,32 @@ def halve(sets: Sets, pace: Pace) -> Iterator[list[int]]:
         yield left + hidden
 
 
-def pace_within(sets: Sets) -> Pace:
+def pace_within(sets: Sets, surveyed: bool = True) -> Pace:
     """The most thorough pace that the rest of the budget pays for; the cheapest where it pays for none."""
-    fitting = [pace for pace in PACES if sets.objective.cost * images_to_halve(sets, pace) <= sets.left]
+    fitting = [pace for pace in PACES if sets.objective.cost * images_to_halve(sets, pace, surveyed) <= sets.affordable]
     return fitting[-1] if fitting else PACES[0]
 
 
-def images_to_halve(sets: Sets, pace: Pace) -> int:
-    """The most images that ``halve`` forwards."""
+def images_to_halve(sets: Sets, pace: Pace, surveyed: bool = True) -> int:
+    """The most images that ``halve`` forwards, those of the survey among them where there is one."""
     halves = sum(sets.needed) if pace.both else 1
-    images = left = sets.size
+    left = sets.size
+    images = left if surveyed else 0
     while (left := left - max(1, int(pace.share * left))) > 1:
         images += math.ceil(pace.pool * left) * halves
     return images
 
 
-def eliminate(sets: Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: float = 0.02) -> Iterator[list[int]]:
+def eliminate(
+    sets: Sets, ranked: Sequence[int] | None = None, *, pool: int = 8, refresh: float = 0.75, tolerance: float = 0.02
+) -> Iterator[list[int]]:
     """Backward elimination in small steps: hide the region that F loses least by, then the next, until nothing is shown.
 
     The defaults were chosen on development images (see budget.py).
 
     Args:
         sets: what is known; the images that this needs are forwarded.
+        ranked: all regions, least important first; ``survey`` ranks them by default.
         pool: regions that a round evaluates, those that mattered least when last evaluated.
         refresh: a round evaluates all regions once no more than this share is left of those that there were the last time.
         tolerance: share of the range of F. A round hides 1, then 2, then 4 more regions and so on, as long as F loses no more than
@@ -135,7 +144,7 @@ def eliminate(sets: Sets, *, pool: int = 8, refresh: float = 0.75, tolerance: fl
     Yields:
         The order after each round: the regions still shown, by their last evaluation, then the hidden ones.
     """
-    left = survey(sets)
+    left = survey(sets) if ranked is None else list(ranked)
     yield left[::-1]
     shown, hidden, refreshed = sets.full, [], len(left)
     last = {region: (0, -float(place)) for place, region in enumerate(left)}  # 1 for evaluated regions, which come before surveyed ones

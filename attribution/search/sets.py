@@ -7,7 +7,10 @@ hidden(complement of S) (see ``DividedObjective``). Each half needs one forwarde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -17,9 +20,49 @@ from attribution.errors import UserError
 from attribution.objective import IMAGES_PER_GRADIENT
 from attribution.search.contract import DividedObjective, refuse_nan
 
+_RECENT = 4  # batches whose slowest tells how long an image takes
+_LOOK_UP = 0.2  # seconds after which the clock is looked at again
+
 
 class Spent(Exception):
     """The budget is too small for all images asked for. Those that it was enough for are known."""
+
+
+class Clock:
+    """Tells how many more images there is time for, from how long the last ones took.
+
+    Args:
+        seconds: from now until the end.
+
+    Attributes:
+        reserved: images that are still to be forwarded after the search, whose time is kept free.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.reserved = 0
+        self._end = time.perf_counter() + seconds
+        self._of_an_image: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def left(self) -> float:
+        """Images that there is time for; infinite before any was timed."""
+        if not self._of_an_image:
+            return math.inf
+        return max(0.0, self._end - time.perf_counter()) / max(self._of_an_image) - self.reserved
+
+    @property
+    def at_once(self) -> int:
+        """Images to be forwarded before the clock is looked at again."""
+        if not self._of_an_image:
+            return 1
+        return max(1, int(_LOOK_UP / max(self._of_an_image)))
+
+    @contextmanager
+    def timed(self, images: int) -> Iterator[None]:
+        """Measure the time that these images take."""
+        started = time.perf_counter()
+        yield
+        self._of_an_image.append((time.perf_counter() - started) / images)
 
 
 class Sets:
@@ -28,6 +71,7 @@ class Sets:
     Args:
         objective: F.
         evaluations: N, images forwarded at most.
+        clock: ends the search like a budget that is spent; None for no limit of time.
 
     Attributes:
         size: R, the number of regions.
@@ -38,8 +82,8 @@ class Sets:
         forwarded: (shown, hidden) of each image that was forwarded.
     """
 
-    def __init__(self, objective: DividedObjective, evaluations: int) -> None:
-        self.objective = objective
+    def __init__(self, objective: DividedObjective, evaluations: int, clock: Clock | None = None) -> None:
+        self.objective, self.clock = objective, clock
         self.size, self.needed = objective.size, objective.needed
         self.full = (1 << self.size) - 1
         self.left, self.used = evaluations, 0
@@ -57,15 +101,31 @@ class Sets:
         """
         new = [image for image in dict.fromkeys(images) if image not in self.forwarded]
         cost = self.objective.cost
-        affordable = new[: self.left // cost]
-        if affordable:
-            shown, hidden = self.objective.parts(self.rows(affordable))
-            pairs = torch.stack([shown, hidden], dim=1).double().cpu()
+        while new:
+            if not (affordable := new[: self._most_at_once() // cost]):
+                raise Spent
+            with nullcontext() if self.clock is None else self.clock.timed(cost * len(affordable)):
+                shown, hidden = self.objective.parts(self.rows(affordable))
+                pairs = torch.stack([shown, hidden], dim=1).double().cpu()
             refuse_nan(pairs)
             self.forwarded.update(zip(affordable, map(tuple, pairs.tolist()), strict=True))
             self._pay(cost * len(affordable))
-        if len(affordable) < len(new):
-            raise Spent
+            new = new[len(affordable) :]
+
+    @property
+    def affordable(self) -> int:
+        """Images that may still be forwarded: what is left of the budget, as far as there is time."""
+        return self.left if self.clock is None else int(min(self.left, self.clock.left))
+
+    def _most_at_once(self) -> int:
+        most = self.affordable
+        return most if self.clock is None else min(most, max(self.objective.cost, self.clock.at_once))
+
+    def keep_time_for(self, subsets: Sequence[int]) -> None:
+        """Keep as much time free as the images of these subsets take that are not known: they are forwarded after the search."""
+        if self.clock is not None:
+            images = {image for subset in subsets for image in (subset, self.full ^ subset)}
+            self.clock.reserved = self.objective.cost * len(images.difference(self.forwarded))
 
     def know(self, subsets: Sequence[int]) -> None:
         """Forward what F of these subsets needs."""
@@ -78,7 +138,7 @@ class Sets:
     def reaches(self, subsets: Sequence[int]) -> bool:
         """Whether the budget is enough to know F of all these subsets."""
         unknown = {image for subset in subsets for image in self._images(subset)}.difference(self.forwarded)
-        return self.objective.cost * len(unknown) <= self.left
+        return self.objective.cost * len(unknown) <= self.affordable
 
     def known(self, subset: int) -> bool:
         """Whether F of the subset is known."""
