@@ -608,3 +608,18 @@ def test_a_card_that_promises_prototypes(tmp_path: Path) -> None:
     save_file(load_file(path), path, metadata={"vision-attribution": json.dumps({**card, "prototypes": {}})})
     with pytest.raises(at.UserError, match="says that it has prototypes, but lacks them"):
         at.load_classifier(path)
+
+
+def test_convolutional_networks_by_name_get_channels_last(tmp_path: Path) -> None:
+    """They are faster so; a transformer is not, and what the user says counts."""
+    loaded = at.load_classifier("timm:resnet10t", pretrained=False, device="cpu")
+    assert loaded.channels_last
+    assert at.load_classifier("torchvision:squeezenet1_1", pretrained=False, device="cpu").channels_last
+    assert not at.load_classifier("timm:vit_tiny_patch16_224", pretrained=False, device="cpu").channels_last
+    plain = at.load_classifier("timm:resnet10t", pretrained=False, device="cpu", channels_last=False)
+    assert not plain.channels_last
+    inputs = torch.rand(2, 3, *loaded.preprocessing.size, generator=torch.Generator().manual_seed(0))
+    plain.module.load_state_dict(loaded.module.state_dict())
+    assert torch.allclose(loaded.logits(inputs), plain.logits(inputs), atol=1e-4)
+    at.save_classifier(loaded, tmp_path / "saved.safetensors")
+    assert at.load_classifier(tmp_path / "saved.safetensors", device="cpu").channels_last
