@@ -136,7 +136,7 @@ def eliminate(
     Args:
         sets: what is known; the images that this needs are forwarded.
         ranked: all regions, least important first; ``survey`` ranks them by default.
-        pool: regions that a round evaluates, those that mattered least when last evaluated.
+        pool: regions that a round evaluates, those that mattered least when last evaluated; more where large batches cost little.
         refresh: a round evaluates all regions once no more than this share is left of those that there were the last time.
         tolerance: share of the range of F. A round hides 1, then 2, then 4 more regions and so on, as long as F loses no more than
             this.
@@ -149,7 +149,7 @@ def eliminate(
     shown, hidden, refreshed = sets.full, [], len(left)
     last = {region: (0, -float(place)) for place, region in enumerate(left)}  # 1 for evaluated regions, which come before surveyed ones
     while len(left) > 1:
-        evaluated = left[:pool]
+        evaluated = left[: max(pool, sets.together)]
         if len(left) <= refresh * refreshed:
             evaluated, refreshed = left, len(left)
         without = {region: shown ^ 1 << region for region in evaluated}

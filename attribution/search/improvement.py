@@ -11,7 +11,7 @@ from attribution.search.sets import Sets
 
 # All five were chosen on development images (see budget.py).
 PLACES_IN_A_WINDOW = 12  # consecutive places of the order that are filled again together
-WINDOWS_AT_ONCE = 2  # windows filled again in one round, their images in one batch
+WINDOWS_AT_ONCE = 2  # windows filled again in one round, their images in one batch; more where large batches cost little
 LEAST_ROOM = 0.3  # windows whose room for F is less than this share of the largest room are not drawn
 MOST_SWEEPS = 16  # sweeps over neighbours in a round
 ROUNDS_WITHOUT_NEWS = 30  # the search ends after this many rounds in a row that forwarded no image
@@ -114,5 +114,6 @@ def _windows(sets: Sets, order: Sequence[int], generator: np.random.Generator) -
     room[room < LEAST_ROOM * room.max(initial=0)] = 0
     if not room.sum() > 0:
         return []
-    drawn = generator.choice(len(tiles), size=min(WINDOWS_AT_ONCE, int((room > 0).sum())), replace=False, p=room / room.sum())
+    most = max(WINDOWS_AT_ONCE, sets.together // PLACES_IN_A_WINDOW)
+    drawn = generator.choice(len(tiles), size=min(most, int((room > 0).sum())), replace=False, p=room / room.sum())
     return [tiles[at] for at in sorted(drawn)]

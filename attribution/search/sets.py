@@ -20,7 +20,9 @@ from attribution.errors import UserError
 from attribution.objective import IMAGES_PER_GRADIENT
 from attribution.search.contract import DividedObjective, refuse_nan
 
-_RECENT = 4  # batches whose slowest tells how long an image takes
+_RECENT = 4  # batches that tell how long an image takes
+_NO_TIME = 1e-9  # seconds
+_TOGETHER, _MOST_TOGETHER = 4, 64  # second halves forwarded at once, without a clock and at most
 _LOOK_UP = 0.2  # seconds after which the clock is looked at again
 
 
@@ -29,7 +31,7 @@ class Spent(Exception):
 
 
 class Clock:
-    """Tells how many more images there is time for, from how long the last ones took.
+    """Tells how many more images there is time for, and how many cost hardly more than one, from how long the ones before took.
 
     Args:
         seconds: from now until the end.
@@ -41,28 +43,51 @@ class Clock:
     def __init__(self, seconds: float) -> None:
         self.reserved = 0
         self._end = time.perf_counter() + seconds
-        self._of_an_image: deque[float] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # (images, seconds) of the last batches
+        self._alone = math.inf  # least seconds of an image alone
+        self._batch = (1, math.inf)  # (images, least seconds) of the largest batch
+        self._short = 0  # images of the largest batch that took no longer than _LOOK_UP
 
     @property
     def left(self) -> float:
         """Images that there is time for; infinite before any was timed."""
-        if not self._of_an_image:
+        if not self._recent:
             return math.inf
-        return max(0.0, self._end - time.perf_counter()) / max(self._of_an_image) - self.reserved
+        images, seconds = (sum(each) for each in zip(*self._recent, strict=True))
+        return max(0.0, self._end - time.perf_counter()) * images / max(seconds, _NO_TIME) - self.reserved
 
     @property
     def at_once(self) -> int:
-        """Images to be forwarded before the clock is looked at again."""
-        if not self._of_an_image:
-            return 1
-        return max(1, int(_LOOK_UP / max(self._of_an_image)))
+        """Images to be forwarded before the clock is looked at again: twice as many as were fast enough, one at first."""
+        return 2 * self._short or 1
+
+    @property
+    def together(self) -> int:
+        """Images in a batch that takes twice as long as what it takes in any case, from 4 to 64.
+
+        If a batch of n takes a + c n, that is n = a / c: a few on a CPU, where each image takes its time, many on an accelerator.
+        """
+        images, seconds = self._batch
+        if images == 1 or not math.isfinite(self._alone):
+            return _TOGETHER
+        each = max((seconds - self._alone) / (images - 1), _NO_TIME)
+        return min(_MOST_TOGETHER, max(_TOGETHER, round((self._alone - each) / each)))
 
     @contextmanager
     def timed(self, images: int) -> Iterator[None]:
         """Measure the time that these images take."""
         started = time.perf_counter()
         yield
-        self._of_an_image.append((time.perf_counter() - started) / images)
+        spent = time.perf_counter() - started
+        self._recent.append((images, spent))
+        if images == 1:
+            self._alone = min(self._alone, spent)
+        elif images >= self._batch[0]:
+            self._batch = images, spent if images > self._batch[0] else min(spent, self._batch[1])
+        if spent <= _LOOK_UP:
+            self._short = max(self._short, images)
+        elif images <= self._short:  # the machine has become slower
+            self._short = images // 2
 
 
 class Sets:
@@ -159,12 +184,18 @@ class Sets:
         """How far F of this subset is below the highest value that F can have."""
         return self.range - self.most(subset)
 
-    def best(self, groups: Sequence[Sequence[int]], together: int = 4) -> list[int]:
+    @property
+    def together(self) -> int:
+        """Images worth forwarding at once, some of which may turn out not to be needed."""
+        return _TOGETHER if self.clock is None else self.clock.together
+
+    def best(self, groups: Sequence[Sequence[int]], together: int | None = None) -> list[int]:
         """Place of the subset with the highest F in each group. Ties go to the first of the subsets whose F became known.
 
         The first half of every subset is forwarded. The second half is forwarded only while the upper bound is above the best F
         of the group, ``together`` subsets of each group at a time and all groups in one batch.
         """
+        together = together or self.together
         self.first_half([subset for group in groups for subset in group])
         waiting = [self._by_bound(group, range(len(group))) for group in groups]
         winners, values = [-1] * len(groups), [-math.inf] * len(groups)

@@ -117,6 +117,13 @@ def test_reserved_time_is_kept_free(watch: Watch) -> None:
         watch.now += 0.1
     assert clock.left == pytest.approx(18)
     assert clock.at_once == 4
+    with clock.timed(4):
+        watch.now += 0.5
+    assert clock.at_once == 4
+    assert clock.left == pytest.approx(0.4 / 0.1)
+    clock = Clock(1.0)
+    with clock.timed(2):
+        watch.now += 0.1
     clock.reserved = 15
     assert clock.left == pytest.approx(3)
 
@@ -154,3 +161,24 @@ def test_explain_within_seconds(watch: Watch) -> None:
         at.explain(image, classifier, 0, seconds=-1, **options)
     with pytest.raises(at.UserError, match="seconds are those of one image"):
         at.explain_many([image], classifier, 0, seconds=2, **options)
+
+
+@pytest.mark.parametrize(("fixed", "each", "together"), [(0.0, 0.01, 4), (0.01, 0.01, 4), (0.1, 0.01, 10), (0.1, 0.0001, 64)])
+def test_how_many_images_cost_hardly_more_than_one(fixed: float, each: float, together: int, watch: Watch) -> None:
+    clock = Clock(100.0)
+    assert clock.together == 4
+    for images in (1, 20):
+        with clock.timed(images):
+            watch.now += fixed + each * images
+    assert clock.together == together
+
+
+def test_a_search_fills_batches_that_cost_little(watch: Watch) -> None:
+    """As many images in fewer calls than on a machine where each image takes its time."""
+    calls = []
+    for takes in (lambda images: 0.01 * images, lambda images: 0.1 + 0.0001 * images):
+        objective = Slow(20, watch, takes)
+        budget_search(objective, seconds=1e6, evaluations=400)
+        assert objective.images == 400
+        calls.append(len(objective.batches))
+    assert calls[1] < 0.7 * calls[0]
