@@ -33,7 +33,14 @@ class Pace(NamedTuple):
 
 
 # From the cheapest to the most thorough; ``pace_within`` takes the last one that the budget pays for. Chosen on development images.
-PACES = (Pace(0.5, 1.0, False), Pace(0.5, 1.0, True), Pace(0.34, 0.6, True), Pace(0.25, 0.6, True))
+PACES = (
+    Pace(0.5, 1.0, False),
+    Pace(0.5, 0.6, True),
+    Pace(0.5, 0.75, True),
+    Pace(0.5, 1.0, True),
+    Pace(0.34, 0.6, True),
+    Pace(0.25, 0.6, True),
+)
 
 
 def survey(sets: Sets) -> list[int]:
