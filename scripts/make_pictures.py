@@ -1,6 +1,6 @@
 """Draws the pictures of README and site afresh, by the commands and programs that these pages show.
 
-    python scripts/make_pictures.py --benchmark out/cifar10 --grids out/grids --neurons out/neurons --pareto out/pareto
+    python scripts/make_pictures.py --imagenet out/imagenet --benchmark out/cifar10 --grids out/grids --neurons out/neurons --pareto out/pareto
 
 Without options it draws the pictures of the demo photos, in about two minutes. A picture that shows the result of a study is taken from the
 study's output folder, where the study has drawn it: give the folder that the command on the page of results wrote.
@@ -22,6 +22,7 @@ from attribution.files import whole_file
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {  # option: {picture: its file in the folder of the study}
+    "imagenet": {"curves_imagenet.png": "figures/*zoo-imagenet-curves-1-*.png"},
     "benchmark": {"curves.png": "figures/*zoo-vit-curves-1-*.png"},
     "grids": {"grids.png": "figures/*-gridpg-boxes.png", "aggatt.png": "figures/*-gridpg-input-aggregates-leading.png"},
     "neurons": {"neuron_edits.png": "figures/*-own-paths.png"},
@@ -30,6 +31,7 @@ PICTURES = {  # option: {picture: its file in the folder of the study}
 
 
 def main(
+    imagenet: Annotated[Path | None, typer.Option(help="Of scripts/benchmark_imagenet.toml.", show_default=False)] = None,
     benchmark: Annotated[Path | None, typer.Option(help="Of scripts/benchmark_cifar10.toml.", show_default=False)] = None,
     grids: Annotated[Path | None, typer.Option(help="Of scripts/grids_cifar10.toml.", show_default=False)] = None,
     neurons: Annotated[Path | None, typer.Option(help="Of attribution neurons --data cifar10.", show_default=False)] = None,
@@ -46,7 +48,8 @@ def main(
         failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:vit", true_class="dog", fill="gray", region_options={"count": 25})
         failure.plot().savefig(folder / "failure.png")
         keep([folder / "failure.png"], out / "failure.png")
-    for option, study in {"benchmark": benchmark, "grids": grids, "neurons": neurons, "pareto": pareto}.items():
+    studies = {"imagenet": imagenet, "benchmark": benchmark, "grids": grids, "neurons": neurons, "pareto": pareto}
+    for option, study in studies.items():
         for picture, pattern in PICTURES[option].items() if study is not None else ():
             found = sorted(study.glob(pattern))
             if not found:

@@ -24,6 +24,7 @@ SIGNIFICANCE = 0.05
 _FEW = 2  # regions
 _LEAST_CLUSTERED = 3  # failures with a cause that clusters need
 _LEAST_SHORTCUT = 5  # failures that a shortcut must cause
+_MOST_ALIKE = 0.5  # share of the clustered failures above which a cluster says only that few look unlike the rest
 _LEAST_PAIRS = 3  # pairs of classes that one appearance must confuse
 _SHUFFLES = 1999
 
@@ -323,12 +324,15 @@ def _binomial(count: int, total: int, probability: float) -> float:
 
 
 def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[Shortcut]:
-    """Find tight clusters of causes that confuse at least three different pairs of classes."""
+    """Find tight clusters of causes, of at most half of the failures, that confuse at least three different pairs of classes."""
     names = results.names
     pair_of = {failed.sample: (failed.label, failed.predicted) for failed in results.failures}
+    most = _MOST_ALIKE * sum(len(cluster.members) for cluster in clusters)
     made = []
     for cluster in clusters:
         pairs = {pair_of[sample] for sample in cluster.members}
+        if len(cluster.members) > most:
+            continue
         if len(pairs) < _LEAST_PAIRS or len(cluster.members) < _LEAST_SHORTCUT or not cluster.tightness_p < SIGNIFICANCE:
             continue
         label, predicted = (names[index] for index in cluster.top_pair)

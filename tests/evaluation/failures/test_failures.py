@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from evaluation.failures.report import failures_csv, pairs_csv, plain_summary, p
 from evaluation.failures.results import Failed, FailureResults
 from evaluation.failures.settings import FailureSettings
 from evaluation.failures.study import FAILURES, run_failures
-from evaluation.failures.summary import FailureSummary, summarise_failures
+from evaluation.failures.summary import Cluster, FailureSummary, _appearances, summarise_failures
 from evaluation.statistics.comparisons import holm
 from evaluation.statistics.intervals import bootstrap_interval, share_interval
 from evaluation.study.identity import sample_seed
@@ -672,6 +673,19 @@ def coloured(tmp_path: Path, pairs: Sequence[Sequence[tuple[int, int]]], **value
             label, predicted = theirs[number % len(theirs)]
             planter.plant(label, predicted, cause=generator.choice(64, 8, replace=False).tolist(), colour=colour.tolist())
     return planter
+
+
+def test_what_most_failures_look_like_is_no_shortcut() -> None:
+    """A cluster of nearly all failures beside a few odd ones: it is tight only because these are not in it."""
+    failures = [SimpleNamespace(sample=f"s{n}", label=n % 3, predicted=(n + 1) % 3) for n in range(20)]
+    results = SimpleNamespace(names=("cat", "dog", "fox"), failures=failures)
+    for inside, found in ((10, 1), (11, 0), (18, 0)):
+        groups = (failures[:inside], failures[inside:])
+        clusters = [
+            Cluster(n, tuple(f.sample for f in group), group[0].sample, (0, 1), 4, 0.001 if n == 0 else 0.5)
+            for n, group in enumerate(groups)
+        ]
+        assert len(_appearances(results, clusters)) == found
 
 
 def test_planted_clusters_are_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
