@@ -682,7 +682,7 @@ def test_what_most_failures_look_like_is_no_shortcut() -> None:
     for inside, found in ((10, 1), (11, 0), (18, 0)):
         groups = (failures[:inside], failures[inside:])
         clusters = [
-            Cluster(n, tuple(f.sample for f in group), group[0].sample, (0, 1), 4, 0.001 if n == 0 else 0.5)
+            Cluster(n, tuple(failed.sample for failed in group), group[0].sample, (0, 1), 4, (0.001, 0.5)[n])
             for n, group in enumerate(groups)
         ]
         assert len(_appearances(results, clusters)) == found
