@@ -54,9 +54,9 @@ def conclusion(summary: FailureSummary) -> list[str]:
     text = [
         f"The model is wrong about {wrong} of {counted(results.looked_at, results.noun)}{rate}; {explained} of them are explained here."
     ]
-    if summary.pairs:
+    if summary.pairs and (often := max(summary.pairs[0].seen, summary.pairs[0].count)) > 1:
         pair = summary.pairs[0]
-        text.append(f"Most frequent: {names[pair.label]} taken for {names[pair.predicted]}, {max(pair.seen, pair.count)} of {wrong}.")
+        text.append(f"Most frequent: {names[pair.label]} taken for {names[pair.predicted]}, {often} of {wrong}.")
     known = [f"{percent(share)} are {_SHARES.get(name, name)}" for name, share in summary.shares.items() if has_interval(share)]
     if known:
         text.append(f"Of the failures explained, {listed(known)} (in brackets, 95 % intervals).")
