@@ -119,7 +119,9 @@ def search_orders(
         check_number("seconds", seconds, 0)
     objective = divided(objective)
     ranked = None if prior is None else _ranked(prior, objective.size, start)
-    order = list(range(objective.size)) if start is None else [int(region) for region in start]
+    order = list(range(objective.size)) if ranked is None else ranked[::-1]
+    if start is not None:
+        order = [int(region) for region in start]
     if sorted(order) != list(range(objective.size)):
         raise UserError(f"start is {describe(start)}: expected each region from 0 to {objective.size - 1} once")
     counted = regions_that_count(objective)

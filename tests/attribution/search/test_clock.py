@@ -94,6 +94,12 @@ def test_hardly_any_time_gives_some_order(seconds: float, watch: Watch) -> None:
     assert objective.images <= 2
 
 
+@pytest.mark.parametrize("seconds", [0, 0.015, 0.3])
+def test_hardly_any_time_gives_the_order_of_the_prior(seconds: float, watch: Watch) -> None:
+    order = budget_search(Slow(20, watch), seconds=seconds, prior=[float(region % 7) for region in range(20)])
+    assert order.tolist() == sorted(range(20), key=lambda region: (-(region % 7), region))
+
+
 def test_the_budget_ends_the_search_where_it_is_smaller(watch: Watch) -> None:
     objective = Slow(9, watch)
     reports = list[tuple[int, int]]()
