@@ -1,6 +1,7 @@
 """Draws the pictures of README and site afresh, by the commands and programs that these pages show.
 
-    python scripts/make_pictures.py --imagenet out/imagenet --benchmark out/cifar10 --grids out/grids --neurons out/neurons --pareto out/pareto
+    python scripts/make_pictures.py --imagenet out/imagenet --benchmark out/cifar10 --grids out/grids --neurons out/neurons \\
+        --pareto out/pareto
 
 Without options it draws the pictures of the demo photos, in about two minutes. A picture that shows the result of a study is taken from the
 study's output folder, where the study has drawn it: give the folder that the command on the page of results wrote.
