@@ -56,7 +56,7 @@ def cluster_numbers(points: np.ndarray, count: int | None, seed: int) -> np.ndar
     Args:
         points: float64 [N, D].
         count: number of clusters, lowered to the number of different points where it is larger; None for the number between 2 and 8
-            with the best mean silhouette (Rousseeuw, 1987).
+            with the best mean silhouette (Rousseeuw, 1987) among those that leave no point alone. If all do, all points are one cluster.
         seed: of k-means.
     """
     different = len(np.unique(points.round(6), axis=0))
@@ -65,6 +65,9 @@ def cluster_numbers(points: np.ndarray, count: int | None, seed: int) -> np.ndar
     else:
         tried = range(2, min(MOST_CLUSTERS, different, len(points) - 1) + 1) or [1]
     partitions = [_k_means(points, number, seed) for number in tried]
+    if count is None:
+        together = [labels for labels in partitions if np.bincount(labels).min() > 1]
+        partitions = together or [np.zeros(len(points), dtype=np.int64)]
     best = partitions[0] if len(partitions) == 1 else max(partitions, key=lambda labels: _silhouette(points, labels, seed))
     sizes = np.bincount(best)
     first = [int(np.flatnonzero(best == number)[0]) for number in range(len(sizes))]

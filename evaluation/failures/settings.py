@@ -44,7 +44,7 @@ class FailureSettings(StudySettings):
         help="Images that search budget may forward for each of the two classes. Default: 8 for each region, 32 on small inputs.",
     )
     clusters: int | None = setting(
-        None, least=1, help="Number of clusters of causes. Default: from 2 to 8, the one with the best silhouette."
+        None, least=1, help="Number of clusters of causes. Default: from 2 to 8, by silhouette, of those that leave no failure alone."
     )
     min_confidence: float = setting(
         0.9,

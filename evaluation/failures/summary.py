@@ -264,6 +264,8 @@ def _clusters(results: FailureResults) -> tuple[tuple[Cluster, ...], str]:
         return (), str(error)
     seed = results.settings.seed
     numbers = cluster_numbers(points, results.settings.clusters, seed)
+    if results.settings.clusters is None and not numbers.any():
+        return (), "the causes of these failures form no groups"
     tightness = holm(tightness_test(points, numbers, seed))
     made = []
     for number, p in enumerate(tightness):

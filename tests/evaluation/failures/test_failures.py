@@ -675,6 +675,15 @@ def coloured(tmp_path: Path, pairs: Sequence[Sequence[tuple[int, int]]], **value
     return planter
 
 
+def test_an_odd_point_makes_no_clusters_of_the_others() -> None:
+    points = np.random.default_rng(0).standard_normal((30, 5))
+    odd = np.concatenate([points, np.full((1, 5), 40.0)])
+    assert not cluster_numbers(odd, None, 0).any()
+    assert sorted(np.bincount(cluster_numbers(odd, 2, 0)).tolist()) == [1, 30]  # as asked for
+    two = np.concatenate([points, points + 40])
+    assert cluster_numbers(two, None, 0).tolist() == [0] * 30 + [1] * 30
+
+
 def test_what_most_failures_look_like_is_no_shortcut() -> None:
     """A cluster of nearly all failures beside a few odd ones: it is tight only because these are not in it."""
     failures = [SimpleNamespace(sample=f"s{n}", label=n % 3, predicted=(n + 1) % 3) for n in range(20)]
@@ -827,7 +836,9 @@ def test_few_failures_or_none(folder: Path, tmp_path: Path, count: int) -> None:
 
 
 def test_the_tables_hold_what_was_found(results: FailureResults, tmp_path: Path) -> None:
-    summary = summarise_failures(results)
+    unclustered = summarise_failures(results)
+    assert (unclustered.clusters, unclustered.unclustered) == ((), "the causes of these failures form no groups")
+    summary = summarise_failures(replace(results, settings=replace(results.settings, clusters=2)))
     assert summary.clusters and summary.unclustered == ""
     files = write_failures(summary, tmp_path)
     rows = list(csv.DictReader(io.StringIO(files.csv.read_text(encoding="utf-8"))))
