@@ -75,11 +75,12 @@ def explain(
         evaluations: N, the images that a search with a budget forwards at most. Default: 8 R for each fill, and 32 R on inputs of fewer
             than 128 x 128 pixels, where images are cheap. With ``seconds`` as many as there is time for.
         seconds: time for the whole call, for a search that looks at the clock ("budget"). It returns the best order found, which
-            depends on the machine. One image takes as long as it takes: a time too short for the R + 1 prefixes is exceeded.
+            depends on the machine. After the search the curves need up to 2 R + 2 images: a time too short for them is exceeded.
         prior: where a search that takes one ("budget") begins, in place of forwarding R images: the name of an attribution method, such
             as "grad_cam", a heatmap [H, W], or an ``Explanation``, of this image or a similar one, such as the last frame of a film. Of
-            several, the one whose prefixes score best. "auto" takes the first of ``PRIORS`` that applies to the model, if any does.
-            What it forwards is counted, an image with its gradient as three.
+            several, the one whose prefixes score best. "auto" takes the first of grad_cam, transformer_attribution
+            and integrated_gradients that applies to the model; a black box then begins without a prior. The images that a method
+            forwards are counted, an image with its gradient as three.
         seed: of stochastic searches, 0 to 2^63 - 1.
         batch_size: most images forwarded at once; the classifier's own by default. In float32 it
             changes probabilities by less than 1e-5.

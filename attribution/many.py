@@ -51,8 +51,8 @@ def explain_many(
         (probabilities within 1e-5 in float32; where F of two candidates is that close, the order may differ).
 
     Raises:
-        UserError: another number of targets than images; fill "drop" or a confidence classifier, which cannot be shared; or what
-            ``explain`` raises for an image, with the number of that image.
+        UserError: another number of targets than images; seconds, which are those of one image; fill "drop" or a confidence classifier,
+            which cannot be shared; or what ``explain`` raises for an image, with the number of that image.
     """
     if isinstance(images, str | bytes | Tensor) or not isinstance(images, Sequence):
         raise UserError(f"images are {type(images).__name__}: expected a list of images")
@@ -101,8 +101,8 @@ class _Meeting:
         self.running = 0
 
     def run(self, jobs: Sequence[_Prepare], together: int, progress: Progress | None) -> list[Explanation]:
-        """Run all jobs, at most ``together`` at a time: what each prepares in this thread is given a classifier, in a thread of its own,
-        whose forward passes are made here.
+        """Run all jobs, at most ``together`` at a time. Each is prepared in this thread. It then runs in a thread of its own, with a
+        classifier whose forward passes are made here.
         """
         own_threads = torch.get_num_threads()
         try:

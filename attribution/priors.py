@@ -43,9 +43,8 @@ class PriorMap:
         labels, values = regions.labels, self.values.double()
         if values.shape != labels.shape:
             values = F.interpolate(values[None, None], size=tuple(labels.shape), mode="bilinear", antialias=True)[0, 0]
-        top, left, bottom, right = regions.seen or (0, 0, *labels.shape)
         seen = regions.seen_labels.flatten()
-        sums = torch.zeros(regions.count, dtype=torch.float64).scatter_add_(0, seen, values[top:bottom, left:right].flatten())
+        sums = torch.zeros(regions.count, dtype=torch.float64).scatter_add_(0, seen, regions.seen_part(values).flatten())
         return sums / seen.bincount(minlength=regions.count).clamp(min=1)
 
 

@@ -70,8 +70,12 @@ class Regions:
     @property
     def seen_labels(self) -> Tensor:
         """The labels of the pixels that count."""
+        return self.seen_part(self.labels)
+
+    def seen_part(self, values: Tensor) -> Tensor:
+        """The part of a map [H, W] of the image whose pixels count."""
         top, left, bottom, right = self.seen or (0, 0, *self.labels.shape)
-        return self.labels[top:bottom, left:right]
+        return values[top:bottom, left:right]
 
     @property
     def masks(self) -> Tensor:

@@ -117,7 +117,7 @@ def _classifier(
     spec: str, built: Built, wanted: Wanted, device: torch.device, names: Any, batch_size: int | None, settings: dict[str, Any]
 ) -> Classifier:
     """The classifier of a model built by name. One of another size than its own is tried at once."""
-    own = {"channels_last": is_convolutional(built.module), **built.settings, "name": spec, **settings}
+    own = {"channels_last": _is_convolutional(built.module), **built.settings, "name": spec, **settings}
     if names is None and built.assumed and wanted.checkpoint is not None:
         warnings.warn(
             f"{wanted.checkpoint.path} names no classes: its {len(built.class_names or ())} are given the names of the published {spec}; "
@@ -133,7 +133,7 @@ def _classifier(
     return made
 
 
-def is_convolutional(module: nn.Module) -> bool:
+def _is_convolutional(module: nn.Module) -> bool:
     """Whether most of a module's work is convolutions, which are faster in the channels-last layout on CPUs and tensor cores.
 
     A vision transformer has one or a few, in its patch embedding.

@@ -110,8 +110,8 @@ def search_orders(
         know all prefixes.
 
     Raises:
-        UserError: N below 1, a start that is no order of the regions, a prior that is not R finite numbers, both of them, an objective
-            that returns NaN, or gradients with one that has none.
+        UserError: N below 1, a start that is no order of the regions, a prior that is not R finite numbers, a prior beside a start,
+            an objective that returns NaN, or gradients with an objective that has none.
     """
     check_whole("evaluations", evaluations, 1)
     check_seed(seed)

@@ -9,6 +9,7 @@ from torch import Tensor
 from attribution.errors import UserError
 from attribution.search.budget import regions_that_count
 from attribution.search.contract import DividedObjective, Objective, PartialObjective, Progress, divided, refuse_nan, report_progress
+from attribution.search.sets import Sets
 
 MOST_REGIONS = 14  # 16,384 subsets
 _ROWS = 1024  # subsets handed to the objective at once
@@ -38,16 +39,9 @@ def exact_search(objective: Objective | DividedObjective, *, progress: Progress 
             "cut coarser (region_options={'count': 12}, --region-count 12), or take another search"
         )
     part = PartialObjective(whole, counted)
-    order = _best_order(_all_values(part, progress), _areas(part))
+    order = _best_order(_all_values(part, progress), np.array(Sets(part, 0).area))
     last = [region for region in range(whole.size) if region not in set(counted.tolist())]
     return torch.cat([counted[order], torch.tensor(last, dtype=torch.int64)])
-
-
-def _areas(objective: DividedObjective) -> np.ndarray:
-    """float64 [R], what the step of each region counts."""
-    if objective.area is None:
-        return np.full(objective.size, 1 / objective.size)
-    return torch.as_tensor(objective.area, dtype=torch.float64).cpu().numpy()
 
 
 def _all_values(objective: DividedObjective, progress: Progress | None) -> np.ndarray:

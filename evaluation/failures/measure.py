@@ -291,7 +291,6 @@ def object_shares(mask: Tensor, regions: Regions) -> Tensor:
     """
     if mask.shape != regions.labels.shape:
         mask = F.interpolate(mask[None, None].float(), size=tuple(regions.labels.shape), mode="nearest-exact")[0, 0] > 0.5
-    top, left, bottom, right = regions.seen or (0, 0, *regions.labels.shape)
-    labels, mask = regions.seen_labels, mask[top:bottom, left:right]
-    inside = torch.bincount(labels[mask], minlength=regions.count).double()
+    labels = regions.seen_labels
+    inside = torch.bincount(labels[regions.seen_part(mask)], minlength=regions.count).double()
     return inside / torch.bincount(labels.flatten(), minlength=regions.count).clamp(min=1)

@@ -333,9 +333,7 @@ def _appearances(results: FailureResults, clusters: Sequence[Cluster]) -> list[S
     made = []
     for cluster in clusters:
         pairs = {pair_of[sample] for sample in cluster.members}
-        if len(cluster.members) > most:
-            continue
-        if len(pairs) < _LEAST_PAIRS or len(cluster.members) < _LEAST_SHORTCUT or not cluster.tightness_p < SIGNIFICANCE:
+        if len(pairs) < _LEAST_PAIRS or not _LEAST_SHORTCUT <= len(cluster.members) <= most or not cluster.tightness_p < SIGNIFICANCE:
             continue
         label, predicted = (names[index] for index in cluster.top_pair)
         often = "most often" if cluster.has_main_pair else "such as"

@@ -82,7 +82,7 @@ def mu_fidelity(
     top, left, bottom, right = classifier.preprocessing.seen(*loaded.shape[1:])
     inside = grid_regions(loaded[:, top:bottom, left:right], rows=grid, columns=grid)
     beyond = (left, loaded.shape[2] - right, top, loaded.shape[1] - bottom)
-    cells = Regions(F.pad(inside.labels[None, None].double(), beyond, mode="replicate")[0, 0].long(), seen=(top, left, bottom, right))
+    cells = Regions(F.pad(inside.labels[None, None].double(), beyond, mode="replicate")[0, 0].long())
     if is_drop(fill):
         cells = follow_patches(classifier, cells)
     hiding, masked = masked_inputs(classifier, loaded, cells.labels, fill)
@@ -94,8 +94,8 @@ def mu_fidelity(
     drops = scores[:1] - scores[1:]
     if drops.max() - drops.min() <= _ROUNDING * scores.abs().max():  # ranks of rounding errors would look like a correlation
         return 0.0
-    heat = claim.heat[top:bottom, left:right].double()
-    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, cells.labels[top:bottom, left:right].flatten(), heat.flatten())
+    seen, heat = (each[top:bottom, left:right].flatten() for each in (cells.labels, claim.heat.double()))
+    worth = torch.zeros(cells.count, dtype=torch.float64).scatter_add_(0, seen, heat)
     return _spearman(drops.numpy(), (dropped * worth).sum(dim=1).numpy())
 
 

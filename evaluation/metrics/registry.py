@@ -209,10 +209,9 @@ def _pointing(score: Callable[[Tensor, Tensor], float]) -> Callable[[Case, Proto
 
     def measure(case: Case, protocol: Protocol) -> Measurement:
         assert case.mask is not None
-        heat, mask, seen = judged(case.explanation).heat, case.mask, case.regions.seen
-        if seen is not None and mask.shape == heat.shape:
-            top, left, bottom, right = seen
-            heat, mask = heat[top:bottom, left:right], mask[top:bottom, left:right]
+        heat, mask = judged(case.explanation).heat, case.mask
+        if mask.shape == heat.shape:  # the score refuses others
+            heat, mask = case.regions.seen_part(heat), case.regions.seen_part(mask)
         return Measurement(score(heat, mask))
 
     return measure
