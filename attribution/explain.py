@@ -17,7 +17,7 @@ from attribution.checks import check_choice, check_number, check_seed, check_typ
 from attribution.dropping import follow_patches, masked_inputs
 from attribution.errors import UserError, describe
 from attribution.explanation import Explanation
-from attribution.fills import DEFAULT_FILL, Fill, drops, several_fills
+from attribution.fills import DEFAULT_FILL, Fill, drops, recorded_fill, several_fills
 from attribution.image import MAX_SIDE, ImageSource, limit_size, load_image
 from attribution.masking import RegionInputs, as_seen, prefix_rows
 from attribution.model.classifier import Classifier
@@ -159,7 +159,8 @@ def polish(
         classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         regions: a label map int [H, W], bool masks or ``Regions`` of the explanation's image; its own by default.
         evaluations: N, images forwarded at most; as for ``explain`` by default.
-        options: further arguments of ``explain``, such as fill, weights, seed, batch_size and progress.
+        options: further arguments of ``explain``, such as fill, weights, seed, batch_size and progress. The fill is that of
+            the explanation by default.
 
     Returns:
         An ``Explanation`` of the same image, target and regions.
@@ -167,8 +168,9 @@ def polish(
     Raises:
         UserError: a heatmap without regions, or any input that does not fit.
     """
+    options.setdefault("fill", recorded_fill(explanation.provenance.get("settings", {}).get("fill")) or DEFAULT_FILL)
     cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
-    if cut is not None and is_method(regions) and drops(options.get("fill", DEFAULT_FILL)):
+    if cut is not None and is_method(regions) and drops(options["fill"]):
         cut = follow_patches(classifier, cut)
     if cut is None:
         raise UserError("the explanation is a heatmap without regions: give regions=, such as a label map or at.make_regions(image)")

@@ -15,6 +15,19 @@ class CannotWrite(UserError):
     """A file cannot be written: the folder is closed to us, or the disk is full."""
 
 
+def check_folder(folder: str | Path) -> None:
+    """Check before long work that files can be written into a folder, which need not exist yet.
+
+    Raises:
+        CannotWrite: a part of its path is a file, or closed to us.
+    """
+    nearest = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise CannotWrite(f"cannot write into {folder} ({nearest} is a file): choose another output folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CannotWrite(f"cannot write into {folder} ({nearest} is closed to you): choose another output folder")
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``. It is renamed to ``path`` when the block succeeds, and removed when it raises.

@@ -147,6 +147,14 @@ def plain_fill(fill: Fill) -> str | list[float]:
     return f"image {list(pixels.shape)} sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
 
 
+def recorded_fill(recorded: Any) -> Fill | None:
+    """The fill that provenance names: one or several by name, or a colour. Of an image it holds a digest, which names none: None."""
+    if isinstance(recorded, list):
+        return _colour(recorded)
+    parts = several_fills(recorded) if isinstance(recorded, str) else []
+    return recorded if parts and all(is_named(each, NAMED_FILLS) or _is_hexadecimal(str(each)) for each in parts) else None
+
+
 def fill_label(fill: Fill) -> str:
     """A fill in a word, for tables: "black", "#20c080", "[0.1, 0.9, 0.4]", or "image"."""
     plain = plain_fill(fill)

@@ -13,7 +13,7 @@ import typer
 
 from attribution import __version__
 from attribution.errors import NotApplicable, UserError
-from attribution.files import slug
+from attribution.files import check_folder, slug
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
 from attribution.neurons import (
@@ -71,6 +71,7 @@ def follow_images(given: Given, extras: Given, out: Path) -> bool:
         return False
     settings = NeuronSettings.make({**given, "data": "", "target": "label"})  # the target of an image is a class, which is no setting
     classifier = named_model(settings, settings.model)
+    check_folder(out)
     found = list(find_images(images, out)) if images else [demo_image_path()]
     options = {"target": given.get("target"), "mode": extras["mode"], "steps": settings.steps, "output": settings.output}
     layers = find_neurons(classifier)

@@ -25,6 +25,7 @@ from attribution.fills import (
     parse_fill,
     picture_of_fill,
     plain_fill,
+    recorded_fill,
     several_fills,
 )
 from evaluation.failures.settings import FailureSettings
@@ -181,3 +182,22 @@ def test_the_mean_colour_of_a_classifier(cnn: at.Classifier, small_cat: Tensor) 
     assert torch.allclose(picture_of_fill(small_cat, "drop", cnn), expected)
     assert cnn.inputs(classifier_fill(small_cat, "model_mean", cnn)).abs().max() < 1e-6
     assert torch.equal(classifier_fill(small_cat, "blur", cnn), at.make_fill(small_cat, "blur"))
+
+
+def test_a_recorded_fill_is_found_again_unless_it_was_an_image() -> None:
+    for fill in ("blur", "black+mean", "#20c080", "drop", "model_mean"):
+        assert recorded_fill(fill) == fill
+    assert recorded_fill([0.5, 0.25, 1]) == (0.5, 0.25, 1)
+    for other in (None, 3, {}, "image [3, 4, 5] sha256:00", "/some/where.png", "black+pink"):
+        assert recorded_fill(other) is None
+    with pytest.raises(at.UserError, match="expected three numbers in"):
+        recorded_fill([0.5, 2])
+
+
+def test_polish_keeps_the_fill_of_the_explanation(cnn: at.Classifier, small_cat: Tensor) -> None:
+    cells = {"regions": "grid", "region_options": {"count": 9}}
+    found = at.explain(small_cat, cnn, fill="blur", search="greedy", **cells)
+    assert at.polish(found, cnn, evaluations=60).provenance["settings"]["fill"] == "blur"
+    assert at.polish(found, cnn, evaluations=60, fill="gray").provenance["settings"]["fill"] == "gray"
+    drawn = at.explain(small_cat, cnn, fill=torch.rand_like(small_cat), search="greedy", **cells)
+    assert at.polish(drawn, cnn, evaluations=60).provenance["settings"]["fill"] == "black"

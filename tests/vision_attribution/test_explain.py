@@ -84,6 +84,17 @@ def test_outputs_agree_with_the_library(run: Run, photo: Path, tmp_path: Path, c
     assert record["provenance"]["settings"]["seed"] == 3
 
 
+def test_the_fill_of_the_default_search_is_the_mean_colour_and_of_published_ones_black(run: Run, photo: Path, tmp_path: Path) -> None:
+    ways = {"mean": [], "black": ["--search", "greedy"], "blur": ["--fill", "blur"]}
+    for fill, way in ways.items():
+        assert run("explain", photo, *FAST, *way, "--out", tmp_path / fill)[0] == 0
+        assert json.loads((tmp_path / fill / "cat-zoo-cnn.json").read_text())["provenance"]["settings"]["fill"] == fill
+    for way in (["--preset", "published"], ["--pending", "4"]):
+        out = tmp_path / way[0]
+        assert run("explain", photo, *FAST, *way, "--out", out)[0] == 0
+        assert json.loads((out / "cat-zoo-cnn.json").read_text())["provenance"]["settings"]["fill"] == "black"
+
+
 def test_the_table(run: Run, photo: Path, tmp_path: Path) -> None:
     _, out, _ = run("explain", photo, *FAST, "--out", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "cat-zoo-cnn.json").read_text())
