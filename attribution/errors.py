@@ -35,6 +35,14 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def printable(text: str) -> str:
+    """A text of data, such as the name of a file, as a terminal can show it: one line, and nothing that steers the terminal.
+
+    Line breaks, control characters, marks of direction and bytes that are no UTF-8 are written as escapes, such as ``\\n``.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
+
+
 def such_as(names: Iterable[str]) -> str:
     """The end of a sentence that names examples; empty where there are none."""
     examples = ", ".join(dict.fromkeys(name for name in names if name))

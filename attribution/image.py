@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attribution.checks import check_whole
 from attribution.errors import UserError, describe
+from attribution.files import read_file
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
 MAX_SIDE = 512
@@ -116,7 +117,7 @@ def limit_size(image: Tensor, max_side: int | None = MAX_SIDE) -> Tensor:
 
 def _read_file(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

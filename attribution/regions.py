@@ -24,7 +24,7 @@ _PUBLISHED_SIDE = 224
 _NEAR = 0.2  # a number of regions is as asked for if it differs by at most this share
 _TRIES = 6  # most cuts by one algorithm to come near the number asked for
 _SHRINKS = (1, 1 / 4, 1 / 16, 1 / 64)  # of the scale of an algorithm, until it makes enough regions
-_CONTRIB = "pip uninstall opencv-python opencv-python-headless, then pip install --force-reinstall opencv-contrib-python-headless"
+_CONTRIB = "pip uninstall opencv-python opencv-python-headless, then pip install --force-reinstall --no-deps opencv-contrib-python-headless"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,8 @@ def slico(image: Tensor, count: int | None = None, region_size: int | None = Non
     """SLICO superpixels (Achanta et al., PAMI 2012) by OpenCV, with the parameters published for SMDL and LiMA.
 
     Where OpenCV lacks its contrib modules, scikit-image's SLICO is used instead: its labels are others, and a warning and
-    ``Regions.note`` say so.
+    ``Regions.note`` say so. An image too narrow for that number of
+    superpixels is cut into the cells of a grid, and these say that too.
 
     Args:
         image: float32 [3, H, W] in [0, 1].
@@ -219,6 +220,10 @@ def slico(image: Tensor, count: int | None = None, region_size: int | None = Non
             slic(image, count or max(1, round(height * width / size**2)), zero=True).labels, "slico", requested, note, slico_library()
         )
     labels = cut(size) if count is None else _as_many(count, lambda asked: cut(side(asked)))
+    if requested is not None and len(labels.unique()) > 2 * requested:
+        note = f"cells of a grid, since this image of {width}x{height} pixels is narrower than a superpixel"
+        warnings.warn(f"regions='slico' are {note}", stacklevel=2)
+        return replace(grid(image, requested), note=note)
     return Regions(labels, "slico", requested, library=slico_library())
 
 
@@ -618,12 +623,13 @@ def slico_library() -> str:
 
 
 def _ximgproc() -> Any:
-    """OpenCV's module of superpixels; None where OpenCV is not there, or lacks its contrib modules."""
+    """OpenCV's module of superpixels; None where OpenCV is not there, or lacks its contrib modules. A plain OpenCV over it empties it."""
     try:
         import cv2
     except ImportError:
         return None
-    return getattr(cv2, "ximgproc", None)
+    found = getattr(cv2, "ximgproc", None)
+    return found if hasattr(found, "createSuperpixelSLIC") and hasattr(found, "createSuperpixelSEEDS") else None
 
 
 def _uint8(image: Tensor) -> np.ndarray:

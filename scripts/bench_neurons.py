@@ -24,6 +24,7 @@ import attribution as at
 from attribution.hooks import frozen_parameters
 from attribution.neurons import PathFinder, find_neurons
 from evaluation.study.tables import terminal_table
+from vision_attribution.command import run_script
 
 
 def reference_rows(layers: int, steps: int) -> tuple[int, int]:
@@ -96,4 +97,4 @@ def _both(classifier: at.Classifier, batch: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import attribution as at
 from attribution.search import SEARCHES
 from evaluation.study.tables import terminal_table
+from vision_attribution.command import run_script
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -276,4 +277,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

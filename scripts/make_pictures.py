@@ -20,6 +20,7 @@ from PIL import Image
 
 import attribution as at
 from attribution.files import whole_file
+from vision_attribution.command import run_script
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {  # option: {picture: its file in the folder of the study}
@@ -76,4 +77,4 @@ def keep(sources: list[Path], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -24,6 +24,7 @@ from evaluation.failures.planted import OURS, chance, judge_planted, plant_failu
 from evaluation.statistics.comparisons import holm, sign_flip
 from evaluation.study.page import write_text
 from evaluation.study.tables import csv_text, estimated, terminal_table
+from vision_attribution.command import run_script
 
 
 def main(
@@ -72,4 +73,4 @@ def _compared(scores: Mapping[str, np.ndarray], others: Sequence[str], k: int) -
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -31,6 +31,8 @@ from attribution.errors import UserError
 from attribution.files import whole_file
 from attribution.model.classifier import Classifier
 from evaluation.data.recipes import load_dataset
+from vision_attribution.command import run_script
+from vision_attribution.inputs import Stopped
 
 CHUNK = 256  # photos whose features are one file of the work folder
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -275,8 +277,7 @@ def main(
 ) -> None:
     """Train a classifier of pet breeds, measure it on the test photos, and write it as one file."""
     if out.suffix != ".safetensors":
-        typer.echo(f"error: --out is {out}: expected a file that ends in .safetensors", err=True)
-        raise typer.Exit(2)
+        raise UserError(f"--out is {out}: expected a file that ends in .safetensors")
     own = None if checkpoint is None else str(checkpoint)
     settings = Settings(
         model, own, "pretrained" if pretrained else "random", blocks, epochs, batch_size, rate, 10 * rate, 0.1, 0.3, 0.2, 0.05, limit, seed
@@ -284,14 +285,10 @@ def main(
     try:
         torch.manual_seed(seed)  # of a backbone with random weights
         record = train(data, out, settings)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to continue", err=True)
-        raise typer.Exit(130) from None
+        raise Stopped("interrupted: run the same command again to continue") from None
     typer.echo(f"{out}: top-1 {record['top1']:.1%}, top-5 {record['top5']:.1%} of {record['test_photos']} test photos")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

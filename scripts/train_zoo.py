@@ -31,6 +31,8 @@ from attribution.model.classifier import Classifier
 from attribution.model.loading import load_classifier
 from attribution.model.zoo import MEAN, STD, build_cnn, build_vit
 from evaluation.data.recipes import ImageDataset, load_dataset
+from vision_attribution.command import run_script
+from vision_attribution.inputs import Stopped
 
 CHECKPOINT_SECONDS = 60.0
 QUICK_TEST = 2000  # test images for the accuracy after each epoch; the final accuracy uses all
@@ -327,13 +329,9 @@ def main(
         else:
             cnn = load_classifier("zoo:cnn", device="cpu", checkpoint=teacher).module
         run(train_vit(loaded, cnn, vit_epochs, seed), loaded, out, seed)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to continue from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
+        raise Stopped("interrupted: run the same command again to continue from the last checkpoint") from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

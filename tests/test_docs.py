@@ -25,7 +25,7 @@ import typer
 
 import attribution as at
 import evaluation as ev
-from vision_attribution import app
+from vision_attribution.command import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -22,7 +22,7 @@ from attribution.explain import explain as explain_image
 from attribution.explain import search_meant
 from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
-from attribution.files import check_folder, slug
+from attribution.files import check_folder, held_folder, read_file, slug
 from attribution.fills import DEFAULT_FILL, FILLS
 from attribution.image import demo_image_paths
 from attribution.model.classifier import Classifier
@@ -36,7 +36,7 @@ from attribution.tuning import tune
 from evaluation.study.page import write_text
 from evaluation.study.settings import MODEL_HELP, ModelSettings
 from evaluation.study.tables import terminal_table
-from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure
+from vision_attribution.inputs import Stopped, digest_of_file, each_image, find_images, save_figure, say
 from vision_attribution.progress import Bar
 from vision_attribution.studies import console
 
@@ -141,8 +141,8 @@ def explain(
             check_choice(name, value, known)
     options["fill"] = fill or (BUDGET_FILL if search_meant(search, pending, preset) == "budget" else DEFAULT_FILL)
     check_choice("precision", precision, (*PRECISIONS, "auto"))
-    check_folder(out)
     found = list(find_images(images, out)) if images else demo_image_paths()
+    check_folder(out)
     settings = ModelSettings(**given)
     classifiers = [settings.load(spec) for spec in model or [DEFAULT_MODEL]]
     repeated = [name for name, times in Counter(c.name for c in classifiers).items() if times > 1]
@@ -157,14 +157,14 @@ def explain(
         rows.append((path, figure, job.run(path, figure, prefix)))
 
     try:
-        failed = each_image(found, explain_one, "explained")
+        with held_folder(out):
+            failed = each_image(found, explain_one, "explained")
     except KeyboardInterrupt:
-        typer.echo("interrupted: finished images are kept, the same command continues with the others", err=True)
-        raise typer.Exit(130) from None
+        raise Stopped("interrupted: finished images are kept, the same command continues with the others") from None
     if rows:
         print_table([(path.name, explanations) for path, _, explanations in rows])
         for _, figure, _ in rows:
-            typer.echo(f"figure: {figure}")
+            say(f"figure: {figure}")
     if failed is not None:
         raise failed
 
@@ -180,7 +180,7 @@ def _in_precision(classifiers: Sequence[Classifier], precision: str) -> Callable
         if classifier in waiting:
             ways = tune(path, classifier)
             waiting.remove(classifier)
-            typer.echo(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
+            say(f"{classifier.name}: {next(way for way in ways if way.chosen)}", err=True)
 
     return prepare
 
@@ -235,7 +235,7 @@ class Job:
                 value = {key: item for key, item in value.items() if key != "heatmap"}
             further.append(f"{name}={value}")
         if os.path.isfile(self.options["fill"]):
-            further.append(Path(self.options["fill"]).read_bytes())
+            further.append(read_file(self.options["fill"]))
         return digest_of_file(path, *further)
 
 
@@ -320,7 +320,7 @@ def print_table(rows: Sequence[tuple[str, Sequence[Explanation]]]) -> None:
         markup=False,
     )
     for note in notes:
-        typer.echo(note)
+        say(note)
 
 
 def parse_weights(text: str) -> ScoreWeights:

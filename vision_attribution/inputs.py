@@ -10,10 +10,19 @@ from pathlib import Path
 
 import typer
 
-from attribution.errors import UserError
+from attribution.errors import UserError, printable
 from attribution.figures.style import Figure
-from attribution.files import whole_file
+from attribution.files import read_file, short_name, whole_file
 from attribution.image import IMAGE_SUFFIXES, image_files
+
+
+class Stopped(Exception):
+    """A person interrupted a job. The message is one line that says what is kept."""
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print one line. Names of files and classes in it cannot break it or steer the terminal."""
+    typer.echo(printable(text), err=err)
 
 
 def find_images(paths: list[Path], outside: Path | None = None) -> Iterator[Path]:
@@ -41,9 +50,9 @@ def distinct_stems(paths: list[Path]) -> list[str]:
     repeats: Counter[str] = Counter()
     stems: list[str] = []
     for path in paths:
-        stem = path.stem
+        stem = short_name(path.stem)
         if stem in taken:
-            stem = f"{path.parent.name}-{stem}"
+            stem = f"{short_name(path.parent.name)}-{stem}"
         base = stem
         while stem in taken:
             repeats[base] += 1
@@ -71,7 +80,7 @@ def each_image(paths: Sequence[Path], do: Callable[[Path, str, str], None], done
         except UserError as error:
             errors.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             if len(paths) > 1:
-                typer.echo(f"error: {errors[-1]}", err=True)
+                say(f"error: {errors[-1]}", err=True)
     if not errors:
         return None
     return UserError(errors[0] if len(paths) == 1 else f"{len(errors)} of {len(paths)} images could not be {done} (see above)")
@@ -84,9 +93,9 @@ def digest_of_file(path: Path, *further: object) -> str:
         UserError: the file cannot be read.
     """
     try:
-        digest = hashlib.sha256(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        digest = hashlib.sha256(read_file(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for each in further:
         digest.update(each if isinstance(each, bytes) else str(each).encode())
     return digest.hexdigest()

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import typer
 
 from attribution import __version__
 from attribution.errors import NotApplicable, UserError
-from attribution.files import check_folder, slug
+from attribution.files import check_folder, held_folder, slug
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
 from attribution.neurons import (
@@ -34,7 +33,7 @@ from evaluation.neurons.summary import speaks_for
 from evaluation.study.page import write_text
 from evaluation.study.settings import named_model
 from evaluation.study.tables import terminal_table
-from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure
+from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure, say
 from vision_attribution.studies import Given, console, extra
 
 _AMONG = 500  # images in which exemplars are looked for
@@ -77,7 +76,8 @@ def follow_images(given: Given, extras: Given, out: Path) -> bool:
     layers = find_neurons(classifier)
     among = None if extras["among"] is None else _Among.open(extras["among"], settings.root, settings.split, classifier)
     job = _Job(classifier, layers, options, out, extras["overwrite"], among)
-    failed = each_image(found, job.run, "followed")
+    with held_folder(out):
+        failed = each_image(found, job.run, "followed")
     if failed is not None:
         raise failed
     return True
@@ -115,7 +115,7 @@ class _Job:
         figure, numbers = base.with_name(base.name + ".png"), base.with_name(base.name + ".json")
         key = self._key(path)
         if not self.overwrite and figure.exists() and _key_of(numbers) == key:
-            typer.echo(f"{prefix}{path.name}: kept, figure: {figure}")
+            say(f"{prefix}{path.name}: kept, figure: {figure}")
             return
         image = load_image(path)
         found = neuron_path(image, self.classifier, layers=self.layers.names, **self.options)
@@ -130,13 +130,13 @@ class _Job:
         pictures = [] if self.among is None else self.among.pictures
         save_figure(plot_path(found, image, decoded, shown, pictures, width=self.layers.width), figure)
         _print(path, found, decoded, edits)
-        typer.echo(f"figure: {figure}")
+        say(f"figure: {figure}")
 
     def _decoded(self, units: list[tuple[int, int]]) -> list[Decoded]:
         try:
             return NeuronDecoder(self.classifier, layers=self.layers).top_classes(units)
         except NotApplicable as error:
-            typer.echo(f"note: {error}")
+            say(f"note: {error}")
             return []
 
     def _edits(self, image: torch.Tensor, found: NeuronPath) -> dict[str, dict[str, float]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from attribution.figures.failure import plot_failure
 from attribution.files import slug
 from evaluation.failures.measure import explain_sample
 from evaluation.failures.settings import FailureSettings
-from vision_attribution.inputs import save_figure
+from vision_attribution.inputs import save_figure, say
 from vision_attribution.studies import extra
 
 ONLY = extra("only", str, "Explain this one sample instead, by its id, and print and draw what was found.", "--only")
@@ -25,6 +23,6 @@ def one_failure(given: dict[str, Any], extras: dict[str, Any], out: Path) -> boo
     failure = explain_sample(FailureSettings.make(given, "the command"), sample)
     figure = out / f"{slug(sample.removesuffix(Path(sample).suffix))}.png"
     save_figure(plot_failure(failure), figure)
-    typer.echo(f"{sample}: {failure.text}")
-    typer.echo(f"figure: {figure}")
+    say(f"{sample}: {failure.text}")
+    say(f"figure: {figure}")
     return True

@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from attribution.errors import UserError
+from attribution.errors import UserError, printable
 from attribution.model.classifier import Classifier
 from evaluation.study.processes import executor_of
 from evaluation.study.run import Study, held, run
 from evaluation.study.settings import ModelSettings, Setting, StudySettings, hints_of, option_name, read_values, settings_of
+from vision_attribution.inputs import Stopped, say
 from vision_attribution.progress import Bar
 
 Given = dict[str, Any]
@@ -53,8 +55,7 @@ def study_command(
                 settings = study.settings.make(given, "the command" if path is None else str(path))
                 run_study(study, settings, values["out"], measure=values["measure"])
         except KeyboardInterrupt:
-            typer.echo("interrupted: what was measured is kept, the same command continues", err=True)
-            raise typer.Exit(130) from None
+            raise Stopped("interrupted: what was measured is kept, the same command continues") from None
 
     command.__name__ = study.name
     command.__doc__ = f"{study.summary}\n\n{inspect.cleandoc(study.details)}"
@@ -99,7 +100,7 @@ def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *
     summary = study.summarise(results)
     files = study.write(summary, out)
     study.show(summary, console())
-    typer.echo(f"report: {files.html}")
+    say(f"report: {files.html}")
     if failures := study.failures(results):
         count = f"{len(failures)} measurement{'' if len(failures) == 1 else 's'}"
         raise UserError(f"{count} failed, such as {': '.join(failures[0])} (all are listed in {files.html}; the others count)")
@@ -107,7 +108,21 @@ def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *
 
 def console() -> Console:
     """Where tables are printed: as wide as the terminal, or 120 characters."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+class _Console(Console):
+    """A console to which names of data cannot send control characters."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts with control characters as escapes; tables are made of such texts (see ``terminal_table``)."""
+        super().print(*map(_plain, objects), **options)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Text) and not value.spans:
+        return Text("\n".join(map(printable, value.plain.split("\n"))), style=value.style)
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 
 def extra(name: str, kind: Any, help: str, *names: str, default: Any = None, show: bool = False) -> inspect.Parameter:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from attribution.errors import UserError, describe
+from attribution.files import read_text
 from attribution.model import huggingface, zero_shot, zoo
 from attribution.model.checkpoints import (
     at_size,
@@ -187,8 +188,8 @@ def _meant(spec: str) -> str:
 def read_class_names(path: Path) -> list[str]:
     """Read class names from a text file, one name a line. Blank lines at the end are ignored."""
     try:
-        names = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        names = read_text(path).rstrip().split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
     if not names:
         raise UserError(f"{path} is empty: expected one class name a line")

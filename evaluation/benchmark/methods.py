@@ -13,8 +13,10 @@ from torch import nn
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
 from attribution.baselines.options import FORMER, check_options, current_names
-from attribution.checks import did_you_mean
+from attribution.checks import check_types, did_you_mean
 from attribution.errors import UserError, describe
+from attribution.explain import explain
+from attribution.fills import DEFAULT_FILL, parse_fill, several_fills
 from attribution.model.classifier import Classifier
 from attribution.objective import ScoreWeights
 from attribution.presets import PRESETS
@@ -42,6 +44,8 @@ DEFAULT_METHODS = (
     "edge_filter",
 )
 
+_GIVEN = {"image", "classifier", "target", "search", "progress"}  # arguments of explain that a study gives itself
+
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -64,11 +68,18 @@ class MethodSpec:
         if self.method not in names:
             raise UserError(f"unknown method {self.method!r}: expected one of {', '.join(names)}{did_you_mean(self.method, names)}")
         known = PRESETS if self.method in SEARCHES else METHOD_PRESETS
-        if self.preset is not None and self.preset not in known:
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in known):
             raise UserError(
-                f"unknown preset {self.preset!r} of {self.method}: expected one of {', '.join(known)}{did_you_mean(self.preset, known)}"
+                f"unknown preset {self.preset!r:.80} of {self.method}: expected one of {', '.join(known)}{did_you_mean(self.preset, known)}"
             )
-        if not self.is_search:
+        for part in several_fills(self.options.get("fill", DEFAULT_FILL)):
+            parse_fill(part)
+        if self.is_search:
+            taken = {*inspect.signature(explain).parameters} - _GIVEN
+            if unknown := [name for name in self.options if name not in taken]:
+                raise UserError(f"{self.label}: explain takes no {unknown[0]} here: expected some of {', '.join(sorted(taken))}")
+            check_types(self.label, explain, {name: value for name, value in self.options.items() if name != "fill"})
+        else:
             taken = {*inspect.signature(attribute).parameters, *METHODS[self.method].options, *FORMER.get(self.method, {})}
             if unknown := [name for name in self.options if name not in taken]:
                 check_options(self.method, METHODS[self.method].function, dict.fromkeys(unknown))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from attribution.checks import LARGEST_SEED
 from attribution.errors import UserError
-from attribution.fills import DEFAULT_FILL, DROP, LINEAR, drops, is_named
+from attribution.fills import DEFAULT_FILL, DROP, LINEAR, drops, is_named, parse_fill, several_fills
 from attribution.image import MAX_SIDE
 from attribution.model.classifier import Classifier
 from attribution.model.zoo import DEFAULT_MODEL
@@ -94,6 +95,11 @@ class BenchmarkSettings(StudySettings):
         ):
             if repeated := [name for name in names if list(names).count(name) > 1]:
                 raise UserError(f"the {what} {repeated[0]!r} was named twice among {', '.join(names)}: {mend}")
+        if self.seed + self.seeds - 1 > LARGEST_SEED:
+            raise UserError(f"seeds is {self.seeds}: with seed {self.seed} expected at most {LARGEST_SEED - self.seed + 1}")
+        for part in () if self.method_fill is None else several_fills(self.method_fill):
+            if is_named(parse_fill(part), (LINEAR,)):
+                raise UserError(f"method_fill is {LINEAR!r}: it fills curves only, methods need a colour, an image or another named fill")
         if not self.confidence:
             raise UserError("confidence is 0: expected a probability above 0, at most 1")
         self.protocols  # noqa: B018  a wrong fill or step rule fails here

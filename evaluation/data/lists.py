@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from attribution.errors import UserError
+from attribution.files import read_text
 from attribution.image import IMAGE_SUFFIXES
 from evaluation.data.dataset import CLASS_INDEX, ImageDataset, class_index, some_names
 
@@ -56,8 +57,8 @@ def _list_rows(path: Path) -> list[_Row]:
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise UserError(f"{path} is not a list of images: expected {', '.join(sorted(LIST_SUFFIXES))}, or a folder")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}): save it as a UTF-8 list of images") from None
     suffix, first = path.suffix.lower(), text.lstrip().partition("\n")[0].rstrip()
     has_header = "path" in re.split(r"[,\s]+", first.lower()) and not _PATH_AND_LABEL.fullmatch(first)

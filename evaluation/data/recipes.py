@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attribution.checks import did_you_mean
 from attribution.errors import UserError
+from attribution.files import read_file
 from attribution.image import IMAGE_SUFFIXES, image_files, load_image
 from evaluation.data.dataset import ImageDataset, class_index, index_of_name, some_names
 from evaluation.data.lists import open_list
@@ -252,7 +253,7 @@ def _from_torchvision(recipe: Recipe, layout: dict[str, str], path: Path, split:
 
 def _from_pets(recipe: Recipe, layout: dict[str, str], path: Path, split: str) -> ImageDataset:
     """Open what torchvision's ``OxfordIIITPet`` writes. Animal and border of a trimap are inside the mask."""
-    root, lines = path.parents[1], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    root, lines = path.parents[1], read_file(path).decode("utf-8", errors="replace").splitlines()
     ids, labels = [], []
     for number, line in enumerate(lines, 1):
         name, label, *_ = [*line.split(), "", ""]

@@ -56,22 +56,35 @@ class Processes:
         job = (run.study.measure, run.settings, run.out, stage, waiting, done, count)
         workers = [context.Process(target=_work, args=(*job, number)) for number in range(count)]
         try:
-            for worker in workers:
-                worker.start()
+            _start(workers)
             while any(worker.is_alive() for worker in workers):
                 time.sleep(_PAUSE)
                 run.report(f"{count} processes", min(run.done + done.value, run.total))
         finally:
             for worker in workers:
-                if worker.is_alive():
+                if worker.pid is not None:  # it was started
                     worker.terminate()
-                worker.join()
+                    worker.join()
             waiting.cancel_join_thread()
             take_over(run.out, run.log)
         if failed := [worker.exitcode for worker in workers if worker.exitcode]:
             raise UserError(
                 f"{len(failed)} of {count} processes stopped early (exit code {failed[0]}): run again with workers = 1 to see why"
             )
+
+
+def _start(workers: Sequence[Any]) -> None:
+    """Start processes that an interrupt from the keyboard does not reach: this one is told, and ends them."""
+    block = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    held = None if block is None else block(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for worker in workers:
+            worker.start()
+    except OSError as error:
+        raise UserError(f"a process could not be started ({error.strerror or error}): ask for fewer workers") from None
+    finally:
+        if block is not None:
+            block(signal.SIG_SETMASK, held)
 
 
 def executor_of(settings: StudySettings) -> Processes | None:

@@ -1,10 +1,18 @@
-"""An append-only log of results, one JSON object a line. A process that is killed loses at most the line that it was writing."""
+"""An append-only log of results, one JSON object a line. A process that is killed loses at most the line that it was writing.
+
+Every line holds a digest of itself. A line that was changed, by hand or by a broken disk, is therefore known, and what it held is
+measured again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
@@ -14,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from attribution.errors import UserError
-from attribution.files import CannotWrite, whole_file
+from attribution.files import TEMPORARY, CannotWrite, read_file, read_text, whole_file
 
 Record = dict[str, Any]
 MARK = "study.json"  # names the study that a folder belongs to
 LOG = "records.jsonl"  # of a study, in its folder
+DIGEST = "digest"  # of a line, its last field
 
 
 class _Kept(Record):
@@ -55,7 +64,7 @@ class RecordLog:
         """
         assert self._file is not None, "this log was opened for reading"
         full = {"key": key, **record}
-        line = (json.dumps(full, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        line = _written({**full, DIGEST: _digest(full)}) + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
             written = 0
@@ -75,8 +84,10 @@ class RecordLog:
 def open_log(path: Path) -> Iterator[RecordLog]:
     """Open a log for appending. Only one process at a time may have it open.
 
+    Damaged lines are named in a warning, and blanked.
+
     Raises:
-        UserError: another process has it open, the folder cannot be written, or a line inside it is damaged.
+        UserError: another process has it open, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,23 +98,26 @@ def open_log(path: Path) -> Iterator[RecordLog]:
         _lock(file, path)
         file.seek(0)
         data = file.read()
-        records, complete = _parse(data, path)
-        if complete != len(data):
-            file.truncate(complete)
+        records, damaged = _parse(data, path)
+        file.truncate(data.rfind(b"\n") + 1)
+        if damaged:
+            warnings.warn(f"{_named(path, damaged)} damaged or edited: what was there is measured again", stacklevel=3)
+            _blank(path, damaged)
         yield RecordLog(path, file, records)
+        os.fsync(file.fileno())
 
 
 def read_log(path: Path) -> dict[str, Record]:
     """The records of a finished or running log, by key; an unfinished last line does not count.
 
     Raises:
-        UserError: no such file, or a damaged line.
+        UserError: no such file, or lines that are damaged or were edited.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, sys.maxsize)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of an earlier run") from None
-    return _parse(data, path)[0]
+    return _intact(data, path)
 
 
 def store_arrays(path: Path, **arrays: np.ndarray | np.generic) -> None:
@@ -127,6 +141,21 @@ def stored_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged: remove that file; what it held is measured again") from None
 
 
+def is_intact(path: Path) -> bool:
+    """Whether an npz file can be read to its end: it is there, it is no other kind of file, and every array has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as arrays:
+            return bool(arrays.namelist()) and arrays.testzip() is None
+    except Exception:  # a damaged file can raise any exception inside the decoder
+        return False
+
+
+def sweep(out: Path) -> None:
+    """Remove what killed runs were writing. Only the process that holds the folder's log may do that."""
+    for path in out.rglob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
 def shard_name(number: int) -> str:
     """The file in which a further process of a study keeps its records."""
     return f"records-{number}.jsonl"
@@ -135,9 +164,10 @@ def shard_name(number: int) -> str:
 def take_over(out: Path, log: RecordLog) -> None:
     """Move the records that processes of this or an earlier run kept into the study's log."""
     for path in sorted(out.glob("records-*.jsonl")):
-        for key, record in read_log(path).items():
-            if key not in log:
-                log.append(key, {name: value for name, value in record.items() if name != "key"})
+        with open_log(path) as shard:
+            for key, record in shard.records.items():
+                if key not in log:
+                    log.append(key, {name: value for name, value in record.items() if name != "key"})
         path.unlink()
 
 
@@ -150,21 +180,65 @@ def read_all(out: Path) -> dict[str, Record]:
     kept: dict[str, Record] = {}
     for path in sorted(out.glob("records-*.jsonl")):  # before the log, into which they may move at any moment
         with suppress(FileNotFoundError):
-            kept |= _parse(path.read_bytes(), path)[0]
+            kept |= _intact(path.read_bytes(), path)
     return kept | read_log(out / LOG)
 
 
-def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], int]:
-    """The complete lines, and how many bytes they take."""
-    complete = data.rfind(b"\n") + 1
+def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], list[int]]:
+    """The records of the complete lines, and the numbers of the lines that are damaged. Blank lines were damaged ones."""
     records: dict[str, Record] = {}
-    for number, line in enumerate(data[:complete].split(b"\n")[:-1], start=1):
+    damaged: list[int] = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+        if line and not line.strip(b" "):
+            continue
         try:
             record = json.loads(line, object_hook=partial(_kept, f"{path} line {number}"))
+            if record.pop(DIGEST) != _digest(record):
+                raise ValueError
             records[record["key"]] = record
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path} line {number} is damaged: remove that line; what it held is measured again") from None
-    return records, complete
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            damaged.append(number)
+    return records, damaged
+
+
+def _intact(data: bytes, path: Path) -> dict[str, Record]:
+    """The records of a log that is read only.
+
+    Raises:
+        UserError: damaged lines.
+    """
+    records, damaged = _parse(data, path)
+    if damaged:
+        raise UserError(f"{_named(path, damaged)} damaged or edited: run again without --no-measure, and what was there is measured again")
+    return records
+
+
+def _named(path: Path, lines: Sequence[int]) -> str:
+    """Such as "records.jsonl line 3 is" or "records.jsonl lines 3, 4, 8, ... are"."""
+    few = ", ".join(map(str, lines[:3])) + (", ..." if len(lines) > 3 else "")
+    return f"{path} line{'s' if len(lines) > 1 else ''} {few} {'are' if len(lines) > 1 else 'is'}"
+
+
+def _blank(path: Path, lines: Collection[int]) -> None:
+    """Write spaces over lines of a log. All others stay where they are, so that a process that is killed here loses none."""
+    start = 0
+    with path.open("r+b") as file:
+        for number, line in enumerate(file.read().split(b"\n"), start=1):
+            if number in lines:
+                file.seek(start)
+                file.write(b" " * len(line))
+            start += len(line) + 1
+        os.fsync(file.fileno())
+
+
+def _written(record: Record) -> bytes:
+    """A record as JSON. Parts of file names that are no UTF-8 stay as they are."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
+
+
+def _digest(record: Record) -> str:
+    """The first 16 hexadecimal digits of sha256 over a record as it is written, without its digest."""
+    return hashlib.sha256(_written(record)).hexdigest()[:16]
 
 
 def _kept(place: str, fields: Record) -> _Kept:
@@ -186,7 +260,7 @@ def check_study(out: Path, name: str, mark: bool = False) -> None:
     """
     path = out / MARK
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))["study"] if path.exists() else None
+        held = json.loads(read_text(path, "utf-8"))["study"] if path.exists() else None
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged, so whose folder this is cannot be known: remove that file, or choose another folder") from None
     if held not in (None, name):

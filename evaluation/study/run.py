@@ -8,6 +8,7 @@ moment it is known, so that a run that was killed continues where it stopped and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from rich.console import Console
 from attribution.errors import NotApplicable, NotMisclassified
 from attribution.provenance import digest_of
 from evaluation.study.attempts import Broken, attempted, attempted_each
-from evaluation.study.records import LOG, Record, RecordLog, check_study, open_log, read_all, take_over
+from evaluation.study.records import LOG, Record, RecordLog, check_study, is_intact, open_log, read_all, sweep, take_over
 from evaluation.study.report import ReportFiles
 from evaluation.study.settings import StudySettings
 
@@ -112,6 +113,7 @@ class Run(Generic[S]):
         progress: called with (items done, their total, words for the current one).
         reading: whether to return only what the folder holds, without measuring or writing.
         failures: what failed so far.
+        intact, damaged: files of records that were read to their end, and those that could not be.
     """
 
     study: Study[S, Any, Any]
@@ -122,6 +124,8 @@ class Run(Generic[S]):
     progress: Progress | None = None
     reading: bool = False
     failures: list[Failed] = field(default_factory=list)
+    intact: set[Path] = field(default_factory=set)
+    damaged: set[Path] = field(default_factory=set)
     done: int = 0
     total: int = 0
     stages: int = 0
@@ -187,7 +191,19 @@ class Run(Generic[S]):
         return [part for part, key in unit.parts.items() if key not in self.log or not self._has_file(unit, part)]
 
     def _has_file(self, unit: Unit, part: Any) -> bool:
-        return part not in unit.files or unit.files[part].exists()
+        """Whether the file of a record, if it has one, is there and whole. Each is read once, and removed where it is damaged."""
+        if part not in unit.files:
+            return True
+        path = unit.files[part]
+        if path not in self.intact and path.exists():
+            if is_intact(path):
+                self.intact.add(path)
+            elif path not in self.damaged:
+                self.damaged.add(path)
+                warnings.warn(f"{path} is damaged: what it held {'is left out' if self.reading else 'is measured again'}", stacklevel=2)
+                if not self.reading:
+                    path.unlink()
+        return path in self.intact
 
     def _measured(self, item: Item, unit_of: Callable[[Item], Unit | None]) -> dict[Any, Record]:
         unit: Unit | None = None
@@ -233,6 +249,7 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
     check_study(out, study.name)
     with open_log(out / LOG) as log:
         check_study(out, study.name, mark=True)
+        sweep(out)
         take_over(out, log)
         return study.measure(Run(study, settings, out, log, executor, progress))
 

@@ -24,6 +24,7 @@ import torch
 from attribution.baselines.smoothing import Smoothing
 from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
 from attribution.errors import UserError, describe
+from attribution.files import read_text
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 from attribution.model.loading import load_classifier, read_class_names
@@ -38,6 +39,8 @@ from evaluation.data.dataset import ImageDataset
 from evaluation.data.recipes import load_recipe, open_dataset, recipe_names
 
 T = TypeVar("T", bound="StudySettings")
+_LARGEST_FILE = 2**24  # bytes of a file of settings
+_LARGEST = 10**9  # of a number without another bound: no count of images, regions or steps comes near
 Choices = Iterable[str] | Callable[[], Iterable[str]]
 
 
@@ -156,7 +159,9 @@ class StudySettings(ModelSettings):
     split: str = setting("test", help="Split of a recipe.")
     samples: int | None = setting(None, short="-n", least=1, help="Number of images, drawn by the seed.")
     seed: int = setting(0, least=0, most=LARGEST_SEED, help="Seed of the choice of images and of stochastic methods.")
-    workers: int = setting(1, least=1, numbers=False, help="Number of processes that measure side by side. It changes no number.")
+    workers: int = setting(
+        1, least=1, most=1024, numbers=False, help="Number of processes that measure side by side. It changes no number."
+    )
     precision: str = setting(
         PRECISIONS[0],
         choices=PRECISIONS,
@@ -272,8 +277,8 @@ def read_values(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read as TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path, most=_LARGEST_FILE))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as TOML ({error})") from None
 
 
@@ -345,7 +350,9 @@ def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
         if value is None:
             return None
         others = [each for each in inner if each is not type(None)]
-        return _checked(name, value, others[0] if len(others) == 1 else Any, about)
+        return _checked(name, value, others[0] if len(others) == 1 else typing.Union[tuple(others)], about)  # noqa: UP007
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(name, value, inner)
     if origin is Literal:
         check_choice(name, value, inner)
     elif origin is tuple:
@@ -357,6 +364,8 @@ def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
             raise UserError(f"{name} is {describe(value)}: expected true or false")
     elif kind is int:
         check_whole(name, value, int(about.least or 0), None if about.most is None else int(about.most))
+        if about.most is None and value > _LARGEST:
+            raise UserError(f"{name} is {value}: expected at most {_LARGEST}")
     elif kind is float:
         check_number(name, value, -np.inf if about.least is None else about.least, np.inf if about.most is None else about.most)
     elif kind is str:
@@ -368,6 +377,16 @@ def _checked(name: str, value: Any, kind: Any, about: Setting) -> Any:
             check_choice(name, value, about.names())
     elif isinstance(origin, type) and issubclass(origin, Mapping) and not isinstance(value, Mapping):
         raise UserError(f"{name} is {describe(value)}: expected names with values, such as count=49")
+    return value
+
+
+def _one_of(name: str, value: Any, kinds: Sequence[Any]) -> Any:
+    """Refuse a value of none of these types. Any is what only the functions of the study can check, such as a fill."""
+    value = str(value) if isinstance(value, Path) and str in kinds else value
+    classes = tuple(each for each in kinds if isinstance(each, type))
+    if len(classes) == len(kinds) and (isinstance(value, bool) or not isinstance(value, classes)):
+        words = {str: "text", int: "a whole number"}
+        raise UserError(f"{name} is {describe(value)}: expected {' or '.join(words.get(each, f'a {each.__name__}') for each in classes)}")
     return value
 
 

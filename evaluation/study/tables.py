@@ -12,10 +12,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from attribution.errors import printable
 from evaluation.statistics.intervals import Interval
 
 T = TypeVar("T")
 K = TypeVar("K")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what formulas begin with in spreadsheets
 
 
 def written(interval: Interval, write: Callable[[float], str]) -> str:
@@ -89,17 +91,20 @@ def terminal_table(
         left: headings of the columns that are aligned left, such as names; numbers are aligned right.
         whole: headings of the columns whose cells are never broken over lines.
     """
-    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(title), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(printable(title)), title_justify="left")
     for heading in headings:
         side = {"overflow": "fold"} if heading in left else {"justify": "right"}
         table.add_column(heading, no_wrap=heading in whole, **side)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
     return table
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV text with a line of headings. Numbers have six digits, intervals are three cells, what is not known is empty."""
+    """Rows as CSV text with a line of headings. Numbers have six digits, intervals are three cells, what is not known is empty.
+
+    Text that a spreadsheet would take for a formula, such as a class named "=1+1", gets an apostrophe before it.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([columns, *([cell for value in row for cell in _csv_cells(value)] for row in rows)])
@@ -109,7 +114,17 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _csv_cells(value: Any) -> list[Any]:
     if isinstance(value, Interval):
         return csv_interval(value)
+    if isinstance(value, str) and value.startswith(_FORMULA) and not _is_number(value):
+        return [f"'{value}"]
     return [csv_number(value) if isinstance(value, float) else value]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def csv_interval(interval: Interval | None) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import typer
-from typer.testing import CliRunner
+
+from vision_attribution.command import run_script
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -36,11 +38,13 @@ def called() -> Callable[..., tuple[int, str]]:
     """A script's command, run in this process: exit code and what it printed."""
 
     def call(script: ModuleType, *arguments: str) -> tuple[int, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(script.main)
-        result = CliRunner().invoke(app, list(arguments))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
+        printed, before = io.StringIO(), sys.argv
+        sys.argv = [str(script.__file__), *arguments]
+        try:
+            with redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+                run_script(script.main)
+        finally:
+            sys.argv = before
+        return int(ended.value.code or 0), printed.getvalue()
 
     return call

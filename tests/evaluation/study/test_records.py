@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attribution as at
-from evaluation.study.records import check_study, open_log, read_log, stored_arrays
+from evaluation.study.records import check_study, is_intact, open_log, read_log, store_arrays, stored_arrays, sweep
 
 VALUES = st.one_of(st.none(), st.integers(), st.sampled_from(["", "x", "ü\u2028", "\n"]), st.floats(allow_nan=False, allow_infinity=False))
 PLAIN = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
@@ -65,16 +66,74 @@ def test_the_later_of_two_records_with_a_key_counts(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     write(path, 2)
-    path.write_bytes(b'{"key": "a"}\n{"no key": 1}\n' + path.read_bytes())
-    with pytest.raises(at.UserError, match=r"records\.jsonl line 2 is damaged"):
+    good = path.read_bytes()
+    for line in (b'{"no key": 1}', b"[]", b"7", b"\x00\x00", b'{"key": "a"}', b'{"key": ["a"], "digest": 1}', b"[" * 100_000):
+        path.write_bytes(good[: good.index(b"\n") + 1] + line + b"\n" + good[good.index(b"\n") + 1 :])
+        with pytest.raises(at.UserError, match=r"records\.jsonl line 2 is damaged or edited: run again without --no-measure"):
+            read_log(path)
+        with pytest.warns(UserWarning, match=r"records\.jsonl line 2 is damaged or edited: what was there is measured again$"):
+            write(path, 1, start=2)
+        assert list(read_log(path)) == ["k0", "k1", "k2"]
+
+
+def test_an_edited_value_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write(path, 9)
+    edited = path.read_text(encoding="utf-8").replace('"value": 3', '"value": 30').replace('"value": 5', '"value": 5.0')
+    path.write_text(edited, encoding="utf-8")
+    with pytest.raises(at.UserError, match="lines 4, 6 are damaged or edited"):
         read_log(path)
-    with pytest.raises(at.UserError, match="line 2"), open_log(path):
-        pass
+    with pytest.warns(UserWarning, match="lines 4, 6 are"), open_log(path) as log:
+        assert list(log.records) == ["k0", "k1", "k2", "k4", "k6", "k7", "k8"]
+
+
+def test_a_damaged_line_is_blanked_and_no_other_byte_moves(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write(path, 6)
+    damaged = path.read_bytes().replace(b"}\n", b"}\nnot a record\n", 2)
+    path.write_bytes(damaged)
+    with pytest.warns(UserWarning, match="lines 2, 4 are damaged"):
+        write(path, 0)
+    assert path.read_bytes() == damaged.replace(b"not a record", b" " * 12)
+    write(path, 1, start=6)
+    assert list(read_log(path)) == [f"k{index}" for index in range(7)]
+
+
+def test_file_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    with open_log(tmp_path / "records.jsonl") as log:
+        log.append(name, {"sample": name})
+    assert read_log(tmp_path / "records.jsonl") == {name: {"key": name, "sample": name}}
+
+
+def test_only_whole_archives_are_intact(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    store_arrays(path, a=np.arange(1000), b=np.ones(3))
+    whole = path.read_bytes()
+    assert is_intact(path) and not is_intact(tmp_path / "none.npz")
+    for damaged in (b"", whole[:100], whole[:-1], whole[:500] + b"\xff" + whole[501:], b"PK\x05\x06" + bytes(18), b"x" * 5000):
+        path.write_bytes(damaged)
+        assert not is_intact(path)
+
+
+def test_what_killed_runs_were_writing_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "curves" / "deep").mkdir(parents=True)
+    program = (
+        "import os, sys\nfrom attribution.files import whole_file\n"
+        "with whole_file(sys.argv[1]) as path:\n    path.write_bytes(b'half')\n    os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "curves" / "deep" / "k.npz"
+    assert subprocess.run([sys.executable, "-c", program, str(target)], check=False).returncode == -9
+    assert [path.suffix for path in target.parent.iterdir()] == [".npz"] and not target.exists()
+    sweep(tmp_path)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_a_field_that_a_line_lacks_is_named_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text('{"key": "a", "curves": [{"true": 1}]}\n{"key": "b", "value": 2}\n', encoding="utf-8")
+    with open_log(path) as log:
+        log.append("a", {"curves": [{"true": 1}]})
+        log.append("b", {"value": 2})
     records = read_log(path)
     assert records["b"] == {"key": "b", "value": 2}
     for read, place in (
@@ -133,8 +192,9 @@ def test_a_full_disk_leaves_complete_lines_only(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with open_log(path) as log:
-            line = len(json.dumps({"key": "k0", "text": "x" * 50})) + 1
-            for index in range(1000 // line):
+            log.append("k0", {"text": "x" * 50})
+            line = path.stat().st_size
+            for index in range(1, 1000 // line):
                 log.append(f"k{index % 10}", {"text": "x" * 50})
             with pytest.raises(at.UserError, match=r"cannot write .*records\.jsonl .*kept; make room"):
                 log.append("k1", {"text": "y" * 50})
