@@ -29,6 +29,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 _UNMASKED = 0.7  # quantile of the scores' distances from their median that tells how far they spread, whatever one in four of them is
 _USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
 _MOST_FIXED = 256
+_LONGEST = 300  # characters that are shown of what another library says
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
 
@@ -507,9 +508,10 @@ def eager_module(module: Any) -> Any:
 
 
 def first_line(error: BaseException | str) -> str:
-    """What an error says, in one line without the codes that colour a terminal."""
+    """What an error says, in one line of at most 300 characters, without the codes that colour a terminal."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return text.splitlines()[0].rstrip(" :.") if text else type(error).__name__
+    line = text.splitlines()[0].rstrip(" :.") if text else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def automatic_batch_size(pixels: int, device: torch.device) -> int:

@@ -233,11 +233,19 @@ class Preprocessing:
 
 
 def checked_sides(size: Any) -> tuple[int, int]:
-    sides = np.asarray(size)
+    sides = _array(size)
     if sides.shape not in ((), (2,)) or sides.dtype.kind not in "iu":
         raise UserError(f"input size {size!r}: expected a whole number of pixels, or (height, width)")
     height, width = np.broadcast_to(sides, 2).tolist()
     return height, width
+
+
+def _array(values: Any) -> np.ndarray:
+    """Values as an array; of objects where they fit none, such as lists of several lengths."""
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError):
+        return np.asarray([None])
 
 
 def checked_channels(mean: Any, std: Any, channels: str | None) -> tuple[tuple[float, ...], tuple[float, ...], str]:
@@ -246,9 +254,9 @@ def checked_channels(mean: Any, std: Any, channels: str | None) -> tuple[tuple[f
     Raises:
         UserError: numbers that do not fit each other, or four of them where the fourth channel is not named.
     """
-    numbers = [np.asarray(values) for values in (mean, std)]
+    numbers = [_array(values) for values in (mean, std)]
     for name, given in zip(("mean", "std"), numbers, strict=True):
-        if given.ndim > 1 or not given.size or given.dtype.kind not in "fiu":
+        if given.ndim > 1 or not given.size or given.dtype.kind not in "fiu" or not np.isfinite(given).all():
             raise UserError(f"{name} is {describe(given) if given.ndim else given.item()!r}: expected one number for each channel")
     lengths = {len(given) for given in numbers if given.ndim}
     if channels is None:

@@ -112,7 +112,7 @@ def read_card(path: Path) -> Card | None:
     try:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if not isinstance(card, dict) or not isinstance(card.get("model"), str) or not isinstance(card.get("settings"), dict):
         return None
@@ -123,7 +123,7 @@ def read_card(path: Path) -> Card | None:
     usable = usable and all(value is None or isinstance(value, dict) for value in (*parts.values(), own.get("forward_kwargs")))
     usable = usable and not any(word in key for key in parts["options"] or () for word in _OF_FILES)
     usable = (
-        usable and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None) and own.get("size", 1) is not None
+        usable and own.get("size") is not None and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None)
     )
     usable = usable and isinstance(own.get("head"), str | None)
     if not usable:

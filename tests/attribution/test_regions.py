@@ -7,6 +7,7 @@ import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -682,3 +683,30 @@ def test_areas_of_a_part_that_is_seen() -> None:
     for wrong in ((0, 0, 0, 4), (0, 0, 3, 4), (-1, 0, 2, 4)):
         with pytest.raises(at.UserError, match=r"expected \(top, left, bottom, right\) inside an image of 4x2 pixels"):
             at.Regions(labels, seen=wrong)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 4000), (4000, 2), (1, 512), (512, 1), (3, 1000)])
+@pytest.mark.parametrize("name", [name for name in at.REGIONS if name not in ("saliency_patches", "quickshift")])
+def test_narrow_images_have_a_bounded_number_of_regions(name: str, height: int, width: int, cnn: at.Classifier) -> None:
+    """SLICO once made 512 regions of 4000 x 2 pixels, whose search did not end."""
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            regions = at.make_regions(image, name)
+        except at.UserError as error:
+            refusal = str(error)
+            assert name == "seeds" and "too small or narrow" in refusal
+            return
+    assert 20 <= regions.count <= 2 * 49
+    if name == "slico" and regions.method == "grid":
+        assert regions.note == f"cells of a grid, since this image of {width}x{height} pixels is narrower than a superpixel"
+
+
+def test_an_opencv_whose_contrib_modules_were_emptied_is_like_one_without(small_cat: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain OpenCV installed over the contrib build leaves a module without functions."""
+    monkeypatch.setattr(cv2, "ximgproc", ModuleType("cv2.ximgproc"))
+    with pytest.warns(UserWarning, match="cut by scikit-image's SLICO.*--force-reinstall --no-deps opencv-contrib-python-headless"):
+        assert at.make_regions(small_cat, "slico").library == "scikit-image"
+    with pytest.raises(at.UserError, match="need OpenCV's contrib modules"):
+        at.make_regions(small_cat, "seeds")
