@@ -35,7 +35,7 @@ from attribution.model.matching import timm_geometry
 from attribution.model.preprocessing import checked_sides
 from attribution.model.prototypes import PrototypeForward
 from attribution.model.saving import PROTOTYPES, Card, Recipe, read_card
-from attribution.model.source import Built, Checkpoint, Wanted, resized_to
+from attribution.model.source import LARGEST_UNASKED, Built, Checkpoint, Wanted, resized_to
 
 T = TypeVar("T")
 
@@ -314,8 +314,14 @@ def _from_saved_file(
             f"{path} was made by the factory {recipe.model}, whose code would run: if you trust it, give --model {recipe.model} "
             f"--checkpoint {path}"
         )
+    height, width = checked_sides(card.settings["size"])
     if size is not None:
         card = replace(card, settings=resized_to(card.settings, size))
+    elif max(height, width) > LARGEST_UNASKED:
+        raise UserError(
+            f"{path} asks for inputs of {height}x{width} pixels, which can take much memory: expected at most {LARGEST_UNASKED}; if you "
+            f"mean it, give size=({height}, {width}), or --image-size {height}x{width}"
+        )
     module = _rebuilt(recipe, card.settings.get("size"), path)
     return _carded(module, card, path, device, batch_size, class_names, settings)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from attribution.errors import UserError
 
+LARGEST_UNASKED = 1024  # pixels a side of a model input that a file alone may ask for
 LARGEST_INPUT = 4096  # pixels a side of a model input that a file or an option may ask for
 
 

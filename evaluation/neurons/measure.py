@@ -94,6 +94,7 @@ class _Paths:
         self.records: dict[str, dict[int, Record]] = {}
         self.pixels = dict(self._readable())
         self.inputs = lru_cache(maxsize=1)(self._inputs)
+        self._check_enough()
 
     def _readable(self) -> Iterator[tuple[int, str]]:
         """The chosen images that can be read, with the digests of their pixels."""
@@ -104,6 +105,20 @@ class _Paths:
                 yield index, pixels_digest(attempted(partial(self.dataset.__getitem__, index)).image)
             except Broken as error:
                 self.run.fail(sample, None, str(error))
+
+    def _check_enough(self) -> None:
+        """Refuse, before hours of work, what could not be judged at the end."""
+        count, classes = len(self.pixels), {self.label(index) for index in self.pixels}
+        if self.run.reading:
+            return
+        if count < _LEAST_IMAGES:
+            reasons = [f", such as not {sample}: {reason}" for sample, reason in problems(self.run)]
+            raise UserError(
+                f"{self.dataset.name} gives {count} images: neurons on a data set needs {_LEAST_IMAGES}, two of them of one class"
+                f"{''.join(reasons[:1])}; for single images leave out --data"
+            )
+        if len(classes) == count:
+            raise UserError(f"each of {count} images has a class of its own: expected a class with two, to split; take more images")
 
     def _inputs(self, indices: Sequence[int]) -> Tensor:
         return torch.cat([self.classifier.inputs(self.dataset[index].image) for index in indices])

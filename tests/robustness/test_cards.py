@@ -111,6 +111,15 @@ def test_no_value_of_a_card_breaks(saved: Path, tmp_path: Path, where: tuple[str
     attempt(with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), where, value)))
 
 
+def test_large_inputs_are_refused_unless_asked_for(saved: Path, tmp_path: Path) -> None:
+    path = with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), ("settings", "size"), [4096, 64]))
+    with pytest.raises(
+        at.UserError, match=r"asks for inputs of 4096x64 pixels.*expected at most 1024; if you mean it, give size=\(4096, 64\)"
+    ):
+        at.load_classifier(str(path), device="cpu")
+    assert at.load_classifier(str(path), device="cpu", size=(64, 64)).preprocessing.size == (64, 64)
+
+
 def test_the_command_answers_by_one_line(run_command: Run, saved: Path, tmp_path: Path) -> None:
     for where, value in CHANGES[:4]:
         path = with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), where, value))
