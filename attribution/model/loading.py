@@ -314,6 +314,8 @@ def _from_saved_file(
             f"{path} was made by the factory {recipe.model}, whose code would run: if you trust it, give --model {recipe.model} "
             f"--checkpoint {path}"
         )
+    if "size" not in card.settings:
+        raise UserError(f"{path} has a card that save_classifier did not write: it names no size of the input")
     height, width = checked_sides(card.settings["size"])
     if size is not None:
         card = replace(card, settings=resized_to(card.settings, size))

@@ -123,7 +123,7 @@ def read_card(path: Path) -> Card | None:
     usable = usable and all(value is None or isinstance(value, dict) for value in (*parts.values(), own.get("forward_kwargs")))
     usable = usable and not any(word in key for key in parts["options"] or () for word in _OF_FILES)
     usable = (
-        usable and own.get("size") is not None and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None)
+        usable and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None) and own.get("size", 1) is not None
     )
     usable = usable and isinstance(own.get("head"), str | None)
     if not usable:

@@ -44,6 +44,7 @@ DEFAULT_METHODS = (
     "edge_filter",
 )
 
+_ON_GRIDS = {"show", "smoothing"}  # what a search takes on grids beside its own options
 _GIVEN = {"image", "classifier", "target", "search", "progress"}  # arguments of explain that a study gives itself
 
 
@@ -75,7 +76,7 @@ class MethodSpec:
         for part in several_fills(self.options.get("fill", DEFAULT_FILL)):
             parse_fill(part)
         if self.is_search:
-            taken = {*inspect.signature(explain).parameters} - _GIVEN
+            taken = {*inspect.signature(explain).parameters, *SEARCHES[self.method].options, *_ON_GRIDS} - _GIVEN
             if unknown := [name for name in self.options if name not in taken]:
                 raise UserError(f"{self.label}: explain takes no {unknown[0]} here: expected some of {', '.join(sorted(taken))}")
             check_types(self.label, explain, {name: value for name, value in self.options.items() if name != "fill"})
