@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -93,7 +94,7 @@ class _Images:
         self.partition = partition(name)
         self.protocol = Protocol(fill=run.settings.fill)
         self.identity = identity_of(classifier)
-        self.ways = [self.protocol.settings(), *self.partition, run.settings.seed]
+        self.ways = [self.protocol.settings(), self.partition[0], *self.partition[1].values(), run.settings.seed]
         self.case = lru_cache(maxsize=1)(self._case)
 
     def points(self, chosen: Sequence[int]) -> dict[str, tuple[Point, ...]]:
@@ -135,7 +136,7 @@ class _Case:
 
     @cached_property
     def regions(self) -> Regions:
-        return several(make_regions(self.image, self.cut[0], count=self.cut[1]))
+        return several(make_regions(self.image, self.cut[0], **self.cut[1]))
 
     @cached_property
     def masked(self) -> MaskedInputs:
@@ -201,7 +202,7 @@ class _Case:
         if method == "kernel_shap":
             options["regions"] = self.regions
         if method == "hsic":
-            options["grid"] = 8 if self.cut[1] > 36 else 6
+            options["grid"] = 8 if math.prod(self.cut[1].values()) > 36 else 6
         made = attribute(self.image, self.classifier, method, self.target, fill=self.settings.fill, seed=self.seed, **options)
         return made if made.evaluations <= budget else None
 

@@ -15,6 +15,7 @@ from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figure
 from evaluation.study.tables import estimated, plain_values, terminal_table
 
 _HEADINGS = ("model", "regions", "method", "images forwarded", "images", "insertion - deletion", "against bidirectional", "p")
+_GAP = "below the best order"
 
 
 def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
@@ -32,9 +33,7 @@ def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
     text = study_page(
         f"Quality against evaluations on {plain['settings']['data']}",
         protocol=[("Measured", [protocol_of(summary.results)]), *([("Without a row", summary.missing)] if summary.missing else [])],
-        tables=[
-            PageTable("Insertion - deletion, with the 95 % bootstrap interval over images", _HEADINGS, [cells(row) for row in summary.rows])
-        ],
+        tables=[PageTable("Insertion - deletion, with the 95 % bootstrap interval over images", *_table(summary))],
         figures=shown["quality"],
         failures=summary.results.failures,
     )
@@ -44,7 +43,8 @@ def write_pareto(summary: ParetoSummary, out: str | Path) -> ReportFiles:
 
 def print_pareto(summary: ParetoSummary, console: Console) -> None:
     """A row for each method within each budget, and what has none."""
-    console.print(terminal_table(protocol_of(summary.results), _HEADINGS, map(cells, summary.rows), _HEADINGS[:3]))
+    headings, rows = _table(summary)
+    console.print(terminal_table(protocol_of(summary.results), headings, rows, headings[:3]))
     for sentence in summary.missing:
         console.print(sentence, markup=False)
 
@@ -55,8 +55,16 @@ def protocol_of(results: ParetoResults) -> str:
     return f"fill {settings.fill}, region steps, probability of the label, exact share of pixels, seed {settings.seed}"
 
 
+def _table(summary: ParetoSummary) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Headings and rows; with the gap to the best order where it is known."""
+    known = any(row.gap is not None for row in summary.rows)
+    gaps = [[] if not known else ["" if row.gap is None else estimated(row.gap, "{:.3f}".format)] for row in summary.rows]
+    rows = [[*cells(row), *gap] for row, gap in zip(summary.rows, gaps, strict=True)]
+    return (*_HEADINGS, *([_GAP] if known else [])), rows
+
+
 def cells(row: Row) -> list[str]:
-    """A row of the table as text."""
+    """A row of the table as text, without the gap."""
     name, quality = row_name(row.method, row.budget), estimated(row.quality, "{:.3f}".format)
     gain = "" if row.gain is None else estimated(row.gain, "{:+.3f}".format)
     p = "" if row.gain is None else f"{row.p:.4f}"

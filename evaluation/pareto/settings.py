@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ SAMPLED_BUDGETS = (64, 256, 1024, 2590)
 POLISHED = "polished"
 WHITE_BOX = "budget gradients"
 REFERENCE = "bidirectional"
+BEST = "exact"  # the search that no order beats; for few regions
 
 
 def pareto_methods() -> list[str]:
@@ -74,16 +76,20 @@ class ParetoSettings(StudySettings):
         return self.budgets if method in ("budget", POLISHED, WHITE_BOX) else (0,)
 
 
-def partition(name: str) -> tuple[str, int]:
-    """The region method and about how many regions, of a name such as "grid:64".
+def partition(name: str) -> tuple[str, Mapping[str, int]]:
+    """The region method and its options, of a name such as "slico:50", about so many regions, or "grid:2x7", rows and columns.
 
     Raises:
         UserError: anything else.
     """
     method, _, count = name.partition(":")
-    if method not in REGIONS or not count.isdecimal() or int(count) < 2:
-        raise UserError(f"partition is {name!r}: expected one of {', '.join(REGIONS)} with a number of regions, such as grid:64")
-    return method, int(count)
+    if cells := re.fullmatch(r"grid:([1-9]\d{0,3})x([1-9]\d{0,3})", name):
+        return method, {"rows": int(cells[1]), "columns": int(cells[2])}
+    if method not in REGIONS or not re.fullmatch(r"[1-9]\d{0,5}", count) or int(count) < 2:
+        raise UserError(
+            f"partition is {name!r}: expected one of {', '.join(REGIONS)} with a number of regions, such as grid:64, or grid:2x7"
+        )
+    return method, {"count": int(count)}
 
 
 @dataclass(frozen=True)

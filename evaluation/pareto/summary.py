@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.pareto.settings import REFERENCE, ParetoResults, Point
+from evaluation.pareto.settings import BEST, REFERENCE, ParetoResults, Point
 from evaluation.statistics.comparisons import sign_flip
 from evaluation.statistics.intervals import Interval, bootstrap_interval
 from evaluation.study.tables import csv_interval, csv_text, grouped, interval_columns
@@ -26,6 +26,7 @@ class Row:
         gain: mean difference of Insertion - Deletion from the bidirectional search on the same images; None for that search
             itself, and where it was not measured.
         p: of the paired test of that difference; NaN where there is none.
+        gap: mean of what the best order of the same images has more; None for the exact search itself, and where it was not measured.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Row:
     deletion: Interval
     gain: Interval | None
     p: float
+    gap: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ def _rows(results: ParetoResults, model: str, partition: str, by_sample: Mapping
     found = grouped(
         ((sample, point) for sample, points in by_sample.items() for point in points), lambda each: (each[1].method, each[1].budget)
     )
-    reference = {sample: point.difference for sample, point in found.get((REFERENCE, 0), [])}
+    reference, best = ({sample: point.difference for sample, point in found.get((name, 0), [])} for name in (REFERENCE, BEST))
     place = {method: at for at, method in enumerate(results.settings.methods)}
     for (method, budget), members in sorted(found.items(), key=lambda item: (place[item[0][0]], item[0][1])):
         points = [point for _, point in members]
         paired = [(point.difference, reference[sample]) for sample, point in members if sample in reference]
         own, theirs = np.array(paired).reshape(-1, 2).T
         compared = method != REFERENCE and len(paired) > 1
+        below = [best[sample] - point.difference for sample, point in members if sample in best and method != BEST]
         yield Row(
             model=model,
             partition=partition,
@@ -95,19 +98,20 @@ def _rows(results: ParetoResults, model: str, partition: str, by_sample: Mapping
             deletion=bootstrap_interval([point.deletion for point in points], seed=seed),
             gain=bootstrap_interval(own - theirs, seed=seed) if compared else None,
             p=sign_flip(own, theirs, seed=seed) if compared else float("nan"),
+            gap=bootstrap_interval(below, seed=seed) if len(below) > 1 else None,
         )
 
 
 def pareto_csv(rows: Iterable[Row]) -> str:
     """The rows as a table with one line each."""
     names = interval_columns("quality", "insertion", "deletion", "gain")
-    columns = ["model", "regions", "method", "budget", "evaluations", "images", *names, "p"]
+    columns = ["model", "regions", "method", "budget", "evaluations", "images", *names, "p", *interval_columns("gap")]
     return csv_text(
         columns,
         (
             [
                 *(row.model, row.partition, row.method, row.budget or None, row.evaluations, row.quality.count),
-                *(row.quality, row.insertion, row.deletion, *csv_interval(row.gain), row.p),
+                *(row.quality, row.insertion, row.deletion, *csv_interval(row.gain), row.p, *csv_interval(row.gap)),
             ]
             for row in rows
         ),

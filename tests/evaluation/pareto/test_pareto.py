@@ -228,12 +228,28 @@ def test_rows_compare_with_the_published_search(data: Path, classifier: at.Class
     figure.canvas.draw()
 
 
+def test_the_gap_is_what_the_best_order_has_more(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
+    methods = ("exact", "budget", "greedy")
+    chosen = settings(data, classifier, methods=methods, budgets=(20, 200), partitions=("grid:2x3",))
+    results = run_pareto(chosen, tmp_path)
+    rows = {(row.method, row.budget): row for row in summarise_pareto(results).rows}
+    assert rows["exact", 0].evaluations == 2**6 and rows["exact", 0].gap is None
+    for name in (("budget", 20), ("budget", 200), ("greedy", 0)):
+        gap = rows[name].gap
+        assert gap is not None and gap.estimate == pytest.approx(rows["exact", 0].quality.estimate - rows[name].quality.estimate)
+        assert gap.estimate >= -1e-6 and gap.low >= -1e-6
+    table = list(csv.DictReader(io.StringIO(pareto_csv(tuple(rows.values())))))
+    assert [bool(row["gap"]) for row in table] == [row["method"] != "exact" for row in table]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"methods": ("budget", "magic")}, "methods is 'magic': expected one of bidirectional"),
         ({"budgets": (40, 10)}, "expected ascending numbers of images"),
         ({"partitions": ("hexagons:9",)}, "partition is 'hexagons:9'"),
+        ({"partitions": ("grid:0x9",)}, "partition is 'grid:0x9'.*such as grid:64, or grid:2x7"),
+        ({"partitions": ("slico:3x3",)}, "partition is 'slico:3x3'"),
         ({"methods": ()}, "methods are none: expected at least one, each once"),
         ({"methods": ("budget", "budget")}, "methods are budget, budget: expected at least one, each once"),
         ({"partitions": ("grid:9", "grid:9")}, "partitions are grid:9, grid:9"),
