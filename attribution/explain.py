@@ -107,7 +107,7 @@ def explain(
     if isinstance(classifier, torch.nn.Module):
         raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
     classifier = load_classifier(classifier)
-    with classifier.forwarding(batch_size):
+    with classifier.forwarding(batch_size), classifier.folding():
         loaded, cut, photo_size = _cut(image, classifier, plan, fill, max_side)
         masked = [masked_inputs(classifier, loaded, cut.labels, each, photo_size) for each in several_fills(fill)]
         probabilities = classifier.probabilities(classifier.inputs(loaded))[0].cpu()

@@ -237,7 +237,7 @@ def explain_failure(
     again = {name: value for name, value in options.items() if name not in ("regions", "region_options")}
     mistake = explain(truth.image, classifier, predicted, fill=same_fill, regions=truth.regions, progress=half(1), **again)
     assert truth.regions is not None and truth.order is not None and mistake.order is not None
-    with classifier.forwarding(options.get("batch_size")):
+    with classifier.forwarding(options.get("batch_size")), classifier.folding():
         hiding, masked = masked_inputs(classifier, truth.image, truth.regions.labels, same_fill)
         return _judged(_Judge(hiding, masked, true, predicted, truth.regions.area), truth, mistake, hidden)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def explain_many(
         raise UserError(f"{len(wanted)} targets for {len(images)} images: give one for each, or one for all")
     base = load_classifier(classifier)
     options.setdefault("batch_size", None)
-    with base.forwarding(options.pop("batch_size")):
+    with base.forwarding(options.pop("batch_size")), base.folding():
         meeting = _Meeting(base)
         prior, seed = options.pop("prior", None), options.get("seed", 0)
 
@@ -218,6 +219,9 @@ class _Lane(Relay):
 
     meeting: _Meeting
     job: int
+
+    def folding(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the meeting forwards
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         return self.meeting.ask(self.job, inputs, want_features)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,6 +21,7 @@ from attribution.checks import check_choice, check_whole
 from attribution.errors import NotApplicable, UserError, describe
 from attribution.hooks import evaluation_mode, exclusive, frozen_parameters, hooks_of, is_rebuilt, record_inputs, uncompiled
 from attribution.model.digest import weights_digest
+from attribution.model.folding import folded
 from attribution.model.head import features_of, find_heads
 from attribution.model.outputs import OutputChoice, Outputs, made_by, read_scores
 from attribution.model.preprocessing import Preprocessing
@@ -29,6 +31,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 _UNMASKED = 0.7  # quantile of the scores' distances from their median that tells how far they spread, whatever one in four of them is
 _USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
 _MOST_FIXED = 256
+_FOLDED_FROM = 128 * 128  # pixels of an input
+_FOLDED_WITHIN = 1e-5  # largest difference of the scores, as a share of the largest score
+_twins: ContextVar[tuple[nn.Module, nn.Module] | None] = ContextVar("twins", default=None)  # a module and what is forwarded in its place
 _LONGEST = 300  # characters that are shown of what another library says
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
@@ -53,6 +58,9 @@ class Forward(Protocol):
 
     def on(self, runner: ModuleForward) -> Forward:
         """The same computation with another runner."""
+
+    def folding(self) -> AbstractContextManager[None]:
+        """A context in which the module may be forwarded in a faster form; see ``ModuleForward.folding``."""
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         """Scores [n, C] and features [n, D] of inputs [n, channels, h, w]; [n, 0] unless features are wanted."""
@@ -81,6 +89,9 @@ class Relay:
 
     def on(self, runner: ModuleForward) -> Self:
         return replace(self, base=self.base.on(runner))
+
+    def folding(self) -> AbstractContextManager[None]:
+        return self.base.folding()
 
     def __call__(self, inputs: Tensor, want_features: bool) -> tuple[Tensor, Tensor]:
         return self.base(inputs, want_features)
@@ -452,11 +463,52 @@ class ModuleForward:
                 for inner in modules_inside(self.module):
                     evaluated.enter_context(evaluation_mode(inner))
                 return self.module(given, **self.forward_kwargs)
+        if not plainly and (twin := self._twin()) is not None:
+            return twin(given, **self.forward_kwargs)
         with evaluation_mode(self.module):
             if plainly or self.is_watched or is_rebuilt():  # compiled code passes by hooks and replaced modules
                 with uncompiled(self.module):
                     return self.module(given, **self.forward_kwargs)
             return self._fastest(self.module)(given, **self.forward_kwargs)
+
+    def _twin(self) -> nn.Module | None:
+        """The copy of the module that is forwarded now in its place (see ``folding``), unless somebody looks into the module."""
+        known = _twins.get()
+        if known is None or known[0] is not self.module or self.compiled or self.is_watched or is_rebuilt():
+            return None
+        return known[1]
+
+    @contextmanager
+    def folding(self) -> Iterator[None]:
+        """Forward a copy of the module within the context, in which batch normalisation is a part of the convolutions (see ``folded``).
+
+        It is made for inputs of at least 128 x 128 pixels, where it is faster, and only if its scores are those of the module up to the
+        rounding of float32. Gradients, features and hooks reach the module itself. The weights must not change within the context.
+        """
+        module, known = self.module, _twins.get()
+        large = math.prod(self.preprocessing.size) >= _FOLDED_FROM
+        if not isinstance(module, nn.Module) or not large or self.compiled or (known is not None and known[0] is module):
+            yield
+            return
+        with exclusive(module):
+            twin = self._checked_twin(module)
+        with _forwarded_instead(module, twin):
+            yield
+
+    def _checked_twin(self, module: nn.Module) -> nn.Module | None:
+        if self.is_watched or self.fixed_batch or not any(isinstance(each, nn.BatchNorm2d) for each in module.modules()):
+            return None
+        noise = torch.randn(1, *self.preprocessing.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        inputs = torch.cat([self.preprocessing.gray_inputs(self.device)[:1], noise])
+        with torch.no_grad(), evaluation_mode(module), suppress(Exception):  # a module may do anything, and then it is not folded
+            if (twin := folded(module, lambda: self._plainly(inputs))) is None:
+                return None
+            plain = self._plainly(inputs)
+            with _forwarded_instead(module, twin):
+                found = self.changed(precision="float32")._scores(inputs, plainly=False)
+            if bool(((found - plain).abs() <= _FOLDED_WITHIN * (1 + plain.abs().max())).all()):
+                return twin
+        return None
 
     def _fastest(self, module: nn.Module) -> Callable[..., Any]:
         """The module, compiled if wanted."""
@@ -465,6 +517,16 @@ class ModuleForward:
         if self._compiled_module is None or self._compiled_module[0] is not module:
             self._compiled_module = (module, torch.compile(module, dynamic=True))
         return self._compiled_module[1]
+
+
+@contextmanager
+def _forwarded_instead(module: nn.Module, twin: nn.Module | None) -> Iterator[None]:
+    """Run the block with a copy forwarded in the place of a module, or with none."""
+    before = _twins.set(None if twin is None else (module, twin))
+    try:
+        yield
+    finally:
+        _twins.reset(before)
 
 
 def _differ(some: Tensor, others: Tensor, share: float, rounding: float) -> float:

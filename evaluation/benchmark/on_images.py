@@ -76,7 +76,8 @@ class OnImages:
             for spec in self.settings.methods
             for seed in self.settings.seeds_of(spec)
         }
-        found = self.run.stage(list(items), lambda item: self._unit(item, *items[item]))
+        with self.classifier.folding():
+            found = self.run.stage(list(items), lambda item: self._unit(item, *items[item]))
         scores: list[Score] = []
         explained: list[Explained] = []
         for item, records in found.items():

@@ -100,7 +100,8 @@ class _Images:
     def points(self, chosen: Sequence[int]) -> dict[str, tuple[Point, ...]]:
         ids = {self.dataset.ids[index]: index for index in chosen}
         items = [(sample, method) for sample in ids for method in self.settings.methods]
-        found = self.run.stage(items, lambda item: self._unit(ids[item[0]], *item), lambda item: f"{item[0]} {item[1]}")
+        with self.classifier.folding():
+            found = self.run.stage(items, lambda item: self._unit(ids[item[0]], *item), lambda item: f"{item[0]} {item[1]}")
         held = {
             sample: [record["point"] for method in self.settings.methods for record in found[sample, method].values()] for sample in ids
         }
