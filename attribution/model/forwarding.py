@@ -32,7 +32,7 @@ _UNMASKED = 0.7  # quantile of the scores' distances from their median that tell
 _USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
 _MOST_FIXED = 256
 _FOLDED_FROM = 128 * 128  # pixels of an input
-_FOLDED_WITHIN = 1e-5  # largest difference of the scores, as a share of the largest score
+_FOLDED_WITHIN = 5e-5  # largest difference of the scores, as a share of the largest score
 _twins: ContextVar[tuple[nn.Module, nn.Module] | None] = ContextVar("twins", default=None)  # a module and what is forwarded in its place
 _LONGEST = 300  # characters that are shown of what another library says
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only

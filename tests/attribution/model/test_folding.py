@@ -95,6 +95,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_scores_are_the_same_and_normalisations_are_gone(name: str) -> None:
+    torch.manual_seed(0)
     module = MODELS[name]()
     before = copy.deepcopy(module.state_dict())
     classifier, inputs = wrapped(module), torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def test_the_scores_are_the_same_and_normalisations_are_gone(name: str) -> None:
     with classifier.folding():
         found, left = classifier.logits(inputs), norms_run(module, classifier)
     assert left < all_of_them and (left == 0 or "densenet" in name)
-    assert float((found - plain).abs().max()) <= 1e-5 * (1 + float(plain.abs().max()))
+    assert float((found - plain).abs().max()) <= 5e-5 * (1 + float(plain.abs().max()))
     assert not torch.equal(found, plain) or float(plain.abs().max()) == 0
     assert norms_run(module, classifier) == all_of_them, "after the context the module itself is forwarded"
     after = module.state_dict()
