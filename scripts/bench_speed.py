@@ -12,9 +12,10 @@ import multiprocessing
 import statistics
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +25,15 @@ from rich.console import Console
 from tqdm import tqdm
 
 import attribution as at
+import evaluation as ev
+from attribution.objective import BALANCED
 from attribution.search import SEARCHES
+from attribution.search.budget import search_orders
 from evaluation.study.tables import terminal_table
 from vision_attribution.command import run_script
 
+_LARGE = ("zoo:imagenet", "torchvision:resnet50", "timm:vit_base_patch16_224")  # the last two with random weights
+_MOST_IMAGES, _ENOUGH = 2590, 0.95
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -238,6 +244,36 @@ def evaluation_rows() -> list[list[str]]:
     return [[name, *(str(run_search(*each, name)) for each in made)] for name in SEARCHES if name != "exact"]
 
 
+def anytime(spec: str, device: str) -> list[str]:
+    """How soon the search by budget has 95 % of the quality that it reaches with 2,590 images, and how long LiMA's images alone take."""
+    classifier = load(spec, device)
+    image = at.load_image(at.demo_image_path())
+    small = classifier.preprocessing.size[0] <= 64
+    regions = at.make_regions(image, "grid" if small else "slico", count=49)
+    target = int(classifier.logits(classifier.inputs(image))[0].argmax())
+    with classifier.folding():
+        masked = at.MaskedInputs(classifier, image, regions.labels, torch.zeros_like(image))
+        objective = at.SubmodularObjective(classifier, masked, target, BALANCED)
+        begun = time.perf_counter()
+        found = search_orders(objective, evaluations=_MOST_IMAGES)
+        orders = [(time.perf_counter() - begun, each.evaluations, each.order) for each in found]
+
+        @cache
+        def quality(place: int) -> float:
+            curves = ev.perturbation_curves(image, classifier, orders[place][2], target, regions=regions)
+            return curves.insertion_auc - curves.deletion_auc
+
+        last = len(orders) - 1
+        enough = bisect_left(range(last), _ENOUGH * quality(last), key=quality)  # of the first order this good, or one after a better one
+    published = run_search(*prepared("zoo:cnn", regions.count, "cpu"), "bidirectional")
+    inputs = torch.randn(BATCH_SIZES[-1], 3, *classifier.preprocessing.size, device=classifier.device)
+    best = best_batch_size(classifier, inputs, 512 if small else 64)
+    pure = seconds(partial(forward, classifier, inputs, 10 * best, best), classifier.device) / (10 * best)
+    found_at, images, _ = orders[enough]
+    figures = [f"{quality(last):.3f}", str(images), f"{found_at:.1f}", f"{orders[last][0]:.1f}", str(published), f"{pure * published:.1f}"]
+    return [spec, str(regions.count), str(orders[last][1]), *figures]
+
+
 def spread(values: list[float]) -> list[str]:
     """The median of values, and their range."""
     return [f"{statistics.median(values):.2f}", f"{min(values):.2f} - {max(values):.2f}"]
@@ -270,6 +306,19 @@ def main(
     title = "fill drop over black: how many times more images a second"
     headings = ["model", "R", "images", "drop: images/s", "times", "range"]
     print_table(title, headings, [dropped(spec, side, repeats, device) for spec, side in transformers])
+    title = f"Seconds to {_ENOUGH:.0%} of the quality (insertion - deletion) at {_MOST_IMAGES:,} images, search by budget, one photo"
+    headings = [
+        "model",
+        "R",
+        "images",
+        "quality",
+        "images to it",
+        "seconds to it",
+        "seconds of all",
+        "LiMA's images",
+        "their forward seconds",
+    ]
+    print_table(title, headings, [anytime(spec, device) for spec in (*specs, *(() if model else _LARGE))])
     headings = ["model", "precision", "channels last", "compiled", "images/s", "times", "deviation", ""]
     print_table("Ways to forward a batch (tune)", headings, [row for spec in specs for row in ways(spec, device)])
     print_table("Memory added at the peak, MiB", ["model", "R", "forward alone", "search"], memory_rows(specs, device))
