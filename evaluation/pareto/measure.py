@@ -204,7 +204,9 @@ class _Case:
             options["regions"] = self.regions
         if method == "hsic":
             options["grid"] = 8 if math.prod(self.cut[1].values()) > 36 else 6
-        made = attribute(self.image, self.classifier, method, self.target, fill=self.settings.fill, seed=self.seed, **options)
+        made = attribute(
+            self.image, self.classifier, method, self.target, fill=self.settings.fill, seed=self.seed, max_side=None, **options
+        )
         return made if made.evaluations <= budget else None
 
     def _ordered(self, method: str, budget: int, spent: int, found: tuple[int, Tensor] | None) -> Point | None:
