@@ -258,9 +258,11 @@ def _preprocessing(images: Sequence[Tensor], classifier: Classifier) -> list[Fin
 def _other_ways(way: Preprocessing) -> dict[str, Preprocessing]:
     """Ways that people mean, or take by mistake, by name; without those that equal the given one."""
     scaled = [tuple(value / 255 for value in values) for values in (way.mean, way.std)]
+    larger = [tuple(value * 255 for value in values) for values in (way.mean, way.std)]
     ways = {
         "red and blue swapped": replace(way, channels="RGB" if way.channels == "BGR" else "BGR"),
         "values from 0 to 255": replace(way, mean=scaled[0], std=scaled[1]),
+        "values from 0 to 1/255": replace(way, mean=larger[0], std=larger[1]),
         "values from 0 to 1, not normalised": replace(way, mean=(0.0,) * 3, std=(1.0,) * 3),
         "ImageNet's mean and std": replace(way, mean=_IMAGENET[0], std=_IMAGENET[1]),
         "mean and std of 0.5": replace(way, mean=_HALF[0], std=_HALF[1]),

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 2000  # characters of a message
+
 
 class UserError(ValueError):
     """Wrong input. The message is one line: what was received, what was expected, what to do.
 
-    The command prints the line and exits with code 2. Programming errors keep their traceback.
+    The command prints the line and exits with code 2. Programming errors keep their traceback. Where a text of data makes the message
+    longer than 2,000 characters, its middle is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        half = _LONGEST // 2
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:half]} ... {message[-half:]}")
 
 
 class NotApplicable(UserError):

@@ -104,6 +104,8 @@ def explain(
     check_seed(seed)
     if seconds is not None:
         check_number("seconds", seconds, 0)
+        if seconds == 0:
+            raise UserError("seconds is 0: expected a positive time, such as 5")
     if isinstance(classifier, torch.nn.Module):
         raise UserError("a bare nn.Module has no input size: wrap it, at.Classifier(module, size=..., mean=..., std=..., class_names=...)")
     classifier = load_classifier(classifier)
@@ -168,6 +170,8 @@ def polish(
     Raises:
         UserError: a heatmap without regions, or any input that does not fit.
     """
+    if not isinstance(explanation, Explanation):
+        raise UserError(f"explanation is {describe(explanation)}: expected an Explanation, as explain and attribute return it")
     options.setdefault("fill", recorded_fill(explanation.provenance.get("settings", {}).get("fill")) or DEFAULT_FILL)
     cut = explanation.regions if regions is None else make_regions(explanation.image, regions)
     if cut is not None and is_method(regions) and drops(options["fill"]):

@@ -83,11 +83,14 @@ class Explanation:
 
     @property
     def note(self) -> str:
-        """What a reader must know of the target: that it is hardly seen in the image, or that no independent label is predicted and the
-        most probable is explained; else empty.
+        """What a reader must know: that the target is hardly seen in the image, that the search had no time to search, or that no
+        independent label is predicted and the most probable is explained; else empty.
         """
         if self.is_hardly_seen:
             return f"the model hardly sees {self.target_name!r} in this image, p = {self.confidence:.2g}: the order says little"
+        if self.is_hardly_searched:
+            images = f"{self.evaluations} image{'' if self.evaluations == 1 else 's'}"
+            return f"the search forwarded {images}, too few for a search: the order says little"
         if self.predicted or self.target != int(self.probabilities.argmax()):
             return ""
         return "no label is above 0.5: the most probable is explained"
@@ -97,6 +100,14 @@ class Explanation:
         """Whether the target, of classes of which one is right, is not predicted and has a probability below 0.05."""
         one_right = self.provenance.get("labels") != "independent"
         return one_right and self.target not in self.predicted and self.confidence < _HARDLY
+
+    @property
+    def is_hardly_searched(self) -> bool:
+        """Whether a search that began with nothing forwarded fewer images than a quarter of the regions."""
+        settings = self.provenance.get("settings", {})
+        begun = settings.get("prior") is not None or "start" in settings.get("search_options", {})
+        few = self.regions is not None and self.evaluations < self.regions.count / 4
+        return few and settings.get("search") == "budget" and not begun
 
     @property
     def fill_confidence(self) -> float:

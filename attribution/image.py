@@ -200,7 +200,10 @@ def _from_tensor(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise UserError(f"an image tensor of shape {list(tensor.shape)} cannot be read: expected [3, H, W] (an array is read as [H, W, 3])")
+        several = "; for several images use explain_many" if tensor.ndim == 4 else ""
+        raise UserError(
+            f"an image tensor of shape {list(tensor.shape)} cannot be read: expected [3, H, W] (an array is read as [H, W, 3]){several}"
+        )
     if tensor.dtype == torch.uint8:
         return _to_rgb(tensor.float() / 255)
     if not tensor.is_floating_point():

@@ -20,6 +20,9 @@ from attribution.model.classifier import Classifier
 IMAGES_PER_GRADIENT = 3  # an image with a gradient counts as three images: a backward pass costs about two forward passes
 
 
+_MOST_WEIGHT = 1e9  # larger ones leave nothing of the other scores in float32
+
+
 @dataclass(frozen=True)
 class ScoreWeights:
     """Weights of the four scores, by name, because the published code orders them in three different ways.
@@ -34,8 +37,8 @@ class ScoreWeights:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not is_number(value := getattr(self, field.name)):
-                raise UserError(f"weight {field.name} is {value!r}: expected a finite number")
+            if not is_number(value := getattr(self, field.name)) or abs(value) > _MOST_WEIGHT:
+                raise UserError(f"weight {field.name} is {value!r}: expected a number from -{_MOST_WEIGHT:g} to {_MOST_WEIGHT:g}")
         if not any(getattr(self, field.name) for field in fields(self)):
             raise UserError("all four weights are 0: give at least one score a weight")
 

@@ -486,7 +486,9 @@ def _call_method(method: Callable[..., Any], image: Tensor, name: str, options: 
     try:
         signature.bind(image, **options)
     except TypeError as error:
-        raise UserError(f"region method {name} does not take these options ({error}): see help(attribution.regions)") from None
+        known = list(signature.parameters)[1:]
+        meant = "".join(did_you_mean(option, known) for option in options if option not in known)
+        raise UserError(f"region method {name} does not take these options ({error}): expected some of {', '.join(known)}{meant}") from None
     check_types(f"regions {name}", method, {option: value for option, value in options.items() if option != "count"})
     count, parameter = options.get("count"), signature.parameters.get("count")
     if count is not None or ("count" in options and parameter is not None and parameter.annotation in (int, "int")):

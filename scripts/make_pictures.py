@@ -44,10 +44,10 @@ def main(
     with TemporaryDirectory() as name:
         folder = Path(name)
         command("explain", "--out", str(folder))
-        keep([folder / "chelsea.png", folder / "coffee.png"], out / "photos.png")
+        keep([folder / "chelsea-zoo-imagenet.png", folder / "coffee-zoo-imagenet.png"], out / "photos.png")
         command("neurons", "--among", "photos", "--out", str(folder))
         keep([folder / "chelsea-zoo-vit-path.png"], out / "neurons.png")
-        failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:vit", true_class="dog", fill="gray", region_options={"count": 25})
+        failure = at.explain_failure(ROOT / "docs" / "photo.png", "zoo:imagenet", true_class="tabby", fill="mean")
         failure.plot().savefig(folder / "failure.png")
         keep([folder / "failure.png"], out / "failure.png")
     studies = {"imagenet": imagenet, "benchmark": benchmark, "grids": grids, "neurons": neurons, "pareto": pareto}

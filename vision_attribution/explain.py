@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from PIL import Image
 
 from attribution import __version__
 from attribution.checks import check_choice
@@ -22,7 +23,7 @@ from attribution.explain import explain as explain_image
 from attribution.explain import search_meant
 from attribution.explanation import Explanation
 from attribution.figures.explanation import plot_explanations
-from attribution.files import check_folder, held_folder, read_file, slug
+from attribution.files import check_folder, read_file, slug
 from attribution.fills import DEFAULT_FILL, FILLS
 from attribution.image import demo_image_paths
 from attribution.model.classifier import Classifier
@@ -36,10 +37,11 @@ from attribution.tuning import tune
 from evaluation.study.page import write_text
 from evaluation.study.settings import MODEL_HELP, ModelSettings
 from evaluation.study.tables import terminal_table
-from vision_attribution.inputs import Stopped, digest_of_file, each_image, find_images, save_figure, say
+from vision_attribution.inputs import Stopped, digest_of_file, each_image, find_images, own_folder, save_figure, say
 from vision_attribution.progress import Bar
 from vision_attribution.studies import console
 
+_KEYS = "Explanations"  # the field of a figure that holds the keys of what it shows
 SHARES = (0.5, 0.8, 0.95)
 BUDGET_FILL = "mean"  # orders found under it hold best under other fills: docs/results/budget.md
 _option = partial(typer.Option, show_default=False)  # of an option whose help says what happens without it
@@ -110,9 +112,9 @@ def explain(
 ) -> None:
     """Show which regions of an image a classifier's decision rests on.
 
-    For each image and model it writes a figure (.png), the explanation (.npz, for attribution.Explanation.load) and its
-    numbers (.json), and prints a table. With --target the names end in the class. Run again with the same settings it keeps
-    what is already there. Exit code 2 and one line for each image that could not be explained.
+    For each image and model it writes a figure (.png; several models share one), the explanation (.npz, for
+    attribution.Explanation.load) and its numbers (.json), and prints a table. With --target the names end in the class. Run
+    again with the same settings it keeps what is already there. Exit code 2 and one line for each image that could not be explained.
 
     Examples:
 
@@ -139,7 +141,8 @@ def explain(
     for name, value, known in (("regions", regions, REGIONS), ("search", search, SEARCHES), ("preset", preset, PRESETS)):
         if value is not None:
             check_choice(name, value, known)
-    options["fill"] = fill or (BUDGET_FILL if search_meant(search, pending, preset) == "budget" else DEFAULT_FILL)
+    usual = BUDGET_FILL if search_meant(search, pending, preset) == "budget" else DEFAULT_FILL
+    options["fill"] = usual if fill is None else fill
     check_choice("precision", precision, (*PRECISIONS, "auto"))
     found = list(find_images(images, out)) if images else demo_image_paths()
     check_folder(out)
@@ -153,11 +156,10 @@ def explain(
 
     def explain_one(path: Path, stem: str, prefix: str) -> None:
         named = stem if target is None else f"{stem}-{slug(target).lower()}"  # so that two classes of one photo lie side by side
-        figure = out / f"{named}.png"
-        rows.append((path, figure, job.run(path, figure, prefix)))
+        rows.append((path, job.figure(named), job.run(path, named, prefix)))
 
     try:
-        with held_folder(out):
+        with own_folder(out):
             failed = each_image(found, explain_one, "explained")
     except KeyboardInterrupt:
         raise Stopped("interrupted: finished images are kept, the same command continues with the others") from None
@@ -196,25 +198,30 @@ class Job:
     precision: str
     prepare: Callable[[Classifier, Path], None]
 
-    def run(self, path: Path, figure: Path, prefix: str = "") -> list[Explanation]:
+    def figure(self, named: str) -> Path:
+        """The figure of an image: beside the other files of its only model, or of all models together."""
+        return self._base(named, self.classifiers[0], ".png") if len(self.classifiers) == 1 else self.out / f"{named}.png"
+
+    def _base(self, named: str, classifier: Classifier, suffix: str) -> Path:
+        return self.out / f"{named}-{slug(Path(classifier.name).name)}{suffix}"
+
+    def run(self, path: Path, named: str, prefix: str = "") -> list[Explanation]:
         """Explain, or load what the same settings wrote before; the figure is written last, when all models are done."""
-        explanations, fresh = [], False
-        for classifier in self.classifiers:
-            base = self.out / f"{figure.stem}-{slug(Path(classifier.name).name)}"
-            key = self._key(path, classifier)
-            kept = None if self.overwrite else _kept(base, key)
+        explanations, keys = [], [self._key(path, classifier) for classifier in self.classifiers]
+        for classifier, key in zip(self.classifiers, keys, strict=True):
+            arrays, record = (self._base(named, classifier, suffix) for suffix in (".npz", ".json"))
+            kept = None if self.overwrite else _kept(record, arrays, key)
             if kept is None:
-                fresh = True
                 self.prepare(classifier, path)
                 with Bar(f"{prefix}{path.name} {classifier.name}", self._unit) as progress:
                     kept = explain_image(path, classifier, progress=progress, **self.options)
                 kept.provenance.update(file=path.name, key=key)
-                kept.save(base.with_name(base.name + ".npz"))
-                figure.unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
-                write_text(base.with_name(base.name + ".json"), json.dumps(summary(kept), indent=2) + "\n")
+                kept.save(arrays)
+                self.figure(named).unlink(missing_ok=True)  # else a run killed below would leave the figure of other settings
+                write_text(record, json.dumps(summary(kept), indent=2) + "\n")
             explanations.append(kept)
-        if fresh or not figure.exists():
-            save_figure(plot_explanations(explanations), figure)
+        if _shown_in(self.figure(named)) != keys:
+            save_figure(plot_explanations(explanations), self.figure(named), {_KEYS: " ".join(keys)})
         return explanations
 
     @property
@@ -330,13 +337,16 @@ def parse_weights(text: str) -> ScoreWeights:
         UserError: an unknown score or something that is not a number.
     """
     known = [field.name for field in fields(ScoreWeights)]
-    values = dict.fromkeys(known, 0.0)
+    values, given = dict.fromkeys(known, 0.0), set[str]()
     for part in text.split(","):
         name, _, number = (piece.strip() for piece in part.partition("="))
         if name not in known:
             raise UserError(
                 f"--weights {text!r} has an unknown score {name!r}: expected {', '.join(known)}, as in 'consistency=20,collaboration=5'"
             )
+        if name in given:
+            raise UserError(f"--weights {text!r} gives {name} twice: give it once")
+        given.add(name)
         try:
             values[name] = float(number)
         except ValueError:
@@ -344,9 +354,17 @@ def parse_weights(text: str) -> ScoreWeights:
     return ScoreWeights(**values)
 
 
-def _kept(base: Path, key: str) -> Explanation | None:
+def _shown_in(figure: Path) -> list[str]:
+    """The keys of the explanations that a figure shows; none where it is missing or damaged."""
+    try:
+        with Image.open(figure) as picture:
+            return str(picture.info.get(_KEYS, "")).split()
+    except (OSError, ValueError, SyntaxError):
+        return []
+
+
+def _kept(record: Path, arrays: Path, key: str) -> Explanation | None:
     """The explanation that an earlier run with the same key wrote completely."""
-    record, arrays = base.with_name(base.name + ".json"), base.with_name(base.name + ".npz")
     try:
         if json.loads(record.read_text(encoding="utf-8"))["provenance"]["key"] != key:
             return None

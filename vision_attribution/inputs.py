@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
 from attribution.errors import UserError, printable
 from attribution.figures.style import Figure
-from attribution.files import read_file, short_name, whole_file
+from attribution.files import TEMPORARY, held_folder, read_file, short_name, whole_file
 from attribution.image import IMAGE_SUFFIXES, image_files
+from evaluation.study.records import MARK
 
 
 class Stopped(Exception):
@@ -23,6 +25,16 @@ class Stopped(Exception):
 def say(text: str, err: bool = False) -> None:
     """Print one line. Names of files and classes in it cannot break it or steer the terminal."""
     typer.echo(printable(text), err=err)
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Hold an output folder of single images (see ``held_folder``), and remove what killed runs were writing there."""
+    with held_folder(out):
+        if not (out / MARK).exists():  # a study sweeps its own folder
+            for left in out.glob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
+        yield
 
 
 def find_images(paths: list[Path], outside: Path | None = None) -> Iterator[Path]:
@@ -101,7 +113,7 @@ def digest_of_file(path: Path, *further: object) -> str:
     return digest.hexdigest()
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+def save_figure(figure: Figure, path: Path, fields: Mapping[str, str] | None = None) -> None:
+    """Write a figure as PNG with fields of text, whole or not at all."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=dict(fields or {}))

@@ -12,7 +12,7 @@ import torch
 
 from attribution import __version__
 from attribution.errors import NotApplicable, UserError
-from attribution.files import check_folder, held_folder, slug
+from attribution.files import check_folder, slug
 from attribution.image import demo_image_path, load_image
 from attribution.model.classifier import Classifier
 from attribution.neurons import (
@@ -33,7 +33,7 @@ from evaluation.neurons.summary import speaks_for
 from evaluation.study.page import write_text
 from evaluation.study.settings import named_model
 from evaluation.study.tables import terminal_table
-from vision_attribution.inputs import digest_of_file, each_image, find_images, save_figure, say
+from vision_attribution.inputs import digest_of_file, each_image, find_images, own_folder, save_figure, say
 from vision_attribution.studies import Given, console, extra
 
 _AMONG = 500  # images in which exemplars are looked for
@@ -76,7 +76,7 @@ def follow_images(given: Given, extras: Given, out: Path) -> bool:
     layers = find_neurons(classifier)
     among = None if extras["among"] is None else _Among.open(extras["among"], settings.root, settings.split, classifier)
     job = _Job(classifier, layers, options, out, extras["overwrite"], among)
-    with held_folder(out):
+    with own_folder(out):
         failed = each_image(found, job.run, "followed")
     if failed is not None:
         raise failed

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.patches import Rectangle
 from scipy.ndimage import distance_transform_edt
 
 from attribution.errors import UserError
-from attribution.figures.drawn import DrawnExplanation, DrawnRegions, whole_of
+from attribution.figures.drawn import DrawnExplanation, DrawnRegions, seen_pixels, whole_of
 from attribution.figures.style import (
     DELETION,
     INK,
@@ -20,7 +19,9 @@ from attribution.figures.style import (
     as_written,
     border_segments,
     class_text,
+    dimmed_photo,
     draw_colorbar,
+    draw_crop,
     draw_title,
     gray_photo,
     one_line,
@@ -82,10 +83,7 @@ def chosen_prefix(explanation: DrawnExplanation, share: float = 0.95) -> int:
 def draw_photo(ax: Axes, explanation: DrawnExplanation) -> None:
     """Draw the image, with the class and its probability as title."""
     ax.imshow(shown_pixels(explanation.image))
-    if crop := _crop(explanation):
-        top, left, bottom, right = crop
-        ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="white", linestyle="--"))
-        ax.text(left, top, "the model's crop", color="white", fontsize=8, va="top", bbox={"color": "black", "alpha": 0.6, "pad": 1})
+    draw_crop(ax, _crop(explanation))
     model = one_line(explanation.provenance.get("model", ""))
     title = f"{model}: {class_text(explanation.target_name, explanation.target)}, p = {explanation.confidence:.2f}".removeprefix(": ")
     if explanation.target not in explanation.predicted:
@@ -112,19 +110,20 @@ def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
         inside = np.zeros(values.shape, dtype=bool)
         inside[crop[0] : crop[2], crop[1] : crop[3]] = True
         seen = np.where(inside, values, np.nan)
+    method = explanation.provenance.get("settings", {}).get("method")
     note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
     if "layer" in explanation.provenance:
         note += f"\nlayer {explanation.provenance['layer']}"
     if top == 0 or np.ptp(values) == 0:
-        draw_title(ax, f"heatmap: constant{note}")
+        draw_title(ax, f"{method or 'heatmap'}: constant{note}")
     elif values.min() < 0:
         image = ax.imshow(seen, cmap="RdBu_r", vmin=-top, vmax=top, alpha=0.65, interpolation="nearest")
         draw_colorbar(ax, image, [-top, 0, top], ["against", "0", "for"])
-        draw_title(ax, f"heatmap, signed{note}")
+        draw_title(ax, f"{method or 'heatmap'}, signed{note}")
     else:
         image = ax.imshow(seen, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="nearest")
         draw_colorbar(ax, image, [0, top], ["last", "first"] if explanation.order is not None else ["0", "max"])
-        draw_title(ax, f"importance{note}")
+        draw_title(ax, f"{method or 'importance'}{note}")
     ax.set_axis_off()
 
 
@@ -137,20 +136,20 @@ def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: fl
     """Draw the first regions of the order in colour with rank and border, the other regions dimmed."""
     regions, order, scores = explanation.regions, explanation.order, explanation.insertion_scores
     assert regions is not None and order is not None and scores is not None
-    labels = regions.labels.numpy()
-    selected = np.isin(labels, order[:chosen].numpy())
-    photo = shown_pixels(explanation.image)
-    dimmed = 0.75 + 0.25 * photo.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    ax.imshow(np.where(selected[:, :, None], photo, dimmed))
+    labels, seen = regions.labels.numpy(), seen_pixels(regions)
+    selected = np.isin(labels, order[:chosen].numpy()) & seen
+    ax.imshow(np.where(selected[:, :, None], shown_pixels(explanation.image), dimmed_photo(explanation.image)))
     ax.add_collection(LineCollection(border_segments(labels), colors="white", linewidths=0.5, alpha=0.8))
     shown = np.where(selected, labels, -1)
     ax.add_collection(LineCollection(border_segments(shown), colors=INK, linewidths=1.1))
-    for rank, (x, y) in enumerate(_label_points(regions, order[: min(chosen, _NUMBERED)].tolist()), start=1):
+    ranked = [each for each in order[: min(chosen, _NUMBERED)].tolist() if each in labels[seen]]
+    for rank, (x, y) in enumerate(_label_points(regions, ranked), start=1):
         badge = {"boxstyle": "circle,pad=0.18", "facecolor": "white", "edgecolor": INK, "linewidth": 0.7, "alpha": 0.9}
         ax.text(x, y, str(rank), ha="center", va="center", fontsize=6.5, color=INK, bbox=badge)
     ax.set_xlim(-0.5, labels.shape[1] - 0.5)
     ax.set_ylim(labels.shape[0] - 0.5, -0.5)
-    count = f"{chosen} of {regions.count} regions, {float(explanation.area[chosen]):.0%} of {whole_of(regions)}"
+    made, whole = len(np.unique(labels[selected])), len(np.unique(labels[seen]))
+    count = f"{made} of {whole} regions, {float(explanation.area[chosen]):.0%} of {whole_of(regions)}"
     reached = float(scores[chosen])
     enough = explanation.fill_confidence < share * explanation.confidence <= reached
     verb = "gives" if chosen == 1 else "give"
@@ -187,10 +186,10 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
 
 
 def _label_points(regions: DrawnRegions, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """For each region, the pixel (x, y) farthest from its border."""
-    points = []
+    """For each region, the seen pixel (x, y) farthest from its border."""
+    points, seen = [], seen_pixels(regions)
     for region in ids:
-        depth = distance_transform_edt(np.pad(regions.labels.numpy() == region, 1))[1:-1, 1:-1]
+        depth = distance_transform_edt(np.pad((regions.labels.numpy() == region) & seen, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(depth.argmax(), depth.shape)
         points.append((int(x), int(y)))
     return points

@@ -6,14 +6,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from attribution.figures.drawn import DrawnFailure, DrawnRepair, whole_of
+from attribution.figures.drawn import DrawnFailure, DrawnRepair, seen_pixels, whole_of
 from attribution.figures.style import (
     INK,
     Figure,
     as_written,
     border_segments,
     class_text,
+    dimmed_photo,
     draw_colorbar,
+    draw_crop,
     draw_title,
     gray_photo,
     shown_pixels,
@@ -31,7 +33,9 @@ def plot_failure(failure: DrawnFailure) -> Figure:
     grid = figure.add_gridspec(1, 5, width_ratios=[1, 1.08, 1, 1, 1.3])
     axes = [figure.add_subplot(grid[0, column]) for column in range(5)]
     probabilities = failure.truth.probabilities
+    assert failure.truth.regions is not None
     _draw_image(axes[0], shown_pixels(failure.truth.image))
+    draw_crop(axes[0], failure.truth.regions.seen)
     wrong, right = float(probabilities[failure.mistake.target]), float(probabilities[failure.truth.target])
     draw_title(axes[0], f"predicted {_predicted(failure)}, p = {wrong:.2f}\nshows {_true(failure)}, p = {right:.2f}")
     _draw_causes(axes[1], failure)
@@ -52,10 +56,10 @@ def _predicted(failure: DrawnFailure) -> str:
 def _draw_causes(ax: Axes, failure: DrawnFailure) -> None:
     regions = failure.truth.regions
     assert regions is not None
-    values = failure.causes[regions.labels].numpy()
+    values = np.where(seen_pixels(regions), failure.causes[regions.labels].numpy(), np.nan)
     ax.imshow(gray_photo(failure.truth.image, 0.3), cmap="gray", vmin=0, vmax=1)
     image = ax.imshow(values, cmap="RdBu", vmin=-1, vmax=1, alpha=0.62, interpolation="nearest")
-    draw_colorbar(ax, image, [-1, 0, 1], ["cause", "", "support"], fraction=0.04, fontsize=8)
+    draw_colorbar(ax, image, [-1, 0, 1], ["cause", "0", "support"], fraction=0.04, fontsize=8)
     ax.set_axis_off()
     draw_title(ax, f"from cause of the error\nto support of {_true(failure)}")
 
@@ -68,9 +72,11 @@ def _draw_repair(ax: Axes, failure: DrawnFailure, repair: DrawnRepair | None, hi
         _draw_image(ax, 0.75 + 0.25 * shown_pixels(failure.truth.image))
         draw_title(ax, "no removal corrects it" if hide else "no regions alone suffice")
         return
-    inside = np.isin(regions.labels.numpy(), repair.regions.numpy())
+    seen = seen_pixels(regions)
+    inside = np.isin(regions.labels.numpy(), repair.regions.numpy()) & seen
     shown = ~inside if hide else inside
-    _draw_image(ax, np.where(shown[:, :, None], shown_pixels(failure.truth.image), shown_pixels(failure.fill)))
+    pixels = np.where(shown[:, :, None], shown_pixels(failure.truth.image), shown_pixels(failure.fill))
+    _draw_image(ax, np.where(seen[:, :, None], pixels, dimmed_photo(failure.truth.image)))
     ax.add_collection(LineCollection(border_segments(np.where(inside, 1, 0)), colors=_PREDICTED if hide else _TRUE, linewidths=1.4))
     count = f"{len(repair.regions)} region{'s' if len(repair.regions) > 1 else ''}, {repair.area:.0%} of {whole_of(regions)}"
     draw_title(ax, f"{'without' if hide else 'only'} {count}:\n{_true(failure)}, p = {repair.true:.2f}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import textwrap
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
@@ -13,6 +16,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from torch import Tensor
 
@@ -20,11 +24,21 @@ F = TypeVar("F", bound=MatplotlibFigure)
 _LONGEST = 48  # characters of a class name
 _TITLE, _LABEL = 40, 36  # characters that fit above a panel, and beside its axis
 _NOT_FOR_TEXT = ("Last Resort", "cm", "STIXSize", "STIXNon")  # matplotlib's own fonts of boxes and of parts of formulas
+_DATES = {"svg": "Date", "pdf": "CreationDate"}  # the names under which files of a format hold when they were written
 INSERTION, DELETION, INK = "#0072b2", "#d55e00", "#222222"  # colour-blind readers can tell them apart
 
 
 class Figure(MatplotlibFigure):
-    """A matplotlib figure that notebooks display without pyplot."""
+    """A matplotlib figure that notebooks display without pyplot, and that is written as the same bytes every time."""
+
+    def savefig(self, fname: Any, **kwargs: Any) -> None:
+        """Write the figure, as matplotlib does. SVG and PDF files name no date, and the marks inside an SVG file are not random."""
+        suffix = Path(fname).suffix[1:] if isinstance(fname, (str, os.PathLike)) else ""
+        date = _DATES.get((kwargs.get("format") or suffix or matplotlib.rcParams["savefig.format"]).lower())
+        if date:
+            kwargs["metadata"] = {date: None, **(kwargs.get("metadata") or {})}
+        with matplotlib.rc_context({"svg.hashsalt": "vision-attribution"}):
+            super().savefig(fname, **kwargs)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -112,6 +126,20 @@ def border_segments(labels: np.ndarray) -> Any:
 def shown_pixels(image: Tensor) -> np.ndarray:
     """An image float [3, H, W] as an array [H, W, 3] in [0, 1] that matplotlib draws."""
     return image.detach().cpu().permute(1, 2, 0).numpy().clip(0, 1)
+
+
+def dimmed_photo(image: Tensor) -> np.ndarray:
+    """An image float [3, H, W] in light gray [H, W, 3], for parts that do not count."""
+    return 0.75 + 0.25 * shown_pixels(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+
+
+def draw_crop(ax: Axes, crop: Sequence[int] | None) -> None:
+    """Draw the part (top, left, bottom, right) of a photo that the model sees, if it does not see all of it."""
+    if crop is None:
+        return
+    top, left, bottom, right = crop
+    ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="white", linestyle="--"))
+    ax.text(left, top, "the model's crop", color="white", fontsize=8, va="top", bbox={"color": "black", "alpha": 0.6, "pad": 1})
 
 
 def gray_photo(image: Tensor, darkest: float = 0.25) -> np.ndarray:

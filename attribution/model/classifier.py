@@ -35,7 +35,8 @@ class Identity:
     Attributes:
         name, preprocessing, class_names: of the classifier.
         weights: their digest; None for a black box.
-        settings: the precision, the meaning of the scores and the output chosen, where they are not the usual ones.
+        settings: the precision, the meaning of the scores and the output chosen, where they are not the usual ones; the options of the
+            model, and a digest of the file with the function that makes it.
     """
 
     name: str
@@ -114,7 +115,7 @@ class Classifier:
         self,
         module: nn.Module | Callable[[Tensor], Any],
         *,
-        size: int | tuple[int, int],
+        size: int | tuple[int, int] | None = None,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         channels: Literal["RGB", "BGR", "L", "RGBA"] | None = None,
@@ -136,6 +137,8 @@ class Classifier:
     ) -> None:
         if not callable(module):
             raise UserError(f"the model is {describe(module)}: expected an nn.Module, or a callable from images [n, 3, h, w] to scores")
+        if size is None:
+            raise UserError("size is missing: give the side of the model input in pixels, size=224 or size=(h, w), with its mean and std")
         check_choice("scores", scores, SCORES)
         self.name = name or type(eager_module(module)).__name__
         sides = checked_sides(size)
@@ -212,6 +215,8 @@ class Classifier:
             settings.append(runner.scores)
         if runner.output is not None:
             settings.append(f"output {getattr(runner.output, '__qualname__', runner.output)}")
+        if self.recipe is not None:
+            settings += self.recipe.further()
         return Identity(self.name, self.weights_digest, repr(self.preprocessing), self.class_names, tuple(settings))
 
     def target_index(self, target: int | str) -> int:
@@ -227,6 +232,11 @@ class Classifier:
         if isinstance(target, str):
             found = matching_class(target, self.class_names)
             if isinstance(found, int):
+                if target.isdecimal() and int(target) < self.num_classes and int(target) != found:
+                    raise UserError(
+                        f"class {target!r} is both the name of class {found} and the index of {self.class_names[int(target)]!r}: give the "
+                        "name of the other one, or in Python an int for an index"
+                    )
                 return found
             if found:
                 same = len({self.class_names[each].lower() for each in found}) == 1
@@ -361,6 +371,6 @@ class Classifier:
         return self.outputs.logits(scores, self.name), features
 
 
-def _some(names: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} ... ({len(names)} classes)"
+def _some(names: Sequence[str], all_of: int = 40, few: int = 12) -> str:
+    """The names, joined by commas; of more than ``all_of`` the first few and the number of all."""
+    return ", ".join(names) if len(names) <= all_of else f"{', '.join(names[:few])} ... ({len(names)} classes)"

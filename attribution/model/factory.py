@@ -5,6 +5,7 @@ Naming it is the consent to run it. A saved file never runs a factory on its own
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -16,7 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from attribution.checks import did_you_mean
 from attribution.errors import UserError, describe
+from attribution.files import read_file
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import first_line
 from attribution.model.matching import timm_geometry
@@ -71,6 +74,18 @@ def from_factory(spec: str, wanted: Wanted) -> Classifier | Built:
     return Built(made, _settings(made, wanted, spec), None)
 
 
+def code_digest(spec: str) -> str | None:
+    """16 hexadecimal digits of sha256 over the file that holds a factory; None where that is no file of Python.
+
+    What this file imports is not in it.
+    """
+    place = spec.rpartition(":")[0]
+    with _importing(Path.cwd()):
+        found = place if place.endswith(".py") else getattr(importlib.util.find_spec(place), "origin", None)
+    path = Path(str(found))
+    return hashlib.sha256(read_file(path)).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else None
+
+
 def _settings(module: nn.Module, wanted: Wanted, spec: str) -> dict[str, Any]:
     if isinstance(getattr(module, "pretrained_cfg", None), Mapping):
         import timm
@@ -96,8 +111,11 @@ def _find(spec: str) -> Callable[..., Any]:
             raise _raised(place, error) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{place} has no function {name!r}: expected one that returns a model; it has {', '.join(functions[:8]) or 'none'}")
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__ and callable(value)]
+        functions = [key for key in own if not key.startswith("_") and not isinstance(getattr(module, key), type)]
+        meant = did_you_mean(name, functions)
+        known = ", ".join(functions[:20]) or "none"
+        raise UserError(f"{place} has no function {name!r}: expected one that returns a model; it has {known}{meant}")
     return factory
 
 

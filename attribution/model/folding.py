@@ -59,6 +59,8 @@ def _pairs(module: nn.Module, forward: Callable[[], Any]) -> dict[nn.BatchNorm2d
         handles += [each.register_forward_pre_hook(compare) for each in norms]
         with removed_after(handles):
             forward()
+    if any(calls[each] == 0 for each in norms):  # another input may go another way, and normalise what is normalised already
+        return {}
     uses = Counter(found.values())
     usable = {each for each in bare if calls[each] == 1}
     return {norm: conv for norm, conv in found.items() if norm in usable and conv in usable and uses[conv] == 1}

@@ -32,8 +32,20 @@ _UNMASKED = 0.7  # quantile of the scores' distances from their median that tell
 _USUAL_FIXED = (3, 4, 5, 6, 7, 8, 16, 32)  # batch sizes that are tried where the module takes neither one nor two images
 _MOST_FIXED = 256
 _FOLDED_FROM = 128 * 128  # pixels of an input
-_FOLDED_WITHIN = 5e-5  # largest difference of the scores, as a share of the largest score
-_twins: ContextVar[tuple[nn.Module, nn.Module] | None] = ContextVar("twins", default=None)  # a module and what is forwarded in its place
+_FOLDED_WITHIN = 1e-4  # largest difference of the scores, as a share of their spread or size
+_CHECKED = 3  # batches of which the first image is forwarded by the module too, to see that its copy gives the same scores
+
+
+@dataclass
+class _Twin:
+    """A module and the copy that is forwarded in its place; None once the scores of an image differed."""
+
+    module: nn.Module
+    copy: nn.Module | None
+    unchecked: int = _CHECKED
+
+
+_twins: ContextVar[_Twin | None] = ContextVar("twins", default=None)
 _LONGEST = 300  # characters that are shown of what another library says
 _temporary: ContextVar[dict[tuple[ModuleForward, str], Any]] = ContextVar("temporary")  # settings of this thread only
 
@@ -463,20 +475,37 @@ class ModuleForward:
                 for inner in modules_inside(self.module):
                     evaluated.enter_context(evaluation_mode(inner))
                 return self.module(given, **self.forward_kwargs)
-        if not plainly and (twin := self._twin()) is not None:
-            return twin(given, **self.forward_kwargs)
         with evaluation_mode(self.module):
+            if not plainly and (twin := self._twin(given)) is not None:
+                return twin(given, **self.forward_kwargs)
             if plainly or self.is_watched or is_rebuilt():  # compiled code passes by hooks and replaced modules
                 with uncompiled(self.module):
                     return self.module(given, **self.forward_kwargs)
             return self._fastest(self.module)(given, **self.forward_kwargs)
 
-    def _twin(self) -> nn.Module | None:
+    def _twin(self, given: Tensor) -> nn.Module | None:
         """The copy of the module that is forwarded now in its place (see ``folding``), unless somebody looks into the module."""
         known = _twins.get()
-        if known is None or known[0] is not self.module or self.compiled or self.is_watched or is_rebuilt():
+        if known is None or known.module is not self.module or self.compiled or self.is_watched or is_rebuilt():
             return None
-        return known[1]
+        if known.copy is not None and known.unchecked > 0:
+            known.unchecked -= 1
+            if not self._gives_the_same(known.module, known.copy, given[:1]):
+                known.copy = None
+        return known.copy
+
+    def _gives_the_same(self, module: nn.Module, twin: nn.Module, given: Tensor) -> bool:
+        """Whether a copy of a module gives the same scores of one batch up to the rounding of float32."""
+
+        def scores(module: Any) -> Tensor:
+            output = module(given.clone(), **self.forward_kwargs)
+            classes = self.classes if self._outputs is None else self._outputs.count
+            return read_scores(output, len(given), self.device, self.name, self.output, classes).double()
+
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), uncompiled(module):
+            plain, found = scores(module), scores(twin)
+        alike = bool((plain.isfinite() == found.isfinite()).all())
+        return alike and _differ(found, plain, _FOLDED_WITHIN, _FOLDED_WITHIN) == 0
 
     @contextmanager
     def folding(self) -> Iterator[None]:
@@ -487,7 +516,7 @@ class ModuleForward:
         """
         module, known = self.module, _twins.get()
         large = math.prod(self.preprocessing.size) >= _FOLDED_FROM
-        if not isinstance(module, nn.Module) or not large or self.compiled or (known is not None and known[0] is module):
+        if not isinstance(module, nn.Module) or not large or self.compiled or (known is not None and known.module is module):
             yield
             return
         with exclusive(module):
@@ -503,10 +532,8 @@ class ModuleForward:
         with torch.no_grad(), evaluation_mode(module), suppress(Exception):  # a module may do anything, and then it is not folded
             if (twin := folded(module, lambda: self._plainly(inputs))) is None:
                 return None
-            plain = self._plainly(inputs)
-            with _forwarded_instead(module, twin):
-                found = self.changed(precision="float32")._scores(inputs, plainly=False)
-            if bool(((found - plain).abs() <= _FOLDED_WITHIN * (1 + plain.abs().max())).all()):
+            given = inputs.to(self.dtype)
+            if all(self._gives_the_same(module, twin, each) for each in given.split(1)):
                 return twin
         return None
 
@@ -522,7 +549,7 @@ class ModuleForward:
 @contextmanager
 def _forwarded_instead(module: nn.Module, twin: nn.Module | None) -> Iterator[None]:
     """Run the block with a copy forwarded in the place of a module, or with none."""
-    before = _twins.set(None if twin is None else (module, twin))
+    before = _twins.set(None if twin is None else _Twin(module, twin))
     try:
         yield
     finally:

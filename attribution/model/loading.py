@@ -29,7 +29,7 @@ from attribution.model.checkpoints import (
 )
 from attribution.model.class_names import carried_names, timm_names, unique
 from attribution.model.classifier import Classifier
-from attribution.model.factory import from_factory, names_factory
+from attribution.model.factory import code_digest, from_factory, names_factory
 from attribution.model.forwarding import first_line, resolve_device
 from attribution.model.matching import timm_geometry
 from attribution.model.preprocessing import checked_sides
@@ -146,6 +146,14 @@ def _is_convolutional(module: nn.Module) -> bool:
 def _from_factory(
     spec: str, wanted: Wanted, device: torch.device, names: Any, batch_size: int | None, settings: dict[str, Any]
 ) -> Classifier:
+    """A model that the user's own function makes. Its recipe knows the code."""
+    made = _as_made(spec, wanted, device, names, batch_size, settings)
+    if made.recipe is not None:
+        made.recipe = replace(made.recipe, code=code_digest(spec))
+    return made
+
+
+def _as_made(spec: str, wanted: Wanted, device: torch.device, names: Any, batch_size: int | None, settings: dict[str, Any]) -> Classifier:
     """A model that the user's own function makes, with the weights of a checkpoint, and what a saved one says."""
     checkpoint = wanted.checkpoint
     card = read_card(checkpoint.path) if checkpoint is not None and checkpoint.path.suffix == ".safetensors" else None
@@ -188,12 +196,14 @@ def _meant(spec: str) -> str:
 def read_class_names(path: Path) -> list[str]:
     """Read class names from a text file, one name a line. Blank lines at the end are ignored."""
     try:
-        names = read_text(path).rstrip().split("\n")
+        names = [name.strip() for name in read_text(path).rstrip().split("\n")]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
-    if not names:
+    if names == [""]:
         raise UserError(f"{path} is empty: expected one class name a line")
-    return [name.strip() for name in names]
+    if "" in names:
+        raise UserError(f"{path} line {names.index('') + 1} is empty: expected one class name a line")
+    return names
 
 
 def _zoo(name: str, wanted: Wanted) -> Built:
@@ -216,7 +226,7 @@ def _timm(name: str, wanted: Wanted) -> Built:
     published = wanted.pretrained and wanted.checkpoint is None
 
     def build(classes: int | None) -> nn.Module:
-        options = dict(wanted.options) if classes is None else {**wanted.options, "num_classes": classes}
+        options = _with_classes(wanted.options, classes)
 
         def create(**size: Any) -> nn.Module:
             place = timm.models.get_pretrained_cfg_value(name, "hf_hub_id") if published else None
@@ -239,6 +249,15 @@ def _timm(name: str, wanted: Wanted) -> Built:
     return Built(module, settings, names, assumed=assumed)
 
 
+def _with_classes(options: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
+    """The options of a model that has as many classes as its checkpoint, where there is one."""
+    if classes is None:
+        return dict(options)
+    if options.get("num_classes", classes) != classes:
+        raise UserError(f"num_classes is {options['num_classes']}, but the checkpoint has {classes} classes: leave the option out")
+    return {**options, "num_classes": classes}
+
+
 def _torchvision(name: str, wanted: Wanted) -> Built:
     import torchvision
 
@@ -254,7 +273,7 @@ def _torchvision(name: str, wanted: Wanted) -> Built:
         raise UserError(f"torchvision:{name} takes square images, but the image size wanted is {wanted.size}: give one number")
 
     def build(classes: int | None) -> nn.Module:
-        options = dict(wanted.options) if classes is None else {**wanted.options, "num_classes": classes}
+        options = _with_classes(wanted.options, classes)
         chosen = weights if published and not sized else None
         if chosen is None and name in ("googlenet", "inception_v3"):
             options |= {"init_weights": True}

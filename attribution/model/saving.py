@@ -38,12 +38,18 @@ class Recipe:
         options: of the model.
         config: of a model of transformers; with it nothing has to be downloaded.
         tower: whether the module is the image tower of a model of images and texts.
+        code: digest of the file of the user's function that makes the module; none for models of libraries.
     """
 
     model: str
     options: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     tower: bool = False
+    code: str | None = None
+
+    def further(self) -> list[str]:
+        """What the scores depend on beside the weights: the options, and the code where it is the user's."""
+        return [f"{name} {value}" for name, value in (("options", sorted(self.options.items())), ("code", self.code)) if value]
 
 
 @dataclass(frozen=True)

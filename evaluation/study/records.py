@@ -185,11 +185,13 @@ def read_all(out: Path) -> dict[str, Record]:
 
 
 def _parse(data: bytes, path: Path) -> tuple[dict[str, Record], list[int]]:
-    """The records of the complete lines, and the numbers of the lines that are damaged. Blank lines were damaged ones."""
+    """The records of the complete lines, and the numbers of the lines that are damaged. Blank lines hold none: they are empty, or were
+    damaged and are blanked.
+    """
     records: dict[str, Record] = {}
     damaged: list[int] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
-        if line and not line.strip(b" "):
+        if not line.strip(b" "):
             continue
         try:
             record = json.loads(line, object_hook=partial(_kept, f"{path} line {number}"))

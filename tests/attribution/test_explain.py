@@ -329,3 +329,26 @@ def test_the_default_search(cnn: at.Classifier, small_cat: Tensor) -> None:
     ]
     greedy = at.explain(small_cat, cnn, **cut, search="greedy").provenance["settings"]
     assert greedy["weights"] == lima
+
+
+def test_what_was_not_searched_is_told(cnn: at.Classifier, small_cat: Tensor) -> None:
+    given = {"regions": "grid", "region_options": {"count": 36}}
+    few = at.explain(small_cat, cnn, evaluations=1, **given)
+    assert few.note == "the search forwarded 1 image, too few for a search: the order says little" and few.note in repr(few)
+    assert at.explain(small_cat, cnn, evaluations=9, **given).note == ""
+    assert at.explain(small_cat, cnn, evaluations=2, prior="saliency", **given).note == ""
+    with pytest.raises(at.UserError, match="seconds is 0: expected a positive time"):
+        at.explain(small_cat, cnn, seconds=0, **given)
+
+
+def test_what_is_missing_or_of_another_kind(cnn: at.Classifier, small_cat: Tensor) -> None:
+    with pytest.raises(at.UserError, match=r"explanation is 'photo\.png': expected an Explanation"):
+        at.polish("photo.png", cnn)  # type: ignore[arg-type]
+    with pytest.raises(at.UserError, match="size is missing"):
+        at.Classifier(torch.nn.Identity())
+    with pytest.raises(at.UserError, match=r"weight consistency is 1e\+308: expected a number from -1e\+09 to 1e\+09"):
+        at.ScoreWeights(consistency=1e308)
+    with pytest.raises(at.UserError, match="for several images use explain_many"):
+        at.explain(small_cat[None].expand(2, -1, -1, -1), cnn)
+    with pytest.raises(at.UserError, match=r"expected some of count.*did you mean count"):
+        at.explain(small_cat, cnn, regions="grid", region_options={"counts": 4})

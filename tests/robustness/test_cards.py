@@ -105,7 +105,7 @@ PLACES = [
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.sampled_from(PLACES), value=VALUES)
 def test_no_value_of_a_card_breaks(saved: Path, tmp_path: Path, where: tuple[str, ...], value: Any) -> None:
     attempt(with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), where, value)))

@@ -149,6 +149,11 @@ def test_files_of_an_explanation_differ_in_their_seconds_only(run_command: Run, 
         explanation.provenance.pop("seconds")
     assert saved[0] == saved[1]
     assert len({next((tmp_path / out).glob("*.png")).read_bytes() for out in ("one", "two")}) == 1
+    for suffix in ("svg", "pdf"):
+        written = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+        for explanation, path in zip(saved, written, strict=True):
+            explanation.plot().savefig(path)
+        assert written[0].read_bytes() == written[1].read_bytes()
 
 
 @pytest.mark.parametrize(

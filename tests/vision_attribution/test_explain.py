@@ -39,13 +39,13 @@ def test_the_demo(run: Run, tmp_path: Path) -> None:
     code, out, err = run("explain", "--region-count", 6, "--evaluations", 12, "--out", tmp_path)
     assert (code, err) == (0, "")
     assert "zoo:imagenet" in out
-    files = [f"{name}{end}" for name in ("chelsea", "coffee") for end in ("-zoo-imagenet.json", "-zoo-imagenet.npz", ".png")]
+    files = [f"{name}{end}" for name in ("chelsea", "coffee") for end in ("-zoo-imagenet.json", "-zoo-imagenet.npz", "-zoo-imagenet.png")]
     assert sorted(f.name for f in tmp_path.iterdir()) == files
     records = [json.loads((tmp_path / f"{name}-zoo-imagenet.json").read_text()) for name in ("chelsea", "coffee")]
     assert [record["target"] for record in records] == ["tiger cat", "espresso"]
     assert [record["confidence"] for record in records] == pytest.approx([0.399, 0.945], abs=0.01)
     assert all(record["evaluations"] <= 12 and record["provenance"]["settings"]["search"] == "budget" for record in records)
-    assert np.asarray(Image.open(tmp_path / "coffee.png")).std() > 20
+    assert np.asarray(Image.open(tmp_path / "coffee-zoo-imagenet.png")).std() > 20
 
 
 def test_the_demo_of_another_model_and_search(run: Run, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_folders_equal_names_and_a_broken_image(run: Run, photo: Path, tmp_path:
     assert "broken.jpg is not an image" in err
     assert err.splitlines()[-1] == "error: 1 of 3 images could not be explained (see above)"
     assert printed.count("cat.png") >= 2
-    assert sorted(f.name for f in out.glob("*.png")) == ["cat.png", "more-cat.png"]
+    assert sorted(f.name for f in out.glob("*.png")) == ["cat-zoo-cnn.png", "more-cat-zoo-cnn.png"]
     assert not list(out.glob(".*"))
 
 
@@ -141,7 +141,7 @@ def test_finished_images_are_kept(run: Run, photo: Path, tmp_path: Path, monkeyp
         calls.clear()
         run(*arguments, *change)
         assert len(calls) == 1, change
-    assert {path.name for path in out.glob("*.png")} == {"cat.png", "cat-dog.png"}  # another class overwrites nothing
+    assert {path.name for path in out.glob("*.png")} == {"cat-zoo-cnn.png", "cat-dog-zoo-cnn.png"}  # another class overwrites nothing
     (out / "cat-dog-zoo-cnn.npz").write_bytes(b"half written")
     calls.clear()
     run(*arguments, "--target", "dog")
@@ -162,7 +162,7 @@ def test_interruption_keeps_what_is_finished(run: Run, photo: Path, tmp_path: Pa
     code, _, err = run("explain", photo.parent, *FAST, "--out", tmp_path / "out")
     assert code == 130
     assert "finished images are kept" in err
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cat-zoo-cnn.json", "cat-zoo-cnn.npz", "cat.png"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cat-zoo-cnn.json", "cat-zoo-cnn.npz", "cat-zoo-cnn.png"]
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_help_names_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_output_folder_is_not_read_as_images(run: Run, photo: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run("explain", photo.parent, *FAST, "--out", photo.parent / "out")[0] == 0
-    assert sorted(f.name for f in (photo.parent / "out").glob("*.png")) == ["cat.png"]
+    assert sorted(f.name for f in (photo.parent / "out").glob("*.png")) == ["cat-zoo-cnn.png"]
 
 
 def test_a_model_given_twice(run: Run, photo: Path, tmp_path: Path, cnn: at.Classifier) -> None:
@@ -285,10 +285,24 @@ def test_a_run_that_dies_before_its_figure_leaves_none_of_other_settings(
 ) -> None:
     out = tmp_path / "out"
     run("explain", photo, *FAST, "--out", out)
-    before = (out / "cat.png").read_bytes()
+    before = (out / "cat-zoo-cnn.png").read_bytes()
     with monkeypatch.context() as broken:
         broken.setattr(explaining, "plot_explanations", lambda explanations: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("explain", photo, *FAST, "--fill", "white", "--out", out)
     assert run("explain", photo, *FAST, "--fill", "white", "--out", out)[0] == 0
+    assert (out / "cat-zoo-cnn.png").read_bytes() != before
+
+
+def test_figures_of_several_models_in_one_folder(run: Run, photo: Path, tmp_path: Path) -> None:
+    """One model overwrites no figure of another, and a figure of several shows those that were asked for."""
+    out = tmp_path / "out"
+    small = ("explain", photo, "--regions", "grid", "--region-count", 2, "--out", out)
+    for models in (["-m", "zoo:cnn"], ["-m", "zoo:vit"], ["-m", "zoo:cnn", "-m", "zoo:vit"]):
+        assert run(*small, *models)[0] == 0
+    assert sorted(f.name for f in out.glob("*.png")) == ["cat-zoo-cnn.png", "cat-zoo-vit.png", "cat.png"]
+    before = (out / "cat.png").read_bytes()
+    assert run(*small, "-m", "zoo:vit", "-m", "zoo:cnn")[0] == 0
     assert (out / "cat.png").read_bytes() != before
+    assert run(*small, "-m", "zoo:cnn", "-m", "zoo:vit")[0] == 0
+    assert (out / "cat.png").read_bytes() == before

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import attribution as at
 from attribution.model.class_names import carried_names, imagenet_names, matching_class, timm_names
+from attribution.model.loading import read_class_names
 
 SMALL = "timm:resnet10t"
 CATS = ("tabby", "tiger cat", "Egyptian cat", "catamaran", "Cardigan", "cardigan", "7")
@@ -161,3 +162,19 @@ def test_a_part_of_a_name_is_a_target_everywhere(cnn: at.Classifier, small_cat: 
     explanation = at.explain(small_cat, cnn, "mobile", regions="grid", region_options={"count": 4})
     assert explanation.target_name == "automobile"
     assert at.attribute(small_cat, cnn, "saliency", "plane").target_name == "airplane"
+
+
+def test_a_number_that_names_one_class_and_counts_another() -> None:
+    classifier = at.Classifier(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.LazyLinear(4)), size=8)
+    digits = classifier.with_forward(classifier.forward, class_names=["cat", "1", "0", "3"])
+    assert digits.target_index("1") == digits.target_index(1) == 1 and digits.target_index(0) == 0
+    with pytest.raises(at.UserError, match="class '0' is both the name of class 2 and the index of 'cat'"):
+        digits.target_index("0")
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty: expected one"), ("a\n\nb\n", "line 2 is empty")])
+def test_files_of_class_names_with_empty_lines(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(at.UserError, match=message):
+        read_class_names(path)

@@ -36,6 +36,23 @@ def number():
 """
 
 
+SCALED = """
+import attribution as at
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * x.mean((2, 3))
+
+def make(scale=1.0):
+    return at.Classifier(Scaled(scale), size=8)
+"""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "models.py"
@@ -151,3 +168,23 @@ def test_a_factory_that_exits(tmp_path: Path) -> None:
     file.write_text("import sys\n\n\ndef make():\n    sys.exit(0)\n")
     with pytest.raises(at.UserError, match="raised SystemExit: 0"):
         at.load_classifier(f"{file}:make", size=16)
+
+
+def test_options_and_code_belong_to_what_numbers_depend_on(tmp_path: Path, cat: Tensor) -> None:
+    """They may change the scores and no weight."""
+    path, text = tmp_path / "scaled.py", SCALED
+    path.write_text(text)
+    found = [at.load_classifier(f"{path}:make", options=options).identity for options in ({}, {"scale": 9.0}, {})]
+    path.write_text(text.replace("self.scale * x", "-x"))
+    found.append(at.load_classifier(f"{path}:make").identity)
+    assert found[0] == found[2] and len(set(found)) == 3
+    pools = [
+        at.load_classifier("timm:resnet10t", pretrained=False, options={"global_pool": pool}).identity.settings for pool in ("avg", "max")
+    ]
+    assert pools[0] != pools[1] and at.load_classifier("zoo:cnn").identity.settings == ()
+
+
+def test_other_options_than_a_checkpoint_says(tmp_path: Path) -> None:
+    torch.save(at.load_classifier("timm:resnet10t", pretrained=False, options={"num_classes": 4}).module.state_dict(), tmp_path / "four.pt")
+    with pytest.raises(at.UserError, match="num_classes is 7, but the checkpoint has 4 classes"):
+        at.load_classifier("timm:resnet10t", checkpoint=tmp_path / "four.pt", options={"num_classes": 7}, class_names="abcd")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import attribution as at
 from attribution.hooks import record_outputs
 from attribution.model.folding import folded
-from attribution.model.forwarding import _twins
+from attribution.model.forwarding import _CHECKED, _twins
 
 SIDE = 128
 
@@ -101,7 +101,8 @@ def test_the_scores_are_the_same_and_normalisations_are_gone(name: str) -> None:
     classifier, inputs = wrapped(module), torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     plain, all_of_them = classifier.logits(inputs), norms_run(module, classifier)
     with classifier.folding():
-        found, left = classifier.logits(inputs), norms_run(module, classifier)
+        found = [classifier.logits(inputs) for _ in range(_CHECKED)][-1]  # the module is forwarded too, to compare
+        left = norms_run(module, classifier)
     assert left < all_of_them and (left == 0 or "densenet" in name)
     assert float((found - plain).abs().max()) <= 5e-5 * (1 + float(plain.abs().max()))
     assert not torch.equal(found, plain) or float(plain.abs().max()) == 0
@@ -218,3 +219,63 @@ def test_threads_have_copies_of_their_own() -> None:
             thread.join()
     assert len(found) == 20 and all(torch.allclose(each, plain, atol=1e-5) for each in found)
     assert _twins.get() is None
+
+
+class Listed(nn.Module):
+    """A network that reaches its layers through a list of its own, which a copy of it shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop, self.head = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Linear(4, 5)
+        self.stages = [(self.conv, self.norm)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in self.stages:
+            x = torch.relu(norm(conv(x)))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def test_layers_that_a_copy_shares_are_in_evaluation_mode_too(cat: Tensor) -> None:
+    torch.manual_seed(0)
+    module = varied(Listed()).train()
+    before, expected = copy.deepcopy(module.state_dict()), wrapped(copy.deepcopy(module).eval())
+    found = at.explain(cat, wrapped(module), regions="grid", region_options={"count": 4}, evaluations=8)
+    assert module.training and all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.allclose(found.probabilities, expected.probabilities(expected.inputs(cat))[0].cpu(), atol=1e-5)
+
+
+class Masked(nn.Module):
+    """A network that uses what a convolution returned twice, and rules out its last class."""
+
+    def __init__(self, within: float = 1.0) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.within = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Linear(4, 5), within
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.conv(x)
+        scores = self.head(torch.relu(self.norm(made)).mean((2, 3)) + self.within * made.mean((2, 3)))
+        return torch.cat([scores[:, :4], torch.full_like(scores[:, :1], -1e9)], dim=1)
+
+
+class DayAndNight(nn.Module):
+    """A network that normalises dark images in another way, or bright ones not at all."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.conv, self.day, self.head = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        self.night = nn.BatchNorm2d(4) if twice else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.night if float(x.detach().mean()) < 0.7 else self.day
+        return self.head(torch.relu(norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("module", [Masked(), DayAndNight(True), DayAndNight(False)], ids=["masked class", "two ways", "one way"])
+@pytest.mark.parametrize("bright", [False, True])
+def test_copies_that_differ_on_some_images_are_not_believed(module: nn.Module, bright: bool, cat: Tensor) -> None:
+    torch.manual_seed(0)
+    photo = cat * 0.1 + 0.9 if bright else cat * 0.5
+    classifier = at.Classifier(varied(module), size=SIDE, batch_size=1)
+    plain = classifier.probabilities(classifier.inputs(photo))[0].cpu()
+    found = at.explain(photo, classifier, regions="grid", region_options={"count": 4}, evaluations=8)
+    assert torch.allclose(found.probabilities, plain, atol=1e-5)

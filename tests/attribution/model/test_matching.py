@@ -56,9 +56,10 @@ def test_100_configurations_of_timm() -> None:
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("side", [(96, 96), (64, 96)])
-def test_ways_to_crop_of_timm(crop_mode: str, side: tuple[int, int]) -> None:
+@pytest.mark.parametrize("crop_pct", [0.9, 1.15])
+def test_ways_to_crop_of_timm(crop_pct: float, crop_mode: str, side: tuple[int, int]) -> None:
     """Measured normalisation and compared result, as for any library."""
-    config = {"input_size": (3, *side), "crop_pct": 0.9, "crop_mode": crop_mode, "interpolation": "bicubic"}
+    config = {"input_size": (3, *side), "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": "bicubic"}
     transform = timm.data.create_transform(**config, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), is_training=False)
 
     def pipeline(image: Image.Image) -> Tensor:
@@ -68,6 +69,12 @@ def test_ways_to_crop_of_timm(crop_mode: str, side: tuple[int, int]) -> None:
     assert settings["mean"] == pytest.approx((0.4, 0.5, 0.6), abs=1e-5)
     assert settings["std"] == pytest.approx((0.2, 0.3, 0.4), abs=1e-5)
     assert settings["channels"] == "RGB"
+
+
+def test_an_interpolation_that_is_not_ours_is_refused() -> None:
+    options = {"pretrained_cfg_overlay": {"interpolation": "lanczos"}}
+    with pytest.raises(at.UserError, match="interpolation is 'lanczos': expected one of"):
+        at.load_classifier("timm:resnet10t", pretrained=False, options=options)
 
 
 def test_what_is_not_affine_is_refused() -> None:

@@ -280,7 +280,7 @@ def test_labels_are_names_or_indices(labels: str, class_names: tuple | None, nam
         ("path,label\na.png,cat\nb.png,dog\n./x/../a.png,cat", r"list.csv line 4: x/\.\./a.png is already in list.csv line 2"),
         ("path,label\na.png,cat\nb.png,1\n", "list.csv line 2: the label 'cat' is a name, but list.csv line 3 has the index 1"),
         ("path,label\na.png,-1\n", "list.csv line 2: class index -1 is out of range: expected 0 to 99999"),
-        ("path,label\na.png,1\nb.png," + "9" * 5000, "list.csv line 3: class index 9+ is out of range"),
+        ("path,label\na.png,1\nb.png," + "9" * 5000, r"list.csv line 3: class index 9+ \.\.\. 9+ is out of range"),
         ("path,x0,y0,x1,y1\na.png,1,2,3,\n", "list.csv line 2: the box is 1, 2, 3: expected the four numbers"),
         ("path,x0,y0,x1,y1\na.png,1,2,3,four\n", "list.csv line 2: the box is 1, 2, 3, four: expected the four numbers"),
         ("path,x0,y0,x1,y1\na.png,0,0,1,1\nb.png,4,2,3,9\n", "list.csv line 3: the box 4, 2, 3, 9 is empty or reversed"),
