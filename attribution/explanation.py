@@ -83,7 +83,7 @@ class Explanation:
 
     @property
     def note(self) -> str:
-        """What a reader must know: that the target is hardly seen in the image, that the search had no time to search, or that no
+        """What a reader must know: that the target is hardly seen in the image, that the search forwarded too few images, or that no
         independent label is predicted and the most probable is explained; else empty.
         """
         if self.is_hardly_seen:
@@ -103,7 +103,9 @@ class Explanation:
 
     @property
     def is_hardly_searched(self) -> bool:
-        """Whether a search that began with nothing forwarded fewer images than a quarter of the regions."""
+        """Whether the search by budget had no order and no prior to begin with, and forwarded fewer images than a quarter of the
+        regions.
+        """
         settings = self.provenance.get("settings", {})
         begun = settings.get("prior") is not None or "start" in settings.get("search_options", {})
         few = self.regions is not None and self.evaluations < self.regions.count / 4

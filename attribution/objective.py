@@ -17,10 +17,8 @@ from attribution.errors import UserError, describe
 from attribution.masking import RegionInputs
 from attribution.model.classifier import Classifier
 
-IMAGES_PER_GRADIENT = 3  # an image with a gradient counts as three images: a backward pass costs about two forward passes
-
-
 _MOST_WEIGHT = 1e9  # larger ones leave nothing of the other scores in float32
+IMAGES_PER_GRADIENT = 3  # an image with a gradient counts as three images: a backward pass costs about two forward passes
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,9 @@ def explain(
     for name, value, known in (("regions", regions, REGIONS), ("search", search, SEARCHES), ("preset", preset, PRESETS)):
         if value is not None:
             check_choice(name, value, known)
-    usual = BUDGET_FILL if search_meant(search, pending, preset) == "budget" else DEFAULT_FILL
-    options["fill"] = usual if fill is None else fill
+    if fill is None:
+        fill = BUDGET_FILL if search_meant(search, pending, preset) == "budget" else DEFAULT_FILL
+    options["fill"] = fill
     check_choice("precision", precision, (*PRECISIONS, "auto"))
     found = list(find_images(images, out)) if images else demo_image_paths()
     check_folder(out)

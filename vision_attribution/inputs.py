@@ -13,9 +13,9 @@ import typer
 
 from attribution.errors import UserError, printable
 from attribution.figures.style import Figure
-from attribution.files import TEMPORARY, held_folder, read_file, short_name, whole_file
+from attribution.files import held_folder, read_file, short_name, whole_file
 from attribution.image import IMAGE_SUFFIXES, image_files
-from evaluation.study.records import MARK
+from evaluation.study.records import MARK, sweep
 
 
 class Stopped(Exception):
@@ -32,8 +32,7 @@ def own_folder(out: Path) -> Iterator[None]:
     """Hold an output folder of single images (see ``held_folder``), and remove what killed runs were writing there."""
     with held_folder(out):
         if not (out / MARK).exists():  # a study sweeps its own folder
-            for left in out.glob(f"{TEMPORARY}*"):
-                left.unlink(missing_ok=True)
+            sweep(out, below=False)
         yield
 
 

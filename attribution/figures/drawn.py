@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 
@@ -111,14 +110,6 @@ class DrawnFailure(Protocol):
     def peak(self) -> int: ...
     @property
     def fill(self) -> Tensor: ...
-
-
-def seen_pixels(regions: DrawnRegions) -> np.ndarray:
-    """Where the model sees the image: bool [H, W]."""
-    top, left, bottom, right = regions.seen or (0, 0, *regions.labels.shape)
-    seen = np.zeros(tuple(regions.labels.shape), dtype=bool)
-    seen[top:bottom, left:right] = True
-    return seen
 
 
 def whole_of(regions: DrawnRegions) -> str:

@@ -10,7 +10,7 @@ from matplotlib.collections import LineCollection
 from scipy.ndimage import distance_transform_edt
 
 from attribution.errors import UserError
-from attribution.figures.drawn import DrawnExplanation, DrawnRegions, seen_pixels, whole_of
+from attribution.figures.drawn import DrawnExplanation, whole_of
 from attribution.figures.style import (
     DELETION,
     INK,
@@ -25,6 +25,7 @@ from attribution.figures.style import (
     draw_title,
     gray_photo,
     one_line,
+    seen_pixels,
     shown_pixels,
     style_curves,
 )
@@ -105,11 +106,7 @@ def draw_heatmap(ax: Axes, explanation: DrawnExplanation) -> None:
     values = np.where(broken, 0.0, values)
     ax.imshow(gray_photo(explanation.image), cmap="gray", vmin=0, vmax=1)
     top = float(np.abs(values).max())
-    seen = values
-    if crop := _crop(explanation):
-        inside = np.zeros(values.shape, dtype=bool)
-        inside[crop[0] : crop[2], crop[1] : crop[3]] = True
-        seen = np.where(inside, values, np.nan)
+    seen = np.where(seen_pixels(values.shape, _crop(explanation)), values, np.nan)
     method = explanation.provenance.get("settings", {}).get("method")
     note = f" ({int(broken.sum())} values not finite)" if broken.any() else ""
     if "layer" in explanation.provenance:
@@ -136,20 +133,21 @@ def draw_regions(ax: Axes, explanation: DrawnExplanation, chosen: int, share: fl
     """Draw the first regions of the order in colour with rank and border, the other regions dimmed."""
     regions, order, scores = explanation.regions, explanation.order, explanation.insertion_scores
     assert regions is not None and order is not None and scores is not None
-    labels, seen = regions.labels.numpy(), seen_pixels(regions)
-    selected = np.isin(labels, order[:chosen].numpy()) & seen
+    labels = regions.labels.numpy()
+    visible = np.where(seen_pixels(labels.shape, regions.seen), labels, -1)
+    there = np.setdiff1d(visible, -1)
+    first = [region for region in order[:chosen].tolist() if region in there]
+    selected = np.isin(visible, first)
     ax.imshow(np.where(selected[:, :, None], shown_pixels(explanation.image), dimmed_photo(explanation.image)))
     ax.add_collection(LineCollection(border_segments(labels), colors="white", linewidths=0.5, alpha=0.8))
     shown = np.where(selected, labels, -1)
     ax.add_collection(LineCollection(border_segments(shown), colors=INK, linewidths=1.1))
-    ranked = [each for each in order[: min(chosen, _NUMBERED)].tolist() if each in labels[seen]]
-    for rank, (x, y) in enumerate(_label_points(regions, ranked), start=1):
+    for rank, (x, y) in enumerate(_label_points(visible, first[:_NUMBERED]), start=1):
         badge = {"boxstyle": "circle,pad=0.18", "facecolor": "white", "edgecolor": INK, "linewidth": 0.7, "alpha": 0.9}
         ax.text(x, y, str(rank), ha="center", va="center", fontsize=6.5, color=INK, bbox=badge)
     ax.set_xlim(-0.5, labels.shape[1] - 0.5)
     ax.set_ylim(labels.shape[0] - 0.5, -0.5)
-    made, whole = len(np.unique(labels[selected])), len(np.unique(labels[seen]))
-    count = f"{made} of {whole} regions, {float(explanation.area[chosen]):.0%} of {whole_of(regions)}"
+    count = f"{len(first)} of {len(there)} regions, {float(explanation.area[chosen]):.0%} of {whole_of(regions)}"
     reached = float(scores[chosen])
     enough = explanation.fill_confidence < share * explanation.confidence <= reached
     verb = "gives" if chosen == 1 else "give"
@@ -185,11 +183,11 @@ def draw_curves(ax: Axes, explanation: DrawnExplanation, chosen: int | None = No
     draw_title(ax, title)
 
 
-def _label_points(regions: DrawnRegions, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """For each region, the seen pixel (x, y) farthest from its border."""
-    points, seen = [], seen_pixels(regions)
+def _label_points(labels: np.ndarray, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """For each region of labels [H, W], the pixel (x, y) farthest from its border."""
+    points = []
     for region in ids:
-        depth = distance_transform_edt(np.pad((regions.labels.numpy() == region) & seen, 1))[1:-1, 1:-1]
+        depth = distance_transform_edt(np.pad(labels == region, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(depth.argmax(), depth.shape)
         points.append((int(x), int(y)))
     return points

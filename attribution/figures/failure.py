@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from attribution.figures.drawn import DrawnFailure, DrawnRepair, seen_pixels, whole_of
+from attribution.figures.drawn import DrawnFailure, DrawnRepair, whole_of
 from attribution.figures.style import (
     INK,
     Figure,
@@ -18,6 +18,7 @@ from attribution.figures.style import (
     draw_crop,
     draw_title,
     gray_photo,
+    seen_pixels,
     shown_pixels,
     style_curves,
 )
@@ -56,7 +57,7 @@ def _predicted(failure: DrawnFailure) -> str:
 def _draw_causes(ax: Axes, failure: DrawnFailure) -> None:
     regions = failure.truth.regions
     assert regions is not None
-    values = np.where(seen_pixels(regions), failure.causes[regions.labels].numpy(), np.nan)
+    values = np.where(seen_pixels(regions.labels.shape, regions.seen), failure.causes[regions.labels].numpy(), np.nan)
     ax.imshow(gray_photo(failure.truth.image, 0.3), cmap="gray", vmin=0, vmax=1)
     image = ax.imshow(values, cmap="RdBu", vmin=-1, vmax=1, alpha=0.62, interpolation="nearest")
     draw_colorbar(ax, image, [-1, 0, 1], ["cause", "0", "support"], fraction=0.04, fontsize=8)
@@ -72,7 +73,7 @@ def _draw_repair(ax: Axes, failure: DrawnFailure, repair: DrawnRepair | None, hi
         _draw_image(ax, 0.75 + 0.25 * shown_pixels(failure.truth.image))
         draw_title(ax, "no removal corrects it" if hide else "no regions alone suffice")
         return
-    seen = seen_pixels(regions)
+    seen = seen_pixels(regions.labels.shape, regions.seen)
     inside = np.isin(regions.labels.numpy(), repair.regions.numpy()) & seen
     shown = ~inside if hide else inside
     pixels = np.where(shown[:, :, None], shown_pixels(failure.truth.image), shown_pixels(failure.fill))

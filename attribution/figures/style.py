@@ -35,8 +35,10 @@ class Figure(MatplotlibFigure):
         """Write the figure, as matplotlib does. SVG and PDF files name no date, and the marks inside an SVG file are not random."""
         suffix = Path(fname).suffix[1:] if isinstance(fname, (str, os.PathLike)) else ""
         date = _DATES.get((kwargs.get("format") or suffix or matplotlib.rcParams["savefig.format"]).lower())
-        if date:
-            kwargs["metadata"] = {date: None, **(kwargs.get("metadata") or {})}
+        if date is None:
+            super().savefig(fname, **kwargs)
+            return
+        kwargs["metadata"] = {date: None, **(kwargs.get("metadata") or {})}
         with matplotlib.rc_context({"svg.hashsalt": "vision-attribution"}):
             super().savefig(fname, **kwargs)
 
@@ -131,6 +133,14 @@ def shown_pixels(image: Tensor) -> np.ndarray:
 def dimmed_photo(image: Tensor) -> np.ndarray:
     """An image float [3, H, W] in light gray [H, W, 3], for parts that do not count."""
     return 0.75 + 0.25 * shown_pixels(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+
+
+def seen_pixels(shape: Sequence[int], crop: Sequence[int] | None) -> np.ndarray:
+    """Where the model sees an image of shape (H, W): bool [H, W], True inside the crop (top, left, bottom, right), or everywhere."""
+    top, left, bottom, right = crop or (0, 0, *shape)
+    seen = np.zeros(tuple(shape), dtype=bool)
+    seen[top:bottom, left:right] = True
+    return seen
 
 
 def draw_crop(ax: Axes, crop: Sequence[int] | None) -> None:

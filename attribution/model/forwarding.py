@@ -455,8 +455,12 @@ class ModuleForward:
         given = self._filled_up(inputs)
         with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
             output = self.run(given, plainly)
+        return self._read(output, len(given))[: len(inputs)]
+
+    def _read(self, output: Any, images: int) -> Tensor:
+        """The scores in what the module returned of so many images."""
         classes = self.classes if self._outputs is None else self._outputs.count
-        return read_scores(output, len(given), self.device, self.name, self.output, classes)[: len(inputs)]
+        return read_scores(output, images, self.device, self.name, self.output, classes)
 
     def _filled_up(self, inputs: Tensor) -> Tensor:
         """Inputs, and the last of them again until there are as many as the module takes."""
@@ -498,9 +502,7 @@ class ModuleForward:
         """Whether a copy of a module gives the same scores of one batch up to the rounding of float32."""
 
         def scores(module: Any) -> Tensor:
-            output = module(given.clone(), **self.forward_kwargs)
-            classes = self.classes if self._outputs is None else self._outputs.count
-            return read_scores(output, len(given), self.device, self.name, self.output, classes).double()
+            return self._read(module(given.clone(), **self.forward_kwargs), len(given)).double()
 
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), uncompiled(module):
             plain, found = scores(module), scores(twin)

@@ -70,7 +70,7 @@ def timm_geometry(config: Mapping[str, Any]) -> dict[str, Any]:
         "size": side,
         "resize": resize,
         "resized": resized,
-        "interpolation": {"random": "bilinear"}.get(config["interpolation"], config["interpolation"]),
+        "interpolation": config["interpolation"],
         "padding": "black" if config["crop_pct"] > 1 and resize != "long_side" else "mean",
         # square inputs go through torchvision's own resize
         "rounding": "timm" if resize == "long_side" or resized[0] != resized[1] else "torchvision",

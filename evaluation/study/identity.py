@@ -1,9 +1,8 @@
 """Identity: the one place that says what a record depends on.
 
-A record is kept under a key. The key is a digest of the model (weights, preprocessing, class names, precision, our version, the library
-that cuts superpixels), of the
-pixels that were measured, and of every setting that the number depends on. Where one of them changes, the key changes, and the
-record is measured again.
+A record is kept under a key. The key is a digest of the model (weights, options, the file of a function that makes it, preprocessing,
+class names, precision, our version, the library that cuts superpixels), of the pixels that were measured, and of every setting that the
+number depends on. Where one of them changes, the key changes, and the record is measured again.
 """
 
 from __future__ import annotations

@@ -150,9 +150,9 @@ def is_intact(path: Path) -> bool:
         return False
 
 
-def sweep(out: Path) -> None:
-    """Remove what killed runs were writing. Only the process that holds the folder's log may do that."""
-    for path in out.rglob(f"{TEMPORARY}*"):
+def sweep(out: Path, below: bool = True) -> None:
+    """Remove what killed runs were writing, also in the folders below. Only the process that holds the folder may do that."""
+    for path in (out.rglob if below else out.glob)(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
