@@ -42,6 +42,11 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a few words: of a file, without its name and the number of the error, which messages need not repeat."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def printable(text: str) -> str:
     """A text of data, such as the name of a file, as a terminal can show it: one line, and nothing that steers the terminal.
 

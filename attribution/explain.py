@@ -350,7 +350,8 @@ def _pending(value: int | str, size: int) -> int:
 
 def _check_options(options: Mapping[str, Any], taken: Sequence[str], what: str) -> None:
     if unknown := [name for name in options if name not in taken]:
-        raise UserError(f"{what} options {', '.join(unknown)} are unknown: expected {', '.join(taken) or 'none'}")
+        budgets = "; the number of images is an option of search budget" if "evaluations" in unknown else ""
+        raise UserError(f"{what} options {', '.join(unknown)} are unknown: expected {', '.join(taken) or 'none'}{budgets}")
 
 
 def _ordered(search: Search, objective: SubmodularObjective | MeanObjective, options: Mapping[str, Any]) -> Tensor:

@@ -88,11 +88,11 @@ def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
         OSError: with a reason in ``strerror``, also where the file is of another kind, or too large.
         ValueError: a null byte in the name.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: expected a file", str(path))
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe without a writer would wait
     with os.fdopen(handle, "rb") as file:
         kind = os.fstat(handle)
-        if stat.S_ISDIR(kind.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(kind.st_mode):
             raise OSError(errno.EINVAL, "it is a pipe, a device or a socket: expected a regular file", str(path))
         if kind.st_size > most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,12 +101,18 @@ def _read_torch(path: Path, mapped: bool = False) -> Any:
             "the model's state_dict() with torch.save"
         )
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the version of a pickle
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types for damaged or unsafe files
         foreign = re.search(r"(?:GLOBAL|class) (\S+?) (?:was not an allowed|which)", str(error))
         inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        reason = f"it holds an object of {foreign[1]}, whose code would run" if foreign else first_line(inner[1] if inner else error)
+        if foreign:
+            reason = f"it holds an object of {foreign[1]}, whose code would run"
+        elif inner is None and "weights_only" in str(error):  # torch advises to run the code of the file
+            reason = "it is damaged, or no file of torch.save"
+        else:
+            reason = first_line(inner[1] if inner else error)
         raise UserError(
             f"{path} cannot be read as weights only ({reason}): save model.state_dict() with torch.save, or use safetensors"
         ) from None

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from attribution.errors import UserError, describe
+from attribution.checks import check_choice
+from attribution.errors import UserError, describe, reason_of
 from attribution.files import read_text
 from attribution.model import huggingface, zero_shot, zoo
 from attribution.model.checkpoints import (
@@ -32,6 +33,7 @@ from attribution.model.classifier import Classifier
 from attribution.model.factory import code_digest, from_factory, names_factory
 from attribution.model.forwarding import first_line, resolve_device
 from attribution.model.matching import timm_geometry
+from attribution.model.outputs import Meaning
 from attribution.model.preprocessing import checked_sides
 from attribution.model.prototypes import PrototypeForward
 from attribution.model.saving import PROTOTYPES, Card, Recipe, read_card
@@ -99,8 +101,9 @@ def load_classifier(
     kept = None if checkpoint is None else Checkpoint(Path(checkpoint), checkpoint_key)
     size = None if settings.get("size") is None else checked_sides(settings["size"])
     wanted = Wanted(kept, pretrained, size, options or {})
-    if (source in SOURCES and name) or Path(spec).is_dir():
-        built = SOURCES[source](name, wanted) if source in SOURCES else huggingface.hugging_face(spec, wanted)
+    by_name = source in SOURCES and bool(name)
+    if by_name or (spec and Path(spec).is_dir()):
+        built = SOURCES[source](name, wanted) if by_name else huggingface.hugging_face(spec, wanted)
         return _classifier(spec, built, wanted, resolve_device(device), class_names, batch_size, settings)
     if Path(spec).suffix == ".safetensors":
         wanted.only(spec, "size")
@@ -198,7 +201,7 @@ def read_class_names(path: Path) -> list[str]:
     try:
         names = [name.strip() for name in read_text(path).rstrip().split("\n")]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}): expected one class name a line") from None
+        raise UserError(f"{path} cannot be read as text ({reason_of(error)}): expected one class name a line") from None
     if names == [""]:
         raise UserError(f"{path} is empty: expected one class name a line")
     if "" in names:
@@ -333,8 +336,6 @@ def _from_saved_file(
             f"{path} was made by the factory {recipe.model}, whose code would run: if you trust it, give --model {recipe.model} "
             f"--checkpoint {path}"
         )
-    if "size" not in card.settings:
-        raise UserError(f"{path} has a card that save_classifier did not write: it names no size of the input")
     height, width = checked_sides(card.settings["size"])
     if size is not None:
         card = replace(card, settings=resized_to(card.settings, size))
@@ -363,7 +364,10 @@ def _carded(
     """A module with the preprocessing, the class names and the prototypes of a card."""
     own = {"name": f"{card.recipe.model}@{path.stem}", **card.settings, **settings}
     head = card.prototypes
-    made = Classifier(module.to(device).eval(), class_names=None if head else names or card.class_names, batch_size=batch_size, **own)
+    try:
+        made = Classifier(module.to(device).eval(), class_names=None if head else names or card.class_names, batch_size=batch_size, **own)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     made.recipe = card.recipe
     if head is None:
         return made
@@ -371,9 +375,12 @@ def _carded(
     if PROTOTYPES not in state or not {"scale", "bias", "kind", "normalize", "takes_output"} <= set(head):
         raise UserError(f"{path} says that it has prototypes, but lacks them or their scale: it was not written by save_classifier")
     matrix = state[PROTOTYPES].float().to(device)
-    forward = PrototypeForward(
-        made.forward, matrix, float(head["scale"]), bool(head["normalize"]), float(head["bias"]), head["kind"], bool(head["takes_output"])
-    )
+    try:
+        check_choice("kind", head["kind"], get_args(Meaning))
+        scale, bias = float(head["scale"]), float(head["bias"])
+        forward = PrototypeForward(made.forward, matrix, scale, bool(head["normalize"]), bias, head["kind"], bool(head["takes_output"]))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has prototypes that cannot be used ({error}): it was not written by save_classifier") from None
     return made.with_forward(forward, class_names=names or card.class_names)
 
 

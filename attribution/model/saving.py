@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,38 @@ _SAVED_SETTINGS = (*_WAY, "head", "scores", "output", "forward_kwargs", "channel
 PROTOTYPES = "vision-attribution.prototypes"  # the name of their matrix among the weights
 _OF_FILES = ("path", "dir", "pretrained", "weights", "url", "file")  # options of libraries that read further files
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a side, or (height, width), that a file may ask for."""
+    sides = value if isinstance(value, tuple) else (value, value)
+    return len(sides) == 2 and all(is_whole(side) and 1 <= side <= LARGEST_INPUT for side in sides)
+
+
+def _is_mapping(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _names_no_file(options: Any) -> bool:
+    return _is_mapping(options) and not any(word in key for key in options or () for word in _OF_FILES)
+
+
+def _anything(value: Any) -> bool:
+    return True  # the classifier checks it
+
+
+_PARTS: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # of a card: whether a value can be one, and what else was expected
+    "size": (_is_size, f"a side, or [height, width], of at most {LARGEST_INPUT} pixels"),
+    "resized": (lambda value: value is None or _is_size(value), f"a side, or [height, width], of at most {LARGEST_INPUT} pixels"),
+    "head": (lambda value: isinstance(value, str | None), "the name of a layer, or null"),
+    "output": (lambda value: isinstance(value, str | int | None) and not isinstance(value, bool), "a name, an index, or null"),
+    "channels_last": (lambda value: isinstance(value, bool), "true or false"),
+    "forward_kwargs": (_is_mapping, "names with values"),
+    "class_names": (lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value), "a list of texts"),
+    "options": (_names_no_file, "names with values, none of which names a file"),
+    "config": (_is_mapping, "names with values"),
+    "prototypes": (_is_mapping, "names with values"),
+}
 
 
 @dataclass(frozen=True)
@@ -124,27 +157,18 @@ def read_card(path: Path) -> Card | None:
         return None
     own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in card["settings"].items()}
     parts = {name: card.get(name) for name in ("options", "config", "prototypes")}
-    names = card.get("class_names")
-    usable = set(own) <= set(_SAVED_SETTINGS) and isinstance(names, list) and all(isinstance(name, str) for name in names)
-    usable = usable and all(value is None or isinstance(value, dict) for value in (*parts.values(), own.get("forward_kwargs")))
-    usable = usable and not any(word in key for key in parts["options"] or () for word in _OF_FILES)
-    usable = (
-        usable and all(_is_size(own[name]) for name in ("size", "resized") if own.get(name) is not None) and own.get("size", 1) is not None
-    )
-    usable = usable and isinstance(own.get("head"), str | None)
-    if not usable:
-        raise UserError(
-            f"{path} has a card that save_classifier did not write: expected the settings {', '.join(_SAVED_SETTINGS)}, and sides of the "
-            f"input of at most {LARGEST_INPUT} pixels"
-        )
+    if unknown := sorted(own.keys() - set(_SAVED_SETTINGS)):
+        raise _foreign(path, f"its settings have {unknown[0]!r}: expected {', '.join(_SAVED_SETTINGS)}")
+    for name, value in {**own, **parts, "class_names": card.get("class_names"), "size": own.get("size")}.items():
+        fits, expected = _PARTS.get(name, (_anything, ""))
+        if not fits(value):
+            raise _foreign(path, f"its {name} is {reprlib.repr(value)}: expected {expected}")
     recipe = Recipe(card["model"].partition("@")[0], parts["options"] or {}, parts["config"], bool(card.get("tower")))
-    return Card(recipe, tuple(names or ()), own, parts["prototypes"])
+    return Card(recipe, tuple(card["class_names"]), own, parts["prototypes"])
 
 
-def _is_size(value: Any) -> bool:
-    """Whether a value is a side, or (height, width), that a file may ask for."""
-    sides = value if isinstance(value, tuple) else (value,)
-    return 1 <= len(sides) <= 2 and all(is_whole(side) and 1 <= side <= LARGEST_INPUT for side in sides)
+def _foreign(path: Path, what: str) -> UserError:
+    return UserError(f"{path} has a card that save_classifier did not write: {what}")
 
 
 def _card(classifier: Classifier, recipe: Recipe, prototypes: PrototypeForward | None) -> dict[str, Any]:

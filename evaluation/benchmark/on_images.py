@@ -264,7 +264,7 @@ def _judge(case: Case, measure: Measure, protocol: Protocol, curve: Path | None)
     function = METRICS[measure.metric].function
     assert function is not None
     found = attempted(partial(function, case, protocol))
-    if curve is not None and not curve.exists():
+    if curve is not None and not curve.is_file():
         curves = case.curve(protocol)
         names = ("insertion_area", "insertion", "deletion_area", "deletion")
         store_arrays(curve, **{name: getattr(curves, name).numpy() for name in names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -102,6 +102,10 @@ class BenchmarkSettings(StudySettings):
                 raise UserError(f"method_fill is {LINEAR!r}: it fills curves only, methods need a colour, an image or another named fill")
         if not self.confidence:
             raise UserError("confidence is 0: expected a probability above 0, at most 1")
+        own = {each.name: each.default for each in fields(self) if each.name in ("fills", "steps", "pixel_steps", "output")}
+        given = [name for name, default in own.items() if getattr(self, name) != default]
+        if self.protocol is not None and given:
+            raise UserError(f"protocol {self.protocol} has its own {', '.join(own)}: leave out {' and '.join(given)}, or the protocol")
         self.protocols  # noqa: B018  a wrong fill or step rule fails here
 
     @property

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from attribution.errors import UserError
+from attribution.errors import UserError, reason_of
 from attribution.files import read_text
 from attribution.image import IMAGE_SUFFIXES
 from evaluation.data.dataset import CLASS_INDEX, ImageDataset, class_index, some_names
@@ -59,7 +59,7 @@ def _list_rows(path: Path) -> list[_Row]:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): save it as a UTF-8 list of images") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text ({reason_of(error)}): save it as a UTF-8 list of images") from None
     suffix, first = path.suffix.lower(), text.lstrip().partition("\n")[0].rstrip()
     has_header = "path" in re.split(r"[,\s]+", first.lower()) and not _PATH_AND_LABEL.fullmatch(first)
     if suffix == ".txt" and not has_header:

@@ -28,6 +28,7 @@ from attribution.image import IMAGE_SUFFIXES, image_files, load_image
 from evaluation.data.dataset import ImageDataset, class_index, index_of_name, some_names
 from evaluation.data.lists import open_list
 
+DEFAULT_SPLIT = "test"
 PHOTOS = "photos"
 _HIDDEN = re.compile(r"(^|/)\.+[^./]")  # a name that begins with a dot; ".." is the folder above
 _PHOTO_FILES = (
@@ -57,7 +58,7 @@ class Recipe:
 
 
 def open_dataset(
-    source: str | Path, *, root: str | Path | None = None, split: str = "test", class_names: Sequence[str] | None = None
+    source: str | Path, *, root: str | Path | None = None, split: str = DEFAULT_SPLIT, class_names: Sequence[str] | None = None
 ) -> ImageDataset:
     """Open images that a user has: a recipe's data set, a folder or a list of files.
 
@@ -90,6 +91,8 @@ def open_dataset(
     names = _checked_names(class_names)
     if root is not None:
         return _in_terms_of(load_dataset(str(source), root, split), names)
+    if split != DEFAULT_SPLIT and str(source) not in _recipes():
+        raise UserError(f"split is {split!r}, but {source} has no splits: leave it out, or name a recipe ({', '.join(sorted(_recipes()))})")
     if str(source) == PHOTOS:
         return _photos(names)
     path = Path(source)
@@ -131,7 +134,7 @@ def recipe_names() -> list[str]:
     return sorted(_recipes())
 
 
-def load_dataset(name: str, root: str | Path, split: str = "test") -> ImageDataset:
+def load_dataset(name: str, root: str | Path, split: str = DEFAULT_SPLIT) -> ImageDataset:
     """Open a split of a data set that the user has on disk.
 
     Args:

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from attribution.errors import UserError
-from attribution.files import TEMPORARY, CannotWrite, read_file, read_text, whole_file
+from attribution.errors import UserError, reason_of
+from attribution.files import TEMPORARY, CannotWrite, check_folder, read_file, read_text, whole_file
 
 Record = dict[str, Any]
 MARK = "study.json"  # names the study that a folder belongs to
 LOG = "records.jsonl"  # of a study, in its folder
 DIGEST = "digest"  # of a line, its last field
+FILE = "file_digest"  # of a record, that of the file which belongs to it
 
 
 class _Kept(Record):
@@ -89,6 +90,9 @@ def open_log(path: Path) -> Iterator[RecordLog]:
     Raises:
         UserError: another process has it open, or the folder cannot be written.
     """
+    check_folder(path.parent)
+    if path.exists() and not path.is_file():  # a pipe would wait, and a device may have no end
+        raise CannotWrite(f"cannot write {path} (it is a folder, a pipe, a device or a socket): choose another output folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = FileIO(path, "a+")
@@ -114,10 +118,24 @@ def read_log(path: Path) -> dict[str, Record]:
         UserError: no such file, or lines that are damaged or were edited.
     """
     try:
-        data = read_file(path, sys.maxsize)
+        return _intact(_log_bytes(path), path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: name the output folder of an earlier run") from None
+
+
+def _log_bytes(path: Path) -> bytes:
+    """What a log holds.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        UserError: something else than a file.
+    """
+    try:
+        return read_file(path, sys.maxsize)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): name the output folder of an earlier run") from None
-    return _intact(data, path)
+        raise UserError(f"{path} cannot be read ({reason_of(error)}): name the output folder of an earlier run") from None
 
 
 def store_arrays(path: Path, **arrays: np.ndarray | np.generic) -> None:
@@ -141,19 +159,41 @@ def stored_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged: remove that file; what it held is measured again") from None
 
 
-def is_intact(path: Path) -> bool:
-    """Whether an npz file can be read to its end: it is there, it is no other kind of file, and every array has its checksum."""
+def is_intact(path: Path, digest: str | None = None) -> bool:
+    """Whether an npz file is that of its record: it is there, it can be read to its end, and it has the digest that the record gives.
+
+    Args:
+        path: of the file.
+        digest: from ``file_digest``; None takes any npz file whose arrays have their checksums.
+    """
+    if not path.is_file():
+        return False
     try:
+        if digest is not None:
+            return file_digest(path) == digest
         with zipfile.ZipFile(path) as arrays:
             return bool(arrays.namelist()) and arrays.testzip() is None
     except Exception:  # a damaged file can raise any exception inside the decoder
         return False
 
 
+def file_digest(path: Path) -> str:
+    """A digest of the bytes of a file that belongs to a record.
+
+    Raises:
+        CannotWrite: it was not written.
+    """
+    try:
+        return hashlib.sha256(read_file(path, sys.maxsize)).hexdigest()[:16]
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path} ({reason_of(error)}): choose another output folder") from None
+
+
 def sweep(out: Path, below: bool = True) -> None:
     """Remove what killed runs were writing, also in the folders below. Only the process that holds the folder may do that."""
     for path in (out.rglob if below else out.glob)(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def shard_name(number: int) -> str:
@@ -180,7 +220,7 @@ def read_all(out: Path) -> dict[str, Record]:
     kept: dict[str, Record] = {}
     for path in sorted(out.glob("records-*.jsonl")):  # before the log, into which they may move at any moment
         with suppress(FileNotFoundError):
-            kept |= _intact(path.read_bytes(), path)
+            kept |= _intact(_log_bytes(path), path)
     return kept | read_log(out / LOG)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,23 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from rich.console import Console
 
-from attribution.errors import NotApplicable, NotMisclassified
+from attribution.errors import NotApplicable, NotMisclassified, UserError
 from attribution.provenance import digest_of
 from evaluation.study.attempts import Broken, attempted, attempted_each
-from evaluation.study.records import LOG, Record, RecordLog, check_study, is_intact, open_log, read_all, sweep, take_over
+from evaluation.study.records import (
+    FILE,
+    LOG,
+    MARK,
+    Record,
+    RecordLog,
+    check_study,
+    file_digest,
+    is_intact,
+    open_log,
+    read_all,
+    sweep,
+    take_over,
+)
 from evaluation.study.report import ReportFiles
 from evaluation.study.settings import StudySettings
 
@@ -30,6 +44,7 @@ M = TypeVar("M")
 Item = TypeVar("Item", bound=Hashable)
 Progress = Callable[[int, int, str], None]
 Found = Iterable[tuple[Any, "Record | Exception"]]
+_TOLD = 5  # damaged files that a warning names
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ class Run(Generic[S]):
         reading: whether to return only what the folder holds, without measuring or writing.
         failures: what failed so far.
         intact, damaged: files of records that were read to their end, and those that could not be.
+        found: records that stages returned.
     """
 
     study: Study[S, Any, Any]
@@ -126,6 +142,7 @@ class Run(Generic[S]):
     failures: list[Failed] = field(default_factory=list)
     intact: set[Path] = field(default_factory=set)
     damaged: set[Path] = field(default_factory=set)
+    found: int = 0
     done: int = 0
     total: int = 0
     stages: int = 0
@@ -195,15 +212,24 @@ class Run(Generic[S]):
         if part not in unit.files:
             return True
         path = unit.files[part]
-        if path not in self.intact and path.exists():
-            if is_intact(path):
-                self.intact.add(path)
-            elif path not in self.damaged:
-                self.damaged.add(path)
-                warnings.warn(f"{path} is damaged: what it held {'is left out' if self.reading else 'is measured again'}", stacklevel=2)
-                if not self.reading:
+        kept = self.log.records.get(unit.parts[part], {})
+        if path in self.intact or is_intact(path, kept.get(FILE)):
+            self.intact.add(path)
+        elif kept and path not in self.damaged:
+            self.damaged.add(path)
+            self._tell_damage(path)
+            if not self.reading:
+                with suppress(OSError):  # it is not there, or a folder, which says so when the file is written
                     path.unlink()
         return path in self.intact
+
+    def _tell_damage(self, path: Path) -> None:
+        """Warn about a file; about the first few, where many are gone."""
+        then = "what it held is left out" if self.reading else "what it held is measured again"
+        if len(self.damaged) < _TOLD:
+            warnings.warn(f"{path} is {'damaged' if path.exists() else 'missing'}: {then}", stacklevel=2)
+        elif len(self.damaged) == _TOLD:
+            warnings.warn(f"{path} and further files are damaged or missing: {then}", stacklevel=2)
 
     def _measured(self, item: Item, unit_of: Callable[[Item], Unit | None]) -> dict[Any, Record]:
         unit: Unit | None = None
@@ -219,12 +245,16 @@ class Run(Generic[S]):
         if unit is None:
             return {}
         known = {part: self.log.records.get(key) for part, key in unit.parts.items() if self._has_file(unit, part)}
-        return {part: record for part, record in known.items() if record is not None}
+        kept = {part: record for part, record in known.items() if record is not None}
+        self.found += len(kept)
+        return kept
 
     def _keep(self, item: Any, unit: Unit, part: Any, record: Record | Exception, missing: Sequence[Any]) -> None:
         if isinstance(record, Exception):
             self.fail(item, part, str(record), refused=isinstance(record, NotApplicable))
         elif part in missing:
+            if part in unit.files:
+                record = {**record, FILE: file_digest(unit.files[part])}
             try:
                 self.log.append(unit.parts[part], record)
             except ValueError:  # JSON holds no NaN
@@ -247,22 +277,39 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
     """
     out = Path(out)
     check_study(out, study.name)
+    made = [path for path in (out / LOG, out / MARK) if not path.exists()]
     with open_log(out / LOG) as log:
         check_study(out, study.name, mark=True)
         sweep(out)
         take_over(out, log)
-        return study.measure(Run(study, settings, out, log, executor, progress))
+        try:
+            return study.measure(Run(study, settings, out, log, executor, progress))
+        except UserError:
+            if not log.records:
+                _leave(out, made)
+            raise
+
+
+def _leave(out: Path, made: Sequence[Path]) -> None:
+    """Remove the files of a run that could not begin, and its folder where that holds nothing else."""
+    for path in made:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:
     """Read the results that a folder holds for some settings, without measuring. The run may be finished, under way or killed.
 
     Raises:
-        UserError: no records in the folder, or those of another study.
+        UserError: no records of these settings in the folder, or those of another study.
     """
     check_study(Path(out), study.name)
-    log = RecordLog(Path(out) / LOG, None, read_all(Path(out)))
-    return study.measure(Run(study, settings, Path(out), log, reading=True))
+    reading = Run(study, settings, Path(out), RecordLog(Path(out) / LOG, None, read_all(Path(out))), reading=True)
+    results = study.measure(reading)
+    if not reading.found:
+        raise UserError(f"{out} holds no records of these settings: give those of the run, or measure first")
+    return results
 
 
 def batches(values: Sequence[Item], size: int) -> list[tuple[Item, ...]]:

@@ -23,8 +23,9 @@ import torch
 
 from attribution.baselines.smoothing import Smoothing
 from attribution.checks import LARGEST_SEED, check_choice, check_number, check_whole
-from attribution.errors import UserError, describe
+from attribution.errors import UserError, describe, reason_of
 from attribution.files import read_text
+from attribution.image import IMAGE_SUFFIXES
 from attribution.model.classifier import Classifier
 from attribution.model.forwarding import PRECISIONS
 from attribution.model.loading import load_classifier, read_class_names
@@ -36,6 +37,7 @@ from attribution.objective import ScoreWeights
 from attribution.provenance import plain_settings
 from attribution.regions import REGIONS, Regions
 from evaluation.data.dataset import ImageDataset
+from evaluation.data.lists import LIST_SUFFIXES
 from evaluation.data.recipes import load_recipe, open_dataset, recipe_names
 
 T = TypeVar("T", bound="StudySettings")
@@ -279,7 +281,10 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path, most=_LARGEST_FILE))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as TOML ({error})") from None
+        images = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES | LIST_SUFFIXES
+        raise UserError(
+            f"{path} cannot be read as TOML ({reason_of(error)})" + (f"; images are named by --data {path}" if images else "")
+        ) from None
 
 
 def settings_of(cls: type) -> dict[str, Setting]:

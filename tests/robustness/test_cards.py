@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -49,29 +51,31 @@ def changed(card: dict[str, Any], where: tuple[str, ...], value: Any) -> dict[st
     return copy
 
 
-CHANGES: list[tuple[tuple[str, ...], Any]] = [
-    *(((("settings", "size"), value)) for value in ("32", None, [], [32], [32, 32, 32], ["a", "b"], 0, -1, 1.5, True, 10**9, {})),
-    (("settings", "size"), [32, 10**9]),
-    *(((("settings", "resized"), value)) for value in (10**9, "32", [1], DEEP)),
-    *(((("settings", "mean"), value)) for value in ("x", None, [], [1], [[0, 0, 0]], ["a", "b", "c"], [1e400, 0, 0])),
-    *(((("settings", "std"), value)) for value in ([0, 0, 0], [-1, 1, 1], None)),
-    *(((("settings", name), value)) for name in ("resize", "interpolation", "channels", "rounding", "padding") for value in (5, "x", [])),
-    *(((("settings", name), value)) for name in ("head", "scores", "output") for value in (5, "x", [], {})),
-    (("settings", "forward_kwargs"), {"mask": "x"}),
-    (("settings", "channels_last"), "yes"),
-    (("settings", "unknown"), 1),
-    *((("model",), value) for value in ("", "x", "zoo:none", "timm:none", "timm:../../x", "file.py:make", "os:system", "hf:/etc", 5, None)),
-    *((("class_names",), value) for value in (None, 5, "cat", [1], ["a"], ["a\nb"] * 10, DEEP)),
-    *((("options",), value) for value in (5, {"checkpoint_path": "/etc/passwd"}, {"pretrained": True}, {"x": 1})),
-    *((("config",), value) for value in (5, [], {"auto_map": {"x": "y"}})),
-    *((("prototypes",), value) for value in (5, {}, {"scale": "x"})),
-]  # fmt: skip
+CASES = [re.split(" => ", line, maxsplit=1) for line in (Path(__file__).parent / "cards.txt").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("number", range(len(CHANGES)))
-def test_a_changed_card_is_read_or_refused(saved: Path, tmp_path: Path, number: int) -> None:
-    where, value = CHANGES[number]
-    attempt(with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), where, value)))
+def change(text: str) -> tuple[tuple[str, ...], Any]:
+    """Where a line of ``cards.txt`` changes the card, and the value there."""
+    where, value = text.split(" ", 1)
+    return tuple(where.split(".")), DEEP if value == "DEEP" else json.loads(value)
+
+
+@pytest.mark.parametrize(("text", "line"), CASES, ids=[text for text, _ in CASES])
+def test_a_changed_card_is_read_or_refused(saved: Path, tmp_path: Path, text: str, line: str) -> None:
+    """``cards.txt`` holds one change a line: the part of the card, its value, " => ", and how the refusal begins, or "read"."""
+    path = with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), *change(text)))
+    assert attempt(path).replace(str(path), "FILE").startswith("" if line == "read" else line)
+    assert (attempt(path, forward=False) == "") == (line == "read")
+
+
+def test_prototypes_that_cannot_be_used(tmp_path: Path, cnn: at.Classifier) -> None:
+    path = tmp_path / "prototypes.safetensors"
+    at.save_classifier(cnn.with_prototypes(torch.eye(10)), path)
+    assert attempt(path) == ""
+    card, tensors = card_of(path), load_file(path)
+    for name, value in (("scale", "x"), ("scale", None), ("bias", []), ("kind", 5), ("kind", "x")):
+        save_file(tensors, path, metadata={KEY: json.dumps(changed(card, ("prototypes", name), value))})
+        assert attempt(path).startswith(f"{path} has prototypes that cannot be used")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", '"x"', '{"model": 1}', "[" * 5000, '{"a":' * 5000, "\x00"])
@@ -82,14 +86,17 @@ def test_a_card_that_is_none_is_refused(saved: Path, tmp_path: Path, text: str) 
     assert len(printable(str(caught.value))) < 1500
 
 
-def attempt(path: Path) -> None:
-    """Load a file, which may be refused by one line, but not break in another way."""
+def attempt(path: Path, forward: bool = True) -> str:
+    """Load and forward a file, which may be refused by one line, but not break in another way; the refusal."""
     refusal = ""
     try:
-        at.load_classifier(str(path), device="cpu")
+        classifier = at.load_classifier(str(path), device="cpu")
+        if forward:
+            classifier.logits(torch.zeros(1, 3, *classifier.preprocessing.size))
     except at.UserError as error:
         refusal = str(error)
-    assert "\n" not in refusal and len(refusal) < 2000
+    assert "\n" not in refusal and len(refusal) < 2100
+    return refusal
 
 
 VALUES = st.recursive(
@@ -121,7 +128,7 @@ def test_large_inputs_are_refused_unless_asked_for(saved: Path, tmp_path: Path) 
 
 
 def test_the_command_answers_by_one_line(run_command: Run, saved: Path, tmp_path: Path) -> None:
-    for where, value in CHANGES[:4]:
-        path = with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), where, value))
+    for text, _ in CASES[:4]:
+        path = with_card(saved, tmp_path / "model.safetensors", changed(card_of(saved), *change(text)))
         code, _, err = run_command("explain", "--model", path, "--out", tmp_path / "out")
         assert (code, err.count("\n"), err.startswith("error: ")) == (2, 1, True)

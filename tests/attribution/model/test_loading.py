@@ -327,7 +327,7 @@ def test_a_saved_file_with_a_broken_card(card: str, tmp_path: Path) -> None:
 
 def test_a_saved_file_that_names_itself_does_not_recurse(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    card = f'{{"model": "{path.as_posix()}", "settings": {{}}, "class_names": []}}'
+    card = f'{{"model": "{path.as_posix()}", "settings": {{"size": 32}}, "class_names": []}}'
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"vision-attribution": card})
     with pytest.raises(at.UserError, match="a card that save_classifier did not write: it names"):
         at.load_classifier(path, device="cpu")

@@ -281,8 +281,11 @@ def test_the_command_is_made_of_the_settings(
     file.write_text(f'data = "{data}"\nregion_count = 4\nfill = "blur"\n')
     call(example, file, "--fill", "black", "--out", out)  # options win over the file
     assert found == []
-    call(example, file, "--out", out, "--no-measure")
-    assert found == [] and json.loads((out / "brightness.json").read_text())["settings"]["fill"] == "blur"
+    with pytest.raises(at.UserError, match="holds no records of these settings"):  # an empty page would replace the one that is there
+        call(example, file, "--out", out, "--no-measure")
+    assert found == [] and json.loads((out / "brightness.json").read_text())["settings"]["fill"] == "black"
+    call(example, file, "--out", out)
+    assert found and json.loads((out / "brightness.json").read_text())["settings"]["fill"] == "blur"
     assert settings(example, data, fill="#102030").command_line("brightness") == (
         f"attribution brightness --device cpu --data {data} --region-count 4 --fill '#102030'"
     )
