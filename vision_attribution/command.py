@@ -22,7 +22,7 @@ from evaluation.study.settings import ModelSettings
 from vision_attribution import INTERRUPTED, doctor, explain, neurons
 from vision_attribution.inputs import Stopped, say
 from vision_attribution.one_failure import ONLY, one_failure
-from vision_attribution.studies import Instead, console, extra, study_command, with_settings
+from vision_attribution.studies import Instead, console, extra, merge_command, study_command, with_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +64,7 @@ app.command()(with_settings(explain.explain, ModelSettings))
 app.command()(with_settings(doctor.doctor, ModelSettings))
 for study in STUDIES.values():
     app.command()(study_command(study, *BESIDE.get(study.name, ())))
+app.command()(merge_command())
 
 
 def run(program: typer.Typer) -> int:

@@ -16,9 +16,11 @@ from rich.text import Text
 
 from attribution.errors import UserError, printable
 from attribution.model.classifier import Classifier
-from evaluation.study.processes import executor_of
+from evaluation.studies import STUDIES
+from evaluation.study.executors import executor_of
 from evaluation.study.run import Study, held, run
 from evaluation.study.settings import ModelSettings, Setting, StudySettings, hints_of, option_name, read_values, settings_of
+from evaluation.study.shards import merged, parse_shard, run_shard
 from vision_attribution.inputs import Stopped, say
 from vision_attribution.progress import Bar
 
@@ -43,8 +45,10 @@ def study_command(
     folder, text = Path("out") / study.name, "Measure what is missing, or only show what --out holds."
     out = extra("out", Path, "Folder of records, tables, figures and the page.", "--out", "-o", default=folder, show=True)
     measure = extra("measure", bool, text, "--measure/--no-measure", default=True, show=True)
+    text = "Measure one part of several, such as 3/16, for jobs that know nothing of each other; attribution merge joins their folders."
+    shard = extra("shard", str, text, "--shard")
     options = [each for name in fields(study.settings) for each in _options(study.settings, name)]
-    parameters = [*extras, config, *options, out, measure]
+    parameters = [*extras, config, *options, shard, out, measure]
 
     def command(**values: Any) -> None:
         path = values["config"]
@@ -53,7 +57,10 @@ def study_command(
         try:
             if instead is None or not instead(given, further, values["out"]):
                 settings = study.settings.make(given, "the command" if path is None else str(path))
-                run_study(study, settings, values["out"], measure=values["measure"])
+                if values["shard"] is not None:
+                    measure_shard(study, settings, values["out"], values["shard"])
+                else:
+                    run_study(study, settings, values["out"], measure=values["measure"])
         except KeyboardInterrupt:
             raise Stopped("interrupted: what was measured is kept, the same command continues") from None
 
@@ -104,6 +111,44 @@ def run_study(study: Study[Any, Any, Any], settings: StudySettings, out: Path, *
     if failures := study.failures(results):
         count = f"{len(failures)} measurement{'' if len(failures) == 1 else 's'}"
         raise UserError(f"{count} failed, such as {': '.join(failures[0])} (all are listed in {files.html}; the others count)")
+
+
+def measure_shard(study: Study[Any, Any, Any], settings: StudySettings, out: Path, text: str) -> None:
+    """Measure a part of a study, without a page.
+
+    Raises:
+        UserError: no such part, or settings that cannot be run.
+    """
+    shard = parse_shard(text)
+    with Bar(unit=study.noun) as progress:
+        count = run_shard(study, settings, out, shard, executor_of(settings), progress)
+    say(f"shard {shard.number}/{shard.count}: {count} records in {out}; join all shards by: attribution merge FOLDERS --out {study.name}")
+
+
+def merge_command() -> Callable[..., None]:
+    """The command that joins the folders of shards and finishes their study."""
+
+    def merge(folders: list[Path], out: Path) -> None:
+        """Join the folders of shards, and finish their study.
+
+        The shards of one study were measured by --shard 1/N to N/N. Shards of other settings are refused. What needs the records of all
+        shards, or failed in one, is measured now; then the page is written.
+
+        Example:
+
+        - attribution merge out/shard* --out out/benchmark
+        """
+        try:
+            name, settings = merged(folders, out, STUDIES)
+            run_study(STUDIES[name], settings, out)
+        except KeyboardInterrupt:
+            raise Stopped("interrupted: what was joined is kept, the same command continues") from None
+
+    merge.__annotations__ = {
+        "folders": Annotated[list[Path], typer.Argument(help="Folders that --shard wrote, of all parts.", metavar="OUT...")],
+        "out": Annotated[Path, typer.Option("--out", "-o", help="Folder of the whole study.")],
+    }
+    return merge
 
 
 def console() -> Console:

@@ -93,7 +93,7 @@ def _confidences(
             record = {"model": name, "sample": sample, "confidence": value}
             yield index, Broken(reasons[sample]) if sample in reasons else record
 
-    stage = run.stage(batches(indices, classifier.batch_size), unit_of, lambda _batch: f"{name} confidence of images")
+    stage = run.stage(batches(indices, classifier.batch_size), unit_of, lambda _batch: f"{name} confidence of images", share="all")
     known = {index: record["confidence"] for records in stage.values() for index, record in records.items()}
     return np.array([known.get(index, np.nan) for index in indices], dtype=np.float64)
 

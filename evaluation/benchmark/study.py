@@ -10,7 +10,7 @@ from evaluation.benchmark.results import Results
 from evaluation.benchmark.settings import BenchmarkSettings
 from evaluation.benchmark.summary import Summary, summarise
 from evaluation.benchmark.terminal import print_summary
-from evaluation.study.processes import executor_of
+from evaluation.study.executors import executor_of
 from evaluation.study.run import Progress, Study, run
 
 

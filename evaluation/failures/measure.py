@@ -160,7 +160,7 @@ class _Images:
 
     def predictions(self, chosen: Sequence[int]) -> dict[int, int | list[int]]:
         """The predicted class, or the predicted labels, of every image that can be read, in the order given."""
-        found = self.run.stage(batches(chosen, TOGETHER), self._batch, lambda batch: f"{len(batch)} predictions")
+        found = self.run.stage(batches(chosen, TOGETHER), self._batch, lambda batch: f"{len(batch)} predictions", share="all")
         return {index: record["predicted"] for records in found.values() for index, record in records.items()}
 
     def failures(self, wrong: Sequence[Question]) -> tuple[list[Failed], set[Question]]:

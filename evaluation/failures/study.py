@@ -9,7 +9,7 @@ from evaluation.failures.report import print_failures, write_failures
 from evaluation.failures.results import FailureResults
 from evaluation.failures.settings import FailureSettings
 from evaluation.failures.summary import FailureSummary, summarise_failures
-from evaluation.study.processes import executor_of
+from evaluation.study.executors import executor_of
 from evaluation.study.run import Progress, Study, run
 
 FAILURES: Study[FailureSettings, FailureResults, FailureSummary] = Study(

@@ -134,7 +134,7 @@ class _Paths:
         jobs = {
             f"batch {number}, {kind}": (kind, batch) for number, batch in enumerate(batches(indices, TOGETHER), start=1) for kind in kinds
         }
-        found = self.run.stage(list(jobs), lambda name: self._unit(*jobs[name]))
+        found = self.run.stage(list(jobs), lambda name: self._unit(*jobs[name]), share="end")
         for kind in kinds:
             self.records[kind] = {}
         for name, (kind, _) in jobs.items():
@@ -255,7 +255,7 @@ class _Halves:
             UserError: some of it could not be measured, or is not there to be read.
         """
         run = self.paths.run
-        found = run.stage(self.settings.paths, self._edits, lambda kind: f"edits of {kind}")
+        found = run.stage(self.settings.paths, self._edits, lambda kind: f"edits of {kind}", share="all")
         if missing := [kind for kind in self.settings.paths if not found[kind]]:
             reason = f"{run.log.path} does not hold them" if run.reading else run.failures[-1].reason
             raise UserError(f"the edits of {', '.join(missing)} are not known: {reason}")

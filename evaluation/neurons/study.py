@@ -9,7 +9,7 @@ from evaluation.neurons.report import print_neuron_summary, write_neuron_report
 from evaluation.neurons.results import NeuronResults
 from evaluation.neurons.settings import NeuronSettings
 from evaluation.neurons.summary import NeuronSummary, summarise_neurons
-from evaluation.study.processes import executor_of
+from evaluation.study.executors import executor_of
 from evaluation.study.run import Progress, Study, run
 
 NEURONS: Study[NeuronSettings, NeuronResults, NeuronSummary] = Study(

@@ -8,7 +8,7 @@ from evaluation.pareto.measure import measure_pareto
 from evaluation.pareto.report import print_pareto, write_pareto
 from evaluation.pareto.settings import ParetoResults, ParetoSettings
 from evaluation.pareto.summary import ParetoSummary, summarise_pareto
-from evaluation.study.processes import executor_of
+from evaluation.study.executors import executor_of
 from evaluation.study.run import Progress, Study, run
 
 PARETO: Study[ParetoSettings, ParetoResults, ParetoSummary] = Study(

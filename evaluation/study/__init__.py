@@ -1,9 +1,9 @@
 """What all studies share: records, identity, settings, the run, tables, style and pages. The names below are what a new study needs."""
 
 from evaluation.study.attempts import Broken, attempted, together
+from evaluation.study.executors import executor_of
 from evaluation.study.identity import identity_of, record_key, sample_seed
 from evaluation.study.page import write_text
-from evaluation.study.processes import executor_of
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
 from evaluation.study.run import Run, Study, Unit, batches, held, problems, run
 from evaluation.study.settings import StudySettings, named_data, named_model, setting

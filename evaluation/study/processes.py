@@ -8,7 +8,7 @@ import pickle
 import queue
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ import torch
 
 from attribution.errors import UserError
 from evaluation.study.records import open_log, read_log, shard_name, take_over
-from evaluation.study.run import Run, Unit
-from evaluation.study.settings import StudySettings
+from evaluation.study.run import Executor, Run, Share, Unit
 
 _PAUSE = 0.2  # seconds between looks at the processes
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(Executor):
     """Processes of this machine, each with an equal share of the CPU's threads.
 
     A process loads the model and the data by their names. Units are handed out one by one. The processes keep no failures: the study's
@@ -36,8 +35,8 @@ class Processes:
 
     count: int
 
-    def measure(self, run: Run[Any], stage: int, missing: Sequence[int]) -> None:
-        """Measure items of a stage, given by their indices. Afterwards the run's log holds their records.
+    def measure(self, run: Run[Any], stage: int, missing: Mapping[int, Any]) -> None:
+        """Measure items of a stage, given by their places. Afterwards the run's log holds their records.
 
         Raises:
             UserError: settings that hold objects instead of names, or a process that died.
@@ -87,11 +86,6 @@ def _start(workers: Sequence[Any]) -> None:
             block(signal.SIG_SETMASK, held)
 
 
-def executor_of(settings: StudySettings) -> Processes | None:
-    """The processes that the settings ask for; None for this process alone."""
-    return Processes(settings.workers) if settings.workers > 1 else None
-
-
 class _StageEnds(Exception):
     """The stage that a process was made for is measured."""
 
@@ -105,10 +99,10 @@ class _Share(Run[Any]):
     counter: Any = None
     parent: int = field(default_factory=os.getppid)
 
-    def stage(self, items: Any, unit_of: Any, what: Any = str) -> Any:
+    def stage(self, items: Any, unit_of: Any, what: Any = str, share: Share = "part") -> Any:
         stage, self.stages = self.stages, self.stages + 1
         if stage < self.own_stage:
-            return {item: self._known(item, unit_of) for item in items}
+            return {item: {} if share == "part" else self._known(item, unit_of) for item in items}
         while True:
             try:
                 place = self.waiting.get(timeout=_PAUSE)

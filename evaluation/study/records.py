@@ -81,6 +81,23 @@ class RecordLog:
         self.records[key] = full
 
 
+class MemoryLog(RecordLog):
+    """Records that are kept in no file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, None, {})
+
+    def append(self, key: str, record: Record) -> None:
+        """Keep a record.
+
+        Raises:
+            ValueError: a number that is not finite, which no file could hold.
+        """
+        full = {"key": key, **record}
+        _written(full)
+        self.records[key] = full
+
+
 @contextmanager
 def open_log(path: Path) -> Iterator[RecordLog]:
     """Open a log for appending. Only one process at a time may have it open.

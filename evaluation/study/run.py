@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
 
@@ -108,11 +108,52 @@ class Study(Generic[S, R, M]):
     details: str = ""
 
 
-class Executor(Protocol):
-    """Where the units of a stage are measured."""
+class Executor:
+    """Where the units of a stage are measured first. What has no record afterwards, the study's own process measures."""
 
-    def measure(self, run: Run[Any], stage: int, missing: Sequence[int]) -> None:
-        """Measure items of a stage, given by their places, and put the records into the run's log."""
+    def measure(self, run: Run[Any], stage: int, missing: Mapping[int, Callable[[], Unit | None]]) -> None:
+        """Measure units of a stage and put the records into the run's log.
+
+        Args:
+            run: under way.
+            stage: number of the stage, from 0.
+            missing: place of an item in its stage -> function that makes its unit.
+        """
+
+    def leave(self, stage: int, found: Mapping[int, Mapping[Any, Record]] | None) -> None:
+        """A stage is done.
+
+        Args:
+            stage: its number.
+            found: place -> the records of the item, where later stages choose their items by them; else None.
+        """
+
+    def close(self) -> None:
+        """The run is over, or was interrupted."""
+
+
+Share = Literal["part", "all", "end"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a study that one job of several measures, each alone and in a folder of its own; see ``run_shard``.
+
+    Attributes:
+        number: from 1.
+        count: number of jobs.
+    """
+
+    number: int
+    count: int
+
+    def places(self, size: int) -> range:
+        """The places of the items that are measured here."""
+        return range(self.number - 1, size, self.count)
+
+
+class ShardEnds(Exception):
+    """What follows needs the records of all shards."""
 
 
 @dataclass
@@ -127,6 +168,7 @@ class Run(Generic[S]):
         executor: where units are measured first; None measures them here alone.
         progress: called with (items done, their total, words for the current one).
         reading: whether to return only what the folder holds, without measuring or writing.
+        shard: which part is measured; None measures everything.
         failures: what failed so far.
         intact, damaged: files of records that were read to their end, and those that could not be.
         found: records that stages returned.
@@ -139,6 +181,7 @@ class Run(Generic[S]):
     executor: Executor | None = None
     progress: Progress | None = None
     reading: bool = False
+    shard: Shard | None = None
     failures: list[Failed] = field(default_factory=list)
     intact: set[Path] = field(default_factory=set)
     damaged: set[Path] = field(default_factory=set)
@@ -149,7 +192,7 @@ class Run(Generic[S]):
 
     def expect(self, count: int) -> None:
         """Tell the progress how many more items will come than those of the stage that begins next."""
-        self.total += count
+        self.total += count if self.shard is None else len(self.shard.places(count))
 
     def report(self, what: str, done: int | None = None, total: int | None = None) -> None:
         """Show how far the run is."""
@@ -161,7 +204,7 @@ class Run(Generic[S]):
         return self.out.joinpath(folder, *names, f"{key}.npz")
 
     def stage(
-        self, items: Sequence[Item], unit_of: Callable[[Item], Unit | None], what: Callable[[Item], str] = str
+        self, items: Sequence[Item], unit_of: Callable[[Item], Unit | None], what: Callable[[Item], str] = str, share: Share = "part"
     ) -> dict[Item, dict[Any, Record]]:
         """Measure the records of items that the folder does not hold yet.
 
@@ -169,21 +212,29 @@ class Run(Generic[S]):
             items: distinct items.
             unit_of: makes the unit of an item; None leaves the item out. Where it fails, the item has failed.
             what: the words that the progress shows for an item.
+            share: what a shard measures. "part": its own items; nothing that is measured later depends on the others. "all": all
+                items, since later stages choose theirs by the records. "end": its own items, and nothing after them.
 
         Returns:
             The records of each item by part; what failed is not among them, but in ``failures``.
         """
-        self.total = max(self.total, self.done + len(items))
+        whole = self.shard is None or share == "all"
+        places = range(len(items)) if self.shard is None or whole else self.shard.places(len(items))
+        self.total = max(self.total, self.done + len(places))
         stage, self.stages = self.stages, self.stages + 1
         if self.executor is not None:
-            missing = [place for place, item in enumerate(items) if self._is_missing(item, unit_of)]
+            missing = {place: partial(unit_of, items[place]) for place in places if self._is_missing(items[place], unit_of)}
             self.executor.measure(self, stage, missing)
-        found = {}
-        for item in items:
-            self.report(what(item))
-            found[item] = self._measured(item, unit_of)
+        found: dict[Item, dict[Any, Record]] = {item: {} for item in items}
+        for place in places:
+            self.report(what(items[place]))
+            found[items[place]] = self._measured(items[place], unit_of)
             self.done += 1
-        self.report("" if not items else what(items[-1]))
+        self.report("" if not len(places) else what(items[places[-1]]))
+        if self.executor is not None:
+            self.executor.leave(stage, None if share == "part" else dict(enumerate(found.values())))
+        if share == "end" and not whole:
+            raise ShardEnds
         return found
 
     def fail(self, item: Any, part: Any, reason: str, refused: bool = False) -> None:
@@ -261,17 +312,26 @@ class Run(Generic[S]):
                 self.fail(item, part, "the model or the method gave a number that is not finite")
 
 
-def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executor | None = None, progress: Progress | None = None) -> R:
+def run(
+    study: Study[S, R, Any],
+    settings: S,
+    out: str | Path,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    shard: Shard | None = None,
+) -> R:
     """Measure what the folder does not hold yet, and return all results.
 
     Args:
         study: what to run.
         settings: what is measured.
         out: folder of ``records.jsonl`` and of the files beside it; one study, and one process at a time.
-        executor: where units are measured; this process by default. See ``executor_of``.
+        executor: where units are measured; this process by default. See ``executor_of``. It is closed at the end.
         progress: called with (items done, their total, words for the current one).
+        shard: measures a part only, see ``run_shard``; the results are then those of the part.
 
     Raises:
+        ShardEnds: what follows in the study needs the records of all shards.
         UserError: settings that cannot be run at all, a folder of another study, or a full disk. Images that fail raise nothing:
             they are returned, and the next run tries them again.
     """
@@ -283,11 +343,14 @@ def run(study: Study[S, R, Any], settings: S, out: str | Path, executor: Executo
         sweep(out)
         take_over(out, log)
         try:
-            return study.measure(Run(study, settings, out, log, executor, progress))
+            return study.measure(Run(study, settings, out, log, executor, progress, shard=shard))
         except UserError:
             if not log.records:
                 _leave(out, made)
             raise
+        finally:
+            if executor is not None:
+                executor.close()
 
 
 def _leave(out: Path, made: Sequence[Path]) -> None:

@@ -164,6 +164,17 @@ class StudySettings(ModelSettings):
     workers: int = setting(
         1, least=1, most=1024, numbers=False, help="Number of processes that measure side by side. It changes no number."
     )
+    engine: Literal["processes", "ray"] = setting(
+        "processes",
+        numbers=False,
+        help="What the workers are: processes of this machine, or ray: actors of Ray, on this machine or on a cluster.",
+    )
+    ray_address: str | None = setting(
+        None, numbers=False, help="With --engine ray: address of a cluster that runs, such as 10.0.0.1:6379. Default: one on this machine."
+    )
+    cpus_per_worker: int = setting(
+        1, least=1, most=1024, numbers=False, help="With --engine ray: processor cores of each worker. A cluster with GPUs gives each one."
+    )
     precision: str = setting(
         PRECISIONS[0],
         choices=PRECISIONS,
