@@ -7,15 +7,17 @@ records and the files that belong to them. So a cluster needs no common file sys
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import queue
+import shutil
 import socket
+import sys
 import tempfile
 import threading
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,6 +122,7 @@ class RayWorkers(Executor):
 
     def _connect(self, run: Run[Any]) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is told by one line of ours
         try:
             ray = importlib.import_module("ray")
         except ImportError:
@@ -130,14 +133,18 @@ class RayWorkers(Executor):
             if self.address is not None:
                 _check_answer(self.address)
             try:
-                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                with _silence():
                     ray.init(
                         self.address or "local", include_dashboard=False, log_to_driver=False, configure_logging=False, **where
                     )  # fmt: skip
             except Exception as error:  # of Ray, of gRPC, of the network
                 words = printable(str(error).strip().partition("\n")[0])[:200]
-                place = "on this machine" if self.address is None else f"at {self.address}"
-                raise UserError(f"Ray {place} does not answer ({words}): give the address that `ray start --head` printed") from None
+                if self.address is None:
+                    raise UserError(f"Ray does not start on this machine ({words}): measure with --engine processes") from None
+                raise UserError(
+                    f"Ray at {self.address} refuses ({words}): give the address that `ray start --head` printed, and where the cluster "
+                    "asks for a token, RAY_AUTH_MODE=token and its file as RAY_AUTH_TOKEN_PATH"
+                ) from None
             self._started = True
         self._ray = ray
         resources = ray.cluster_resources()
@@ -168,6 +175,24 @@ class RayWorkers(Executor):
         raise UserError(
             f"{max(losses.values())} Ray workers were lost {what}, perhaps for lack of memory: what was measured is kept in {run.out}"
         )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what is written to the standard streams within the block, also by libraries that are not Python."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, handle in zip((1, 2), kept, strict=True):
+            os.dup2(handle, number)
+            os.close(handle)
+        os.close(nowhere)
 
 
 def _check_answer(address: str) -> None:
@@ -228,8 +253,8 @@ class _Worker:
         with suppress(OSError):  # the driver's, by which relative names are meant; another node may lack it
             os.chdir(folder)
         torch.set_num_threads(cpus)
-        self._folder = tempfile.TemporaryDirectory(prefix="vision-attribution-")
-        out = Path(self._folder.name)
+        out = Path(tempfile.mkdtemp(prefix="vision-attribution-"))
+        weakref.finalize(self, shutil.rmtree, out, True)
         self._run = _Served(None, settings, out, MemoryLog(out / LOG))  # type: ignore[arg-type]
         self._stage: int | None = None  # where the thread stands
         self._thread = threading.Thread(target=self._run.walk, args=(measure,), daemon=True)
