@@ -272,7 +272,7 @@ class _Worker:
     def measure(self, place: int, records: dict[str, Record], files: dict[str, bytes]) -> _Sent:
         """Measure the unit at a place; its new records and their files."""
         self._run.asked.put((place, (records, files)))
-        return self._run.answer()  # type: ignore[no-any-return]
+        return self._run.answer()
 
 
 @dataclass
