@@ -5,8 +5,9 @@ from evaluation.study.executors import executor_of
 from evaluation.study.identity import identity_of, record_key, sample_seed
 from evaluation.study.page import write_text
 from evaluation.study.report import PageTable, Planned, ReportFiles, draw_figures, json_text, plain_heading, study_page, write_tables
-from evaluation.study.run import Run, Study, Unit, batches, held, problems, run
+from evaluation.study.run import Run, Shard, Study, Unit, batches, held, problems, run
 from evaluation.study.settings import StudySettings, named_data, named_model, setting
+from evaluation.study.shards import merged, run_shard
 from evaluation.study.tables import counted, csv_interval, csv_number, csv_text, interval_columns, listed, plain_values
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Planned",
     "ReportFiles",
     "Run",
+    "Shard",
     "Study",
     "StudySettings",
     "Unit",
@@ -31,6 +33,7 @@ __all__ = [
     "interval_columns",
     "json_text",
     "listed",
+    "merged",
     "named_data",
     "named_model",
     "plain_heading",
@@ -38,6 +41,7 @@ __all__ = [
     "problems",
     "record_key",
     "run",
+    "run_shard",
     "sample_seed",
     "setting",
     "study_page",
