@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
+from attribution.concepts import Concepts, craft, exemplars, semi_nmf
 from attribution.doctor import Examination, Finding, examine
 from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, NotMisclassified, UserError
@@ -42,6 +43,7 @@ __all__ = [
     "REGIONS",
     "SEARCHES",
     "Classifier",
+    "Concepts",
     "Examination",
     "Explanation",
     "FailureExplanation",
@@ -60,9 +62,11 @@ __all__ = [
     "UserError",
     "activation_path",
     "attribute",
+    "craft",
     "demo_image_path",
     "edited_probability",
     "examine",
+    "exemplars",
     "explain",
     "explain_failure",
     "explain_many",
@@ -76,6 +80,7 @@ __all__ = [
     "neuron_path",
     "polish",
     "save_classifier",
+    "semi_nmf",
     "tune",
     "zero_shot",
 ]

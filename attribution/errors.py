@@ -12,11 +12,11 @@ class UserError(ValueError):
     """Wrong input. The message is one line: what was received, what was expected, what to do.
 
     The command prints the line and exits with code 2. Programming errors keep their traceback. Where a text of data makes the message
-    longer than 2,000 characters, its middle is left out.
+    longer than 2,000 characters, its middle is left out; what is no letter of a line, such as a line break, is written as an escape.
     """
 
     def __init__(self, message: str) -> None:
-        half = _LONGEST // 2
+        message, half = printable(message), _LONGEST // 2
         super().__init__(message if len(message) <= _LONGEST else f"{message[:half]} ... {message[-half:]}")
 
 

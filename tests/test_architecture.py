@@ -26,7 +26,7 @@ FLOORS = [
     ["attribution.baselines"],
     ["attribution.priors"],
     ["attribution.explain"],
-    ["attribution.failure", "attribution.many", "attribution.neurons", "attribution.doctor"],
+    ["attribution.failure", "attribution.many", "attribution.neurons", "attribution.concepts", "attribution.doctor"],
     ["attribution"],
     ["evaluation.statistics", "evaluation.metrics"],
     ["evaluation.data"],

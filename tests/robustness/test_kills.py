@@ -119,7 +119,7 @@ def test_runs_killed_at_random_moments_end_with_the_same_tables(name: str, worke
     wanted = tables(tmp_path / "whole")
     program = (
         "import sys; from pathlib import Path; from test_kills import OPTIONS, STUDIES, run\n"
-        "from evaluation.study.processes import executor_of\n"
+        "from evaluation.study.executors import executor_of\n"
         "name, data, out, workers = sys.argv[1:]\n"
         "study = STUDIES[name]\n"
         "if __name__ == '__main__':\n"
