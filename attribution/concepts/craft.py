@@ -24,6 +24,7 @@ from attribution.concepts.semi_nmf import semi_nmf
 from attribution.errors import NotApplicable, UserError
 from attribution.image import load_image
 from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.network.segments import Activation, Probe, Segment
 from attribution.network.stages import find_layer
 
@@ -115,7 +116,7 @@ class Concepts:
         check_whole("concept", concept, 0, len(self.basis) - 1)
         return torch.sort(self.codes[:, concept], descending=True, stable=True).indices[:count].numpy()
 
-    def removed(self, images: Tensor | Sequence[Any], order: Sequence[int] | None = None, keep: bool = False) -> np.ndarray:
+    def removed(self, images: Tensor | Sequence[Any], order: Sequence[int] | np.ndarray | None = None, keep: bool = False) -> np.ndarray:
         """The mean logit of the class with the first k concepts of an order set to 0 at all positions, k = 0 ... r.
 
         Args:
@@ -160,7 +161,7 @@ class Concepts:
 
 def craft(
     images: Tensor | Sequence[Any],
-    classifier: Classifier,
+    classifier: Classifier | str,
     target: int | str,
     layer: str = "final",
     n_concepts: int = 10,
@@ -185,7 +186,7 @@ def craft(
 
     Args:
         images: float [N, 3, H, W] in [0, 1], or sources as ``load_image`` takes them; of one class, best those that the model gets right.
-        classifier: the model.
+        classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         target: the class, by name or index.
         layer: "final", "middle", or a module whose output is a map that everything passes; its values must not be negative.
         n_concepts: r, at most the number of crops and of channels.
@@ -207,6 +208,7 @@ def craft(
     _check(n_concepts, stride, seed, max_iter, design, samples, codes, factorisation)
     if not len(images):
         raise UserError("no images were given: expected those of one class")
+    classifier = load_classifier(classifier)
     index = classifier.target_index(target)
     network = _Network(classifier, layer)
     side = min(classifier.preprocessing.size)
@@ -438,7 +440,7 @@ def _encoded(rows: np.ndarray, basis: np.ndarray, codes: str) -> np.ndarray:
         found, _, _ = non_negative_factorization(
             rows, H=basis.astype(rows.dtype), n_components=len(basis), update_H=False, init=None, solver="cd", tol=1e-4, max_iter=200
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _interval(importance: np.ndarray, seed: int) -> np.ndarray:

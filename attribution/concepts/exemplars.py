@@ -19,6 +19,7 @@ from attribution.checks import check_choice, check_number, check_whole
 from attribution.errors import UserError
 from attribution.image import load_image
 from attribution.model.classifier import Classifier
+from attribution.model.loading import load_classifier
 from attribution.network.maps import FeatureLayer, find_feature_layer
 from attribution.network.segments import Activation, Probe, Segment
 
@@ -44,7 +45,7 @@ class Exemplars:
 
 def exemplars(
     images: Tensor | Sequence[Any],
-    classifier: Classifier,
+    classifier: Classifier | str,
     layer: str,
     units: Sequence[int] | None = None,
     count: int = 15,
@@ -57,7 +58,7 @@ def exemplars(
 
     Args:
         images: float [N, 3, H, W] in [0, 1], or N sources as ``load_image`` takes them.
-        classifier: the model.
+        classifier: a ``Classifier``, or a name that ``load_classifier`` takes.
         layer: a module that returns a map or tokens; of tokens those of the image count. Units are its channels.
         units: channels; None takes all.
         count: images of each unit; all where there are fewer.
@@ -74,6 +75,7 @@ def exemplars(
     number = len(images)
     if not number:
         raise UserError("no images were given: expected at least one")
+    classifier = load_classifier(classifier)
     read = _Layer(classifier, layer)
     first = read.maps(images, range(1))
     chosen = _checked_units(units, first.shape[1], layer)

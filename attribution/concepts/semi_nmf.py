@@ -137,7 +137,7 @@ def _start(a: Tensor, count: int, start: str | Tensor | np.ndarray | None, seed:
     if start is not None and not isinstance(start, str):
         y = torch.as_tensor(start).to(a)
         if y.shape != (a.shape[1], count) or not bool(torch.isfinite(y).all()) or bool((y < 0).any()):
-            raise UserError(f"start is {describe(y)}: expected finite coefficients of at least 0, [{a.shape[1]}, {count}]")
+            raise UserError(f"start is {describe(start)}: expected finite coefficients of at least 0, [{a.shape[1]}, {count}]")
         return y
     name = start or STARTS[0]
     check_choice("start", name, STARTS)
