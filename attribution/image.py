@@ -177,6 +177,7 @@ def _from_pil(picture: Image.Image, name: str) -> Tensor:
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:
+    array = np.asarray(array)  # a matrix has two dimensions whatever is done to it
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:

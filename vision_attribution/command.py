@@ -129,6 +129,6 @@ def _answered(program: typer.Typer, interrupts: Sequence[int]) -> int:
         if error.format_message():  # empty when there was no command and the help was shown
             say(f"error: {error.format_message()} (see {'attribution' if program is app else Path(sys.argv[0]).name} --help)", err=True)
         return 2
-    if interrupts and code == INTERRUPTED:  # the parser met it
+    if code == INTERRUPTED:  # the parser met it
         say("interrupted", err=True)
     return code if isinstance(code, int) else 0

@@ -57,6 +57,8 @@ def study_command(
         try:
             if instead is None or not instead(given, further, values["out"]):
                 settings = study.settings.make(given, "the command" if path is None else str(path))
+                if values["shard"] is not None and not values["measure"]:
+                    raise UserError("--shard measures and --no-measure does not: leave one out")
                 if values["shard"] is not None:
                     measure_shard(study, settings, values["out"], values["shard"])
                 else:

@@ -140,6 +140,8 @@ class ModuleForward:
         self.preprocessing, self.name, self.scores, self.head = preprocessing, name, scores, head
         self.output, self.classes = output, classes
         inner = eager_module(module)
+        if isinstance(inner, nn.Module) and any(each.is_meta for each in (*inner.parameters(), *inner.buffers())):
+            raise UserError(f"{name} has weights on the meta device, which hold no numbers: load them first")
         self.module = inner
         self.forward_kwargs = dict(forward_kwargs or {})
         self.fixed_batch: int | None = None  # how many images the module takes at once, where it takes no other number
@@ -454,8 +456,21 @@ class ModuleForward:
         lower = None if plainly or self.precision == "float32" else getattr(torch, self.precision)
         given = self._filled_up(inputs)
         with nullcontext() if lower is None else torch.autocast(self.device.type, lower):
-            output = self.run(given, plainly)
+            output = self._ran(given, plainly)
         return self._read(output, len(given))[: len(inputs)]
+
+    def _ran(self, given: Tensor, plainly: bool) -> Any:
+        """What the module returns. Whatever it raises on an image after the first, which tells what it is, is the failure of that image."""
+        try:
+            return self.run(given, plainly)
+        except SystemExit as error:
+            ended = RuntimeError(f"it ends the process by SystemExit: {error}")
+            raise ended if self._outputs is None else self._failure(ended, given) from None
+        except Exception as error:
+            handled = isinstance(error, UserError | RuntimeError | ArithmeticError) or is_out_of_memory(error)
+            if self._outputs is None or handled or type(error).__module__.startswith("attribution."):
+                raise
+            raise self._failure(error, given) from error
 
     def _read(self, output: Any, images: int) -> Tensor:
         """The scores in what the module returned of so many images."""

@@ -182,6 +182,11 @@ class StudySettings(ModelSettings):
         "which it was.",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ray_address is not None and self.engine != "ray":
+            raise UserError(f"ray_address is {self.ray_address!r}, but the engine is {self.engine}: give engine ray, or leave it out")
+
     def load(self, model: str | Classifier) -> Classifier:
         """The classifier of a name under these settings; a classifier is returned as it is.
 

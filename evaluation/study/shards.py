@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution import __version__
+from attribution.checks import is_whole
 from attribution.errors import UserError, describe, reason_of
 from attribution.files import read_text, whole_file
 from evaluation.study.records import LOG, check_study, open_log, read_all
@@ -21,6 +22,7 @@ from evaluation.study.run import Executor, Progress, Shard, ShardEnds, Study, ru
 from evaluation.study.settings import StudySettings
 
 SHARD = "shard.json"  # says which part of which study a folder holds
+_MOST = 10_000  # shards
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ def parse_shard(text: str) -> Shard:
     Raises:
         UserError: not of that form, or no such part.
     """
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"shard is {text!r}: expected a part of several such as 3/16, from 1/16 to 16/16")
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]) <= _MOST:
+        raise UserError(f"shard is {text!r}: expected a part of several such as 3/16, from 1/16 to 16/16, of at most {_MOST}")
     return Shard(int(found[1]), int(found[2]))
 
 
@@ -76,7 +78,8 @@ def run_shard(
     if mark.exists():
         there = _read(out)
         if (there.study, there.shard, there.told) != (study.name, shard, told):
-            raise UserError(f"{out} holds shard {there.shard.number}/{there.shard.count} of another run: choose another output folder")
+            which = "this study" if (there.study, there.told) == (study.name, told) else "another run"
+            raise UserError(f"{out} holds shard {there.shard.number}/{there.shard.count} of {which}: each shard needs a folder of its own")
     elif (out / LOG).exists():
         raise UserError(f"{out} holds a study that is no shard: choose another output folder")
     held = {"study": study.name, "shard": [shard.number, shard.count], "settings": values, "told": told, "version": __version__}
@@ -127,20 +130,25 @@ def merged(folders: Sequence[str | Path], out: str | Path, studies: Mapping[str,
     count = first.shard.count
     if missing := sorted({*range(1, count + 1)} - {part.shard.number for part in parts}):
         raise UserError(f"shards {', '.join(f'{number}/{count}' for number in missing[:5])} are missing: give the folders of all {count}")
-    if first.study not in studies:
+    if first.study not in studies:  # of a later version
         raise UserError(f"{first.folder} holds the study {first.study!r}: expected one of {', '.join(studies)}")
     out = Path(out)
     if (out / SHARD).exists():
         raise UserError(f"{out} holds a shard itself: choose another output folder (--out)")
+    if inside := [part.folder for part in parts if part.folder.resolve() in (out.resolve(), *out.resolve().parents)]:
+        raise UserError(f"{out} lies in {inside[0]}, a shard: choose an output folder outside of it (--out)")
     settings = studies[first.study].settings.make(first.values, str(first.folder / SHARD))
+    if json.loads(json.dumps(settings.plain())) != first.told:
+        raise UserError(f"{first.folder / SHARD} was edited: its settings are not those that were measured; measure this shard again")
+    records = [_records_of(part) for part in parts]
     check_study(out, first.study)
     with open_log(out / LOG) as log:
         check_study(out, first.study, mark=True)
-        for part in parts:
+        for part, held in zip(parts, records, strict=True):
             if not part.done:
                 warnings.warn(f"{part.folder} is not finished: what is missing is measured now", stacklevel=2)
             _copy(part.folder, out)
-            for key, record in read_all(part.folder).items():
+            for key, record in held.items():
                 if key not in log and "failed" not in record:  # what failed is tried again
                     log.append(key, {name: value for name, value in record.items() if name != "key"})
     return first.study, settings
@@ -180,10 +188,33 @@ def _read(folder: Path) -> _Part:
         raise UserError(f"{folder} holds no shard (no {SHARD}): give folders that --shard wrote")
     try:
         held = json.loads(read_text(path, "utf-8"))
-        shard = Shard(*map(int, held["shard"]))
-        return _Part(folder, str(held["study"]), shard, dict(held["settings"]), dict(held["told"]), held["done"] is True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}): measure this shard again in another folder") from None
+    kinds = {"study": str, "shard": list, "settings": dict, "told": dict, "version": str, "done": bool}
+    wrong = not isinstance(held, dict) or [name for name, kind in kinds.items() if not isinstance(held.get(name), kind)]
+    if not wrong and (
+        len(held["shard"]) != 2 or not all(map(is_whole, held["shard"])) or not 1 <= held["shard"][0] <= held["shard"][1] <= _MOST
+    ):
+        wrong = ["shard"]
+    if wrong:
+        what = "it is no object" if wrong is True else f"{wrong[0]} is missing or of another kind"
+        raise UserError(f"{path} is damaged ({what}): measure this shard again in another folder")
+    if held["version"] != __version__:
+        raise UserError(f"{folder} was measured by version {held['version']}: expected {__version__}, this one, for all shards")
+    return _Part(folder, held["study"], Shard(*held["shard"]), held["settings"], held["told"], held["done"])
+
+
+def _records_of(part: _Part) -> dict[str, Any]:
+    """The records of a shard.
+
+    Raises:
+        UserError: damaged ones.
+    """
+    try:
+        return read_all(part.folder)
+    except UserError as error:
+        words = str(error).partition(": ")[0]
+        raise UserError(f"{words}: run the command of shard {part.shard.number}/{part.shard.count} again, then merge") from None
 
 
 def _brief(value: Any) -> str:

@@ -315,3 +315,9 @@ def test_limit_size_shrinks_the_long_side_and_keeps_the_aspect_ratio(cat: Tensor
     assert limit_size(cat[:, :2], 100).shape == (3, 1, 100)
     with pytest.raises(at.UserError, match="max_side is 0: expected a whole number of at least 1"):
         limit_size(cat, 0)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_is_an_array_of_two_dimensions() -> None:
+    values = np.random.default_rng(0).random((8, 6), dtype=np.float32)
+    assert torch.equal(at.load_image(np.asmatrix(values)), at.load_image(values))

@@ -699,3 +699,32 @@ def test_blocks_that_are_computed_again_for_their_gradients_are_seen(small_cat: 
     for method, expected in wanted.items():
         assert torch.allclose(at.attribute(small_cat, at.Classifier(module, size=32), method, 1).pixel_map, expected, atol=1e-6)
     assert module.grad_checkpointing
+
+
+class Moody(nn.Module):
+    """It fails on dark images, in a way of choice."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.head = error, nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if float(x.mean()) < 0.1:
+            raise self.error
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("error", [ValueError("too dark"), KeyError("dark"), OSError("dark"), SystemExit(4)])
+def test_whatever_a_module_raises_on_a_later_image_is_one_line(error: BaseException) -> None:
+    classifier = at.Classifier(Moody(error).eval(), size=(2, 2), mean=(0, 0, 0), std=(1, 1, 1), name="moody")
+    classifier.logits(torch.ones(2, 3, 2, 2))
+    with pytest.raises(
+        at.UserError,
+        match=rf"moody fails on float32 \[1, 3, 2, 2\] \({'RuntimeError' if isinstance(error, SystemExit) else type(error).__name__}: ",
+    ):
+        classifier.logits(torch.zeros(1, 3, 2, 2))
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(at.UserError, match="has weights on the meta device, which hold no numbers: load them first"):
+        at.Classifier(nn.Linear(3, 3, device="meta"), size=(1, 1), mean=(0, 0, 0), std=(1, 1, 1))

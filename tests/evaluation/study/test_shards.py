@@ -116,7 +116,27 @@ def test_the_command(run_command: Run, data: Path, tmp_path: Path) -> None:
         ): "error: shard is '3/2': expected a part of several",
         ("benchmark", *FAST, "--data", data, "--shard", "0/2", "--out", tmp_path / "x"): "error: shard is '0/2'",
         ("benchmark", *FAST, "--data", data, "--shard", "a", "--out", tmp_path / "x"): "error: shard is 'a'",
-        ("benchmark", *FAST, "--data", data, "--shard", "1/3", "--out", tmp_path / "s1"): "s1 holds shard 1/2 of another run",
+        ("benchmark", *FAST, "--data", data, "--shard", "1/2", "--no-measure", "--out", tmp_path / "x"): "error: --shard measures and",
+        (
+            "benchmark",
+            *FAST,
+            "--data",
+            data,
+            "--ray-address",
+            "1.2.3.4:5",
+            "--out",
+            tmp_path / "x",
+        ): "error: ray_address is '1.2.3.4:5', but",
+        (
+            "benchmark",
+            *FAST,
+            "--data",
+            data,
+            "--shard",
+            "1/3",
+            "--out",
+            tmp_path / "s1",
+        ): "s1 holds shard 1/2 of this study: each shard needs",
         ("benchmark", *FAST, "--data", data, "--shard", "1/2", "--out", tmp_path / "whole"): "whole holds a study that is no shard",
         ("benchmark", *FAST, "--data", tmp_path / "no", "--shard", "1/2", "--out", tmp_path / "x"): "no such folder or list",
     }
@@ -141,6 +161,43 @@ def test_shards_of_other_settings_are_refused(data: Path, tmp_path: Path) -> Non
         mark.write_text(text)
         with pytest.raises(at.UserError, match=r"shard.json is damaged .* measure this shard again in another folder"):
             merged([tmp_path / "s1"], tmp_path / "joined", STUDIES)
+    assert not (tmp_path / "joined").exists()
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another seed": (lambda held: held["settings"].update(seed=7), r"shard.json was edited: its settings are not those that were measured"),
+    "another model": (lambda held: held["settings"].update(models=["zoo:vit"]), r"shard.json was edited"),
+    "another version": (lambda held: held.update(version="0.0.1"), r"s1 was measured by version 0.0.1: expected"),
+    "text": (lambda held: held.update(shard="12"), r"shard.json is damaged \(shard is missing or of another kind\)"),
+    "infinite": (lambda held: held.update(shard=[1, float("inf")]), r"shard.json is damaged \(shard is"),
+    "huge": (lambda held: held.update(shard=[1, 10**9]), r"shard.json is damaged \(shard is"),
+    "true": (lambda held: held.update(shard=[True, 2]), r"shard.json is damaged \(shard is"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_shard_is_not_believed(data: Path, tmp_path: Path, name: str) -> None:
+    settings = STUDIES["benchmark"].settings.make({"data": str(data), **OPTIONS["benchmark"], "samples": 1})
+    run_shard(STUDIES["benchmark"], settings, tmp_path / "s1", Shard(1, 1))
+    mark = tmp_path / "s1" / "shard.json"
+    held = json.loads(mark.read_text())
+    edit, line = EDITS[name]
+    edit(held)
+    mark.write_text(json.dumps(held))
+    with pytest.raises(at.UserError, match=line):
+        merged([tmp_path / "s1"], tmp_path / "joined", STUDIES)
+    assert not (tmp_path / "joined").exists()
+
+
+def test_shards_are_left_alone(data: Path, tmp_path: Path) -> None:
+    settings = STUDIES["benchmark"].settings.make({"data": str(data), **OPTIONS["benchmark"], "samples": 1})
+    run_shard(STUDIES["benchmark"], settings, tmp_path / "s1", Shard(1, 1))
+    with pytest.raises(at.UserError, match=r"joined lies in .*s1, a shard: choose an output folder outside of it"):
+        merged([tmp_path / "s1"], tmp_path / "s1" / "joined", STUDIES)
+    log = tmp_path / "s1" / "records.jsonl"
+    log.write_text(log.read_text().replace('"value"', '"worth"', 1))
+    with pytest.raises(at.UserError, match=r"records.jsonl line \d+ is damaged or edited: run the command of shard 1/1 again, then merge"):
+        merged([tmp_path / "s1"], tmp_path / "joined", STUDIES)
     assert not (tmp_path / "joined").exists()
 
 
