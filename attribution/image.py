@@ -48,6 +48,8 @@ def load_image(source: ImageSource) -> Tensor:
             or another shape, dtype or range.
     """
     if isinstance(source, Tensor):
+        if source.is_meta or source.layout != torch.strided:
+            raise UserError("the image is a sparse tensor, or one of the meta device without values: give a dense one")
         return _from_tensor(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, describe(source))
@@ -55,6 +57,8 @@ def load_image(source: ImageSource) -> Tensor:
         return _from_pil(source, "the PIL image")
     if isinstance(source, bytes):
         return _from_bytes(source, "the image bytes")
+    if isinstance(source, str) and not source:
+        raise UserError("the path of the image is empty: give a path, PIL image, array [H, W, 3] or tensor [3, H, W]")
     if isinstance(source, str | Path):
         return _from_bytes(_read_file(Path(source)), str(source))
     raise UserError(f"cannot read an image from {describe(source)}: give a path, PIL image, array [H, W, 3] or tensor [3, H, W]")

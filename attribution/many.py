@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attribution.checks import check_whole
-from attribution.errors import UserError
+from attribution.errors import UserError, describe
 from attribution.explain import explain
 from attribution.explanation import Explanation
 from attribution.fills import DEFAULT_FILL, drops
@@ -65,6 +65,8 @@ def explain_many(
     if "confidence_classifier" in (options.get("objective_options") or {}):
         raise UserError("a confidence classifier is a second model, which several searches cannot share: explain images one by one with it")
     one_for_all = targets is None or isinstance(targets, int | str | np.integer)
+    if not one_for_all and (not hasattr(targets, "__len__") or np.ndim(targets) == 0):  # type: ignore[arg-type]
+        raise UserError(f"targets are {describe(targets)}: expected a class for each image, or one for all")
     wanted: list[Any] = [targets] * len(images) if one_for_all else list(targets)  # type: ignore[arg-type]
     if len(wanted) != len(images):
         raise UserError(f"{len(wanted)} targets for {len(images)} images: give one for each, or one for all")

@@ -70,6 +70,8 @@ def prior_maps(
         UserError: something else.
         NotApplicable: a method, given by name, that is not defined for the model.
     """
+    if not isinstance(prior, str | Tensor | np.ndarray | Explanation | PriorMap | Sequence):
+        raise UserError(f"a prior is {describe(prior)}: expected auto, a method, a map [h, w], an Explanation, or several of them")
     given = [prior] if isinstance(prior, str | Tensor | np.ndarray | Explanation | PriorMap) else list(prior)
     found = list[PriorMap]()
     for each in given:

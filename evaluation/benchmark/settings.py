@@ -52,7 +52,7 @@ class BenchmarkSettings(StudySettings):
         "sensitivity panel.",
     )
     steps: tuple[str, ...] = setting(("regions",), choices=("regions", "pixels"), help="regions, pixels, or both.")
-    pixel_steps: int = setting(50, least=1, help="Number of pixel steps.")
+    pixel_steps: int = setting(50, least=1, most=100_000, help="Number of pixel steps.")
     output: Literal["probability", "logit"] = setting("probability", help="probability or logit of the class explained.")
     protocol: str | None = setting(
         None, choices=lambda: PROTOCOLS, help=f"A published protocol instead of fills, steps and output: {', '.join(PROTOCOLS)}."
@@ -69,7 +69,10 @@ class BenchmarkSettings(StudySettings):
         "predicted", short="-t", help="Which class is explained: predicted or label (the predicted one where an image has no label)."
     )
     seeds: int = setting(
-        1, least=1, help="Runs of each stochastic method. Tables show the first seed; the others give the spread between seeds."
+        1,
+        least=1,
+        most=10_000,
+        help="Runs of each stochastic method. Tables show the first seed; the others give the spread between seeds.",
     )
     layers: tuple[str, ...] = setting(LAYERS, help="Of gridpg, difull, dipart: comma-separated input, middle, final, or modules.")
     grids: int = setting(100, least=1, help="Number of grids of images for gridpg, difull and dipart.")

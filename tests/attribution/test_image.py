@@ -321,3 +321,16 @@ def test_limit_size_shrinks_the_long_side_and_keeps_the_aspect_ratio(cat: Tensor
 def test_a_matrix_is_an_array_of_two_dimensions() -> None:
     values = np.random.default_rng(0).random((8, 6), dtype=np.float32)
     assert torch.equal(at.load_image(np.asmatrix(values)), at.load_image(values))
+
+
+@pytest.mark.parametrize(
+    ("image", "line"),
+    [
+        (torch.rand(3, 8, 8).to_sparse(), "the image is a sparse tensor, or one of the meta device"),
+        (torch.rand(3, 8, 8, device="meta"), "the image is a sparse tensor, or one of the meta device"),
+        ("", "the path of the image is empty"),
+    ],
+)
+def test_images_without_values_are_refused(image: Any, line: str) -> None:
+    with pytest.raises(at.UserError, match=line):
+        at.load_image(image)

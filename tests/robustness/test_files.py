@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,8 @@ from attribution.files import CannotWrite, check_folder, held_folder, read_file,
 from evaluation.study.tables import csv_text
 
 Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 FAST = ("--model", "zoo:cnn", "--regions", "grid", "--region-count", "4", "--evaluations", "8")
-
-
-@pytest.fixture(autouse=True)
-def nothing_hangs() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError("it waits for a file that never ends")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import pytest
 from toys import image_folder
 
 Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 BENCHMARK = ("--model", "zoo:cnn", "--methods", "saliency", "--regions", "grid", "--region-count", "4", "--metrics", "insertion")
 TABLES = ("summary.csv", "summary.json", "report.html")
 
@@ -157,18 +157,6 @@ STATES = {
     "a folder of such a name": State(lambda out: folder(out / ".part-x"), "", ""),
 }
 BLOCKED = ("maps a file", "curves a file", "map a folder", "curve a folder")  # what is measured again has no place
-
-
-@pytest.fixture(autouse=True)
-def nothing_hangs() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError("it waits for a file that never ends")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
