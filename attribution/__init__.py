@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from attribution.baselines import METHOD_PRESETS
 from attribution.baselines.attribute import METHODS, attribute
-from attribution.concepts import Concepts, craft, exemplars, semi_nmf
+from attribution.concepts import Concepts, Exemplars, SemiNMF, craft, exemplars, semi_nmf
 from attribution.doctor import Examination, Finding, examine
 from attribution.dropping import follow_patches
 from attribution.errors import NotApplicable, NotMisclassified, UserError
@@ -45,6 +45,7 @@ __all__ = [
     "Classifier",
     "Concepts",
     "Examination",
+    "Exemplars",
     "Explanation",
     "FailureExplanation",
     "Finding",
@@ -57,6 +58,7 @@ __all__ = [
     "Regions",
     "ScoreWeights",
     "Scores",
+    "SemiNMF",
     "SubmodularObjective",
     "Tuning",
     "UserError",

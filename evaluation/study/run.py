@@ -337,7 +337,7 @@ def run(
     """
     out = Path(out)
     check_study(out, study.name)
-    made = [path for path in (out / LOG, out / MARK) if not path.exists()]
+    made = [path for path in (out / LOG, out / MARK, out) if not path.exists()]
     with open_log(out / LOG) as log:
         check_study(out, study.name, mark=True)
         sweep(out)
@@ -354,11 +354,10 @@ def run(
 
 
 def _leave(out: Path, made: Sequence[Path]) -> None:
-    """Remove the files of a run that could not begin, and its folder where that holds nothing else."""
+    """Remove the files of a run that could not begin, and its folder where that is new and holds nothing else."""
     for path in made:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        out.rmdir()
+        with suppress(OSError):
+            path.rmdir() if path == out else path.unlink()
 
 
 def held(study: Study[S, R, Any], settings: S, out: str | Path) -> R:

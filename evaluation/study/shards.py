@@ -84,6 +84,7 @@ def run_shard(
         raise UserError(f"{out} holds a study that is no shard: choose another output folder")
     held = {"study": study.name, "shard": [shard.number, shard.count], "settings": values, "told": told, "version": __version__}
     check_study(out, study.name)
+    new = not out.exists()
     _write(mark, {**held, "done": False})
     try:
         with suppress(ShardEnds):
@@ -91,8 +92,9 @@ def run_shard(
     except UserError:
         if not (out / LOG).exists():  # it could not begin
             mark.unlink()
-            with suppress(OSError):
-                out.rmdir()
+            if new:
+                with suppress(OSError):
+                    out.rmdir()
         raise
     _write(mark, {**held, "done": True})
     return len(read_all(out))

@@ -414,7 +414,7 @@ def test_prototypes(method: str, small_cat: Tensor) -> None:
     whole = at.Classifier(replaced, size=32, mean=way.mean, std=way.std, scores="logits")
     cnn.batch_size = 1  # the classifier beneath has a batch size of its own
     found, expected = (quick(small_cat, c, method, target=1, batch_size=64) for c in (on_features, whole))
-    assert apart(found.pixel_map, expected.pixel_map) < 1e-4
+    assert apart(found.pixel_map, expected.pixel_map) < 5e-3  # points of a path at the kink of a ReLU fall on either side
 
 
 def test_to_image_undoes_the_resize_and_the_crop() -> None:

@@ -267,7 +267,7 @@ def test_another_model_or_version_is_measured_anew(folder: Path, tmp_path: Path,
 
 
 def test_what_is_held_must_be_there(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(at.UserError, match="cannot be read"):
+    with pytest.raises(at.UserError, match="is not there"):
         held(FAILURES, settings(folder), tmp_path / "nowhere")
     run_failures(settings(folder, samples=3), tmp_path)
     with pytest.raises(at.UserError, match="holds no prediction for these settings"):

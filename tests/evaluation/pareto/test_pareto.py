@@ -192,7 +192,7 @@ def test_a_run_killed_between_two_points_of_an_image_ends_with_the_same(
 
 def test_what_is_held_is_read_without_a_lock_and_must_be_there(data: Path, classifier: at.Classifier, tmp_path: Path) -> None:
     chosen = settings(data, classifier, samples=1, methods=("bidirectional",))
-    with pytest.raises(at.UserError, match="cannot be read"):
+    with pytest.raises(at.UserError, match="is not there"):
         read_pareto(chosen, tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     run_pareto(chosen, tmp_path)
